@@ -1,0 +1,47 @@
+"""The engine protocol and the one table of engines. Knows no Ray, and imports no engine until it is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.rows import Generation, Prompt
+
+ENGINES = {
+    "beam": "capsfusion_ray.engines.beam.engine:BeamEngine",
+    "transformers": "capsfusion_ray.engines.transformers:TransformersEngine",
+    "echo": "capsfusion_ray.engines.echo:EchoEngine",
+}
+
+
+class Engine(Protocol):
+    """Writes captions for prompts; driven by one thread; no method blocks longer than one decode step or batch.
+
+    Construction loads the model once: `Engine(engine_config, decode_config)`. It raises ConfigError for a model it
+    cannot run and EngineError for one that is damaged.
+    """
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens (BOS) as the model's tokenizer adds them. [] per text without one."""
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Queue prompts. Ids must be unique among the unfinished ones."""
+
+    def step(self) -> list[Generation]:
+        """Advance; the generations that finished, in any order, each with its prompt's id.
+
+        A row's own failure comes back as a Generation with finish=ERROR. Raises EngineError when the engine is dead.
+        """
+
+    @property
+    def unfinished(self) -> int:
+        """Prompts submitted whose generation has not come back yet."""
+
+
+def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:
+    """Import and construct the engine of `engine.kind` (validated when the config was parsed)."""
+    module, _, name = ENGINES[engine.kind].partition(":")
+    built: Engine = getattr(importlib.import_module(module), name)(engine, decode)
+    return built

@@ -1,0 +1,56 @@
+"""The exceptions, and who may retry what. Knows nothing else.
+
+    CapsFusionError
+    ├── UsageError            the user must change something; never retried; exit code 2
+    │   ├── ConfigError       a key or a value of the configuration
+    │   ├── SourceError       an input: a path, a column, a format
+    │   └── PlanChanged       the output holds another plan than the configuration gives
+    ├── RowError              one row cannot be fused; it becomes that row's reject, never retried
+    ├── EngineError           the engine is unusable; its process ends, the unit is retried elsewhere
+    ├── StorageError          the store failed after the client's own retries; the unit is retried
+    ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
+    └── AccountingError       rows lost or doubled: a bug or damage; the run stops, never retried
+
+Every class takes one message argument, so that it survives pickling between Ray processes. A message names the
+thing, the value and the way out.
+"""
+
+
+class CapsFusionError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class UsageError(CapsFusionError):
+    """The user must change something; a retry would fail the same way. Exit code 2."""
+
+
+class ConfigError(UsageError):
+    """An unknown key, a bad value or a contradiction in the configuration."""
+
+
+class SourceError(UsageError):
+    """An input path, format or column that cannot be read as caption pairs."""
+
+
+class PlanChanged(UsageError):
+    """The output already holds a plan with another base fingerprint."""
+
+
+class RowError(CapsFusionError):
+    """This row alone cannot be fused (a prompt no truncation fits, NaN scores)."""
+
+
+class EngineError(CapsFusionError):
+    """The engine cannot go on; its process must end so that Ray starts a fresh one."""
+
+
+class StorageError(CapsFusionError):
+    """The object store did not do what was asked, after the client's own retries."""
+
+
+class LeaseLost(CapsFusionError):
+    """Another driver holds the lease of this output."""
+
+
+class AccountingError(CapsFusionError):
+    """planned != fused + kept + rejected + filtered + removed + unreadable."""
