@@ -1,0 +1,185 @@
+"""List, read and write objects under one root: the only place that knows local from s3:// or another URL.
+
+Knows nothing of captions, plans or parquet. Three kinds of store stand behind `Store`: a local folder, an S3-compatible
+bucket, and whatever else fsspec opens. A commit is `put_if_absent`: one object, one PUT, whole or not at all.
+
+Who retries: the S3 client retries by itself (`s3.py`); what still fails is a StorageError, and the caller retries its
+unit. What no retry can mend (bucket absent, credentials, a read-only folder) is StoreRefused: the run stops.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from capsfusion_ray.errors import StorageError, UsageError
+from capsfusion_ray.storage.base import Backend, StoredFile, StoreRefused, other_error
+from capsfusion_ray.storage.local import LocalBackend
+
+__all__ = ["Store", "StoreRefused", "StoredFile"]
+
+DELETE_THREADS = (
+    16  # single DELETEs: bulk DeleteObjects wants Content-MD5 on older radosgw, which new botocore leaves out
+)
+LEFTOVER_AGE_S = 3600.0  # no write of ours lasts an hour, so an older temporary file belongs to a dead process
+SECRET_OPTIONS = frozenset(("key", "secret", "token", "password", "account_key", "sas_token", "connection_string"))
+
+T = TypeVar("T")
+Files = list[StoredFile]  # inside Store, `list` is the method
+
+
+class Store:
+    """One root and what can be done under it. Picklable: connects on first use, in the process that uses it.
+
+    `options` are fsspec options; for s3:// the keys of S3_OPTIONS. All methods take paths relative to the root with "/"
+    between the parts, and raise StoreRefused, StorageError, or FileNotFoundError for a missing object.
+    """
+
+    def __init__(self, root: str, options: Mapping[str, str] | None = None) -> None:
+        if not root:
+            raise StoreRefused("storage: the root is empty; give a folder or a URL such as s3://bucket/folder")
+        self.root = _normal_root(root)
+        self.options = dict(options or {})
+        self._backend: Backend | None = None
+
+    def __repr__(self) -> str:
+        shown = {k: "***" if k in SECRET_OPTIONS else v for k, v in self.options.items()}
+        return f"Store({self.root!r}, {shown})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "options": self.options, "_backend": None}
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            self._backend = _connect(self.root, self.options)
+        return self._backend
+
+    @property
+    def conditional_put(self) -> bool:
+        """False where put_if_absent is only "look, then write" (no local folder, no S3): two drivers could both win."""
+        return self.backend.conditional_put
+
+    def url(self, path: str) -> str:
+        return f"{self.root.rstrip('/')}/{path}" if path else self.root
+
+    def list(self, prefix: str = "") -> Files:
+        """Every object under the folder `prefix`, recursively, sorted by path. An absent folder is empty.
+
+        Names or folders that start with "." are left out: they are temporary, or someone else's.
+        """
+
+        def found() -> Files:
+            return sorted(self.backend.list(_checked(prefix)), key=lambda file: file.path)
+
+        files = self._call("list", prefix, found)
+        return [f for f in files if not any(part.startswith(".") for part in f.path.split("/"))]
+
+    def exists(self, path: str) -> bool:
+        return self._call("look for", path, lambda: self.backend.exists(_checked(path)))
+
+    def get(self, path: str) -> bytes:
+        return self._call("read", path, lambda: self.backend.get(_checked(path))[0])
+
+    def get_with_etag(self, path: str) -> tuple[bytes, str] | None:
+        """The bytes and the etag that belong together, for `put_if_match`; None where there is no such object."""
+        try:
+            return self._call("read", path, lambda: self.backend.get(_checked(path)))
+        except FileNotFoundError:
+            return None
+
+    def put(self, path: str, data: bytes) -> None:
+        """Write or replace. Readers see the old bytes or the new, never a part."""
+        self._call("write", path, lambda: self.backend.put(_checked(path), data))
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """True: it holds `data`, by our hand or another's with the same bytes. False: other bytes were there first."""
+        return self._call("write", path, lambda: self.backend.put_if_absent(_checked(path), data)) is not None
+
+    def put_if_match(self, path: str, data: bytes, etag: str | None) -> str | None:
+        """Compare and swap: write if it still has `etag` (None: if absent). The new etag, or None if we lost."""
+        if etag is None:
+            return self._call("write", path, lambda: self.backend.put_if_absent(_checked(path), data))
+        return self._call("write", path, lambda: self.backend.put_if_match(_checked(path), data, etag))
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete each path; one that is already gone is no error."""
+        with ThreadPoolExecutor(DELETE_THREADS) as pool:
+            for _ in pool.map(lambda p: self._call("delete", p, lambda: self.backend.delete(_checked(p))), paths):
+                pass
+
+    def delete_leftovers(self, older_than_s: float = LEFTOVER_AGE_S) -> int:
+        """Delete the temporary files of killed writers in a local folder (they may hold text); how many there were."""
+        if not isinstance(self.backend, LocalBackend):
+            return 0
+        return self.backend.delete_leftovers(older_than_s)
+
+    def open_input(self, path: str, sequential: bool = False) -> pa.NativeFile:
+        """A seekable file for pyarrow. `sequential`: it will be read front to back, so read ahead in large blocks."""
+        return self._call("open", path, lambda: self.backend.open_input(_checked(path), sequential))
+
+    def check_writable(self, folder: str) -> None:
+        """Write, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
+
+        Catches stores that ignore `If-None-Match`, on which two drivers would overwrite each other's commits.
+        """
+        path = f"{folder}/probe-{uuid.uuid4().hex}" if folder else f"probe-{uuid.uuid4().hex}"
+        try:
+            first, second = self.put_if_absent(path, b"1"), self.put_if_absent(path, b"2")
+            if self.conditional_put and not (first and not second):
+                raise StoreRefused(
+                    f"{self.url(path)}: the store ignores If-None-Match; use one that has conditional writes"
+                )
+        finally:
+            self.delete([path])
+
+    def _call(self, action: str, path: str, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except (UsageError, StorageError):
+            raise
+        except Exception as error:  # every backend has its own exceptions: here they become ours
+            explain = self._backend.explain if self._backend else other_error
+            explained = explain(error, action, self.url(path))
+            raise type(explained)(self._without_secrets(str(explained))) from error
+
+    def _without_secrets(self, text: str) -> str:
+        for name in SECRET_OPTIONS & self.options.keys():
+            text = text.replace(self.options[name], "***") if self.options[name] else text
+        return text
+
+
+def _connect(root: str, options: Mapping[str, str]) -> Backend:
+    if "://" not in root:
+        return LocalBackend(root)
+    # s3fs and fsspec cost half a second to import, which a local run need not pay
+    if root.startswith("s3://"):
+        from capsfusion_ray.storage.s3 import S3Backend
+
+        return S3Backend(root, options)
+    from capsfusion_ray.storage.generic import FsspecBackend
+
+    return FsspecBackend(root, options)
+
+
+def _normal_root(root: str) -> str:
+    """Local roots become absolute, because Ray workers have another working folder; URLs lose a trailing slash."""
+    for scheme in ("s3a://", "s3n://"):
+        root = "s3://" + root.removeprefix(scheme) if root.startswith(scheme) else root
+    if "://" in root and not root.startswith(("file://", "local://")):
+        if root.startswith("s3://") and not root.removeprefix("s3://").strip("/"):
+            raise StoreRefused(f"{root}: no bucket in the URL; write s3://bucket/folder")
+        return root.rstrip("/") if not root.endswith("://") else root
+    return os.path.abspath(os.path.expanduser(root.removeprefix("file://").removeprefix("local://")))
+
+
+def _checked(path: str) -> str:
+    path = path.strip("/")
+    if any(part in ("..", ".") or not part for part in path.split("/") if path):
+        raise StoreRefused(f"{path!r}: a path inside the store must not contain '.', '..' or empty parts")
+    return path

@@ -1,0 +1,62 @@
+"""What a kind of store must do, and the errors that all kinds share. Knows no store in particular."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from capsfusion_ray.errors import StorageError, UsageError
+
+
+class StoreRefused(UsageError):
+    """The store cannot be used as configured (bucket absent, credentials, no permission, read-only); no retry helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One object. `path` is relative to the store's root; `size` in bytes; `etag` is empty where the store has none."""
+
+    path: str
+    size: int
+    etag: str = ""
+
+
+class Backend(Protocol):
+    """What a kind of store must do. Paths are relative and checked. Missing objects raise FileNotFoundError."""
+
+    conditional_put: bool
+
+    def list(self, prefix: str) -> Iterator[StoredFile]: ...
+    def exists(self, path: str) -> bool: ...
+    def get(self, path: str) -> tuple[bytes, str]: ...
+    def put(self, path: str, data: bytes) -> str: ...
+    def put_if_absent(self, path: str, data: bytes) -> str | None: ...
+    def put_if_match(self, path: str, data: bytes, etag: str) -> str | None: ...
+    def delete(self, path: str) -> None: ...
+    def open_input(self, path: str, sequential: bool) -> pa.NativeFile: ...
+    def explain(self, error: Exception, action: str, url: str) -> Exception: ...
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def other_error(error: Exception, action: str, url: str) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{url}: cannot {action} it: no such object")
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
+        return StoreRefused(f"{url}: cannot {action} it: {os.strerror(number)}; choose a place this user may {action}")
+    if number in (errno.ENOTDIR, errno.EISDIR):
+        return StoreRefused(
+            f"{url}: cannot {action} it: {os.strerror(number)}; part of the path is a file, or the whole a folder"
+        )
+    if isinstance(error, (ImportError, ValueError)) and "://" in url:
+        return StoreRefused(f"{url}: fsspec cannot open this kind of URL: {error}")
+    return StorageError(f"{url}: cannot {action} it: {type(error).__name__}: {error}")

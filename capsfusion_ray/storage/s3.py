@@ -1,0 +1,173 @@
+"""An S3-compatible bucket as a store, through s3fs. Knows S3's error codes, time-outs and conditional writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+import pyarrow as pa
+from s3fs import S3FileSystem
+
+from capsfusion_ray.storage.base import StoredFile, StoreRefused, other_error
+
+S3_CONNECT_TIMEOUT_S = 5  # a healthy store answers in milliseconds; a dead address should cost seconds, not minutes
+S3_READ_TIMEOUT_S = 20  # between two packets, not for a whole object: a stalled connection is dropped and tried again
+S3_ATTEMPTS = 5  # of botocore; s3fs repeats them 5 times: 25 requests in about 40 s got 20 of 20 through at 30% 503s
+CONFLICT_ATTEMPTS = 6  # 409 to a conditional PUT: another writer is at it this moment; S3 asks for a repeat
+
+S3_OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "anon", "profile")
+
+
+class S3Backend:
+    """A bucket and a prefix, through s3fs. Every write is one PUT: radosgw ignores conditions on multipart ones."""
+
+    conditional_put = True
+
+    def __init__(self, root: str, options: Mapping[str, str]) -> None:
+        unknown = sorted(options.keys() - set(S3_OPTIONS))
+        if unknown:
+            raise StoreRefused(f"{root}: unknown storage option {unknown[0]!r}; s3 takes {', '.join(S3_OPTIONS)}")
+        self.bucket, _, self.prefix = root.removeprefix("s3://").partition("/")
+        named = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token", "profile") and v}
+        self.endpoint = options.get("endpoint_url", "") or "AWS"
+        self.fs = S3FileSystem(
+            **named,
+            anon=options.get("anon", "").lower() in ("true", "1", "yes"),
+            client_kwargs={"region_name": options["region"]} if options.get("region") else {},
+            config_kwargs={
+                "connect_timeout": S3_CONNECT_TIMEOUT_S,
+                "read_timeout": S3_READ_TIMEOUT_S,
+                "retries": {"mode": "legacy", "max_attempts": S3_ATTEMPTS - 1},  # botocore counts repeats here
+                "request_checksum_calculation": "when_required",  # radosgw answers 411 to the chunked default
+                "response_checksum_validation": "when_required",
+            },
+            use_listings_cache=False,  # other processes write here; a cached listing would hide commits
+        )
+
+    def _key(self, path: str) -> str:
+        return "/".join(part for part in (self.prefix, path) if part)
+
+    def list(self, prefix: str) -> Iterator[StoredFile]:
+        key = self._key(prefix)
+        token: dict[str, str] = {}
+        while True:
+            page = self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=key, **token)
+            for item in page.get("Contents", ()):
+                under = not key or item["Key"] == key or item["Key"].startswith(key + "/")
+                if under and not item["Key"].endswith("/"):  # a name ending in "/" is a console's empty folder mark
+                    path = item["Key"][len(self.prefix) + 1 if self.prefix else 0 :]
+                    yield StoredFile(path, item["Size"], item["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _head(self, path: str) -> tuple[int, str] | None:
+        try:
+            head = self.fs.call_s3("head_object", Bucket=self.bucket, Key=self._key(path))
+        except OSError as error:
+            if _s3_code(error) in ("404", "NoSuchKey", "NotFound"):
+                return None
+            raise
+        return head["ContentLength"], head["ETag"].strip('"')
+
+    def exists(self, path: str) -> bool:
+        return self._head(path) is not None
+
+    def get(self, path: str) -> tuple[bytes, str]:
+        before = self._head(path)
+        while before is not None:
+            data = self.fs.cat_file(f"{self.bucket}/{self._key(path)}")
+            after = self._head(path)
+            if before == after:  # not replaced in between: bytes and etag belong together
+                return data, before[1]
+            before = after
+        raise FileNotFoundError(path)
+
+    def put(self, path: str, data: bytes) -> str:
+        answer = self.fs.call_s3("put_object", Bucket=self.bucket, Key=self._key(path), Body=data)
+        return str(answer["ETag"]).strip('"')
+
+    def put_if_absent(self, path: str, data: bytes) -> str | None:
+        return self._put_if(path, data, IfNoneMatch="*")
+
+    def put_if_match(self, path: str, data: bytes, etag: str) -> str | None:
+        return self._put_if(path, data, IfMatch=f'"{etag}"')
+
+    def _put_if(self, path: str, data: bytes, **condition: str) -> str | None:
+        for attempt in range(CONFLICT_ATTEMPTS):
+            try:
+                put = self.fs.call_s3("put_object", Bucket=self.bucket, Key=self._key(path), Body=data, **condition)
+                return str(put["ETag"]).strip('"')
+            except OSError as error:
+                code = _s3_code(error)
+                if code in ("ConditionalRequestConflict", "409") and attempt + 1 < CONFLICT_ATTEMPTS:
+                    time.sleep(0.1 * 2**attempt)
+                elif code in ("PreconditionFailed", "412"):
+                    return self._etag_if_ours(path, data)
+                elif code in ("NoSuchKey", "404") and "IfMatch" in condition:
+                    return None
+                else:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _etag_if_ours(self, path: str, data: bytes) -> str | None:
+        """A PUT whose answer was lost is repeated by the client and refused, although the object is ours: compare."""
+        head = self._head(path)
+        if head is None or head[0] != len(data):
+            return None
+        stored, etag = self.get(path)
+        return etag if stored == data else None
+
+    def delete(self, path: str) -> None:
+        self.fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(path))
+
+    def open_input(self, path: str, sequential: bool) -> pa.NativeFile:
+        # parquet asks for exact ranges (a cache would fetch more); a stream reads ahead so that a block is one request
+        cache, block = ("readahead", 16 << 20) if sequential else ("none", 5 << 20)
+        file = self.fs.open(f"{self.bucket}/{self._key(path)}", "rb", cache_type=cache, block_size=block)
+        return pa.PythonFile(file, mode="r")
+
+    def explain(self, error: Exception, action: str, url: str) -> Exception:
+        where = f"{url}: cannot {action} it at {self.endpoint}"
+        code = _s3_code(error)
+        if code == "NoSuchBucket":
+            return StoreRefused(
+                f"{where}: bucket {self.bucket!r} does not exist; create it, or correct the path or endpoint_url"
+            )
+        if code in (
+            "InvalidAccessKeyId",
+            "SignatureDoesNotMatch",
+            "ExpiredToken",
+            "InvalidToken",
+            "AuthorizationHeaderMalformed",
+        ):
+            return StoreRefused(
+                f"{where}: credentials not accepted ({code}); check storage key and secret, or AWS_* and region"
+            )
+        if _caused_by(error, "NoCredentialsError", "PartialCredentialsError"):
+            return StoreRefused(
+                f"{where}: no credentials; give storage key and secret, set AWS_*, or storage.anon=true to read"
+            )
+        if code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"):
+            return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")
+        if code == "NotImplemented":
+            return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
+        return other_error(error, f"{action} it at {self.endpoint}", url)
+
+
+def _s3_code(error: BaseException | None) -> str:
+    """The store's own error code: s3fs maps errors to OSErrors, with the ClientError as cause."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        error = error.__cause__
+    return ""
+
+
+def _caused_by(error: BaseException | None, *names: str) -> bool:
+    while error is not None:
+        if type(error).__name__ in names:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
