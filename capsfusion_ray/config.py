@@ -137,7 +137,7 @@ class OutputConfig:
     path: str = ""
     target_file_mb: float = 256.0
     target_file_rows: int | None = None  # beside target_file_mb; whichever is reached first
-    partition_by: list[str] = field(default_factory=lambda: ["shard"])  # "shard" (groups of input shards) or columns
+    partition_by: str = "shard"  # groups of input shards; or the name of a passthrough column
     max_shard_groups: int = 256
     storage: dict[str, str] = field(default_factory=dict)
 
@@ -150,7 +150,6 @@ class OutputConfig:
             "a positive number of rows",
         )
         _check(1 <= self.max_shard_groups <= 1000, "output.max_shard_groups", self.max_shard_groups, "1 to 1000")
-        _check(len(self.partition_by) == 1, "output.partition_by", self.partition_by, "exactly one name")
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,55 @@ class ClusterConfig:
         _check(self.units_in_flight >= 1, "cluster.units_in_flight", self.units_in_flight, "at least 1")
 
 
+@dataclass(frozen=True)
+class GateConfig:
+    """One gate: from `threshold` on it acts, from `flag_from` on (where set) it flags. Every measure grows with the fault.
+
+    "ignore", not "off": YAML reads a bare off as false.
+    """
+
+    action: Literal["reject", "flag", "ignore"] = "flag"
+    threshold: float = 1.0
+    flag_from: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.threshold > 0, "gates.*.threshold", self.threshold, "above 0")
+        ok = self.flag_from is None or 0 < self.flag_from < self.threshold
+        _check(ok, "gates.*.flag_from", self.flag_from, f"above 0 and below the threshold ({self.threshold})")
+
+
+PairPolicy = Literal["fuse", "flag", "keep_raw", "keep_synthetic", "reject"]
+MissingPolicy = Literal["keep_raw", "keep_synthetic", "reject"]
+
+
+def _gate(action: Literal["reject", "flag", "ignore"], threshold: float = 1.0, flag_from: float | None = None) -> Any:
+    return field(default_factory=lambda: GateConfig(action, threshold, flag_from))
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """What is done about each fault; a field is named as its Reason. docs/gates.md has the measured rates."""
+
+    # before the engine: what becomes of the pair. A policy that would keep the missing caption rejects.
+    null_caption: MissingPolicy = "reject"
+    empty_caption: MissingPolicy = "reject"
+    boilerplate: PairPolicy = "keep_synthetic"  # raw is 'IMG_1234.jpg', 'thumbnail', a bare number or hash
+    mismatched_pair: PairPolicy = "fuse"  # raw and synthetic share no content word: 35% of real pairs
+    # after the engine, in the order in which the first rejecting one names the reason
+    empty_output: GateConfig = _gate("reject")  # 1 where no word came out
+    instruction_echo: GateConfig = _gate("reject", 2, 1)  # points: 2 talks about the task, 1 borrows a phrase of it
+    repetition: GateConfig = _gate("reject", 0.3, 0.05)  # share of 4-grams seen before and not repeated by a source
+    wrong_script: GateConfig = _gate("reject", 0.3)  # share of letters, or 1 where the language is neither source's
+    concatenation: GateConfig = _gate("flag", 0.9)  # share of the words that are both sources pasted verbatim
+    copy_of_one: GateConfig = _gate("flag", 0.9)  # share of the words that are one source verbatim, the other unused
+    unsupported_number: GateConfig = _gate("flag", 1)  # numbers in neither source
+    unsupported_name: GateConfig = _gate("flag", 1)  # capitalised words in neither source
+    cut_off: GateConfig = _gate("flag")  # 1 where the engine stopped at max_new_tokens (or, unknown: no final full stop)
+    lost_entity: GateConfig = _gate("flag", 0.5)  # share of raw's names and numbers that are gone
+    too_short: GateConfig = _gate("flag", 3)  # words of the longer source per fused word
+    too_long: GateConfig = _gate("flag", 3)  # fused words per word of both sources
+
+
 # ------------------------------------------------------------------------------------------------ one schema a job
 
 
@@ -188,6 +236,7 @@ class FuseConfig:
     unit: UnitConfig = field(default_factory=UnitConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -195,3 +244,140 @@ class FuseConfig:
 def _check(ok: bool, key: str, value: object, want: str) -> None:
     if not ok:
         raise ConfigError(f"{key}={value!r}: must be {want}")
+
+
+# ------------------------------------------------------------------------------------------------ parsing and fingerprint
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], argv: typing.Sequence[str]) -> T:
+    """Merge YAML fragments left to right, then `key=value` overrides, into one frozen config.
+
+    Raises ConfigError for a missing file, an unknown key (naming the nearest valid one) or a value of the wrong type.
+    """
+    merged: DictConfig = OmegaConf.create({})
+    valid = _keys(schema)
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument}: there are no flags; give YAML files first, then key=value (see docs/configuration.md)")
+        if equals:
+            part = _parse_override(key, value, valid)
+        elif argument.endswith((".yaml", ".yml")):
+            part = _read_yaml(argument)
+        else:
+            raise ConfigError(f"{argument}: neither a .yaml file nor key=value")
+        _refuse_unknown(part, valid, argument)
+        merged = typing.cast(DictConfig, OmegaConf.merge(merged, part))
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        built = OmegaConf.to_object(typed)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        first_line = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{key}: {first_line}; it wants {valid.get(key, 'another type')}") from None
+    return typing.cast(T, built)
+
+
+def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
+    # A value of a text field is taken literally: a caption column named `null` or a path with `[` must not become YAML.
+    if valid.get(key, "").startswith("str"):
+        part = OmegaConf.create({})
+        OmegaConf.update(part, key, value)
+        return part
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except Exception as error:  # omegaconf lets the YAML parser's own exceptions through
+        raise ConfigError(f"{key}={value}: not a YAML value ({str(error).splitlines()[0]})") from None
+
+
+def _read_yaml(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, [str(p) for p in Path("conf").rglob("*.yaml")], n=1, cutoff=0.4)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        part = OmegaConf.load(path)
+    except Exception as error:  # YAML's own exceptions
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{path}: the top level must be key: value pairs")
+    return part
+
+
+def _unwrap_optional(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return inner[0] if len(inner) == 1 else hint
+    return hint
+
+
+def _describe(hint: Any) -> str:
+    optional = hint is not _unwrap_optional(hint)
+    inner = _unwrap_optional(hint)
+    if typing.get_origin(inner) is Literal:
+        text = "one of " + ", ".join(str(a) for a in typing.get_args(inner))
+    else:
+        text = getattr(inner, "__name__", str(inner)) if not typing.get_args(inner) else str(inner)
+    return f"{text} or null" if optional else text
+
+
+def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of a schema -> what it wants; sections map to 'section', free-form dicts to 'mapping'."""
+    keys: dict[str, str] = {}
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        hint = _unwrap_optional(hints[f.name])
+        if dataclasses.is_dataclass(hint):
+            keys[prefix + f.name] = "section"
+            keys |= _keys(hint, f"{prefix}{f.name}.")
+        elif typing.get_origin(hint) is dict:
+            keys[prefix + f.name] = "mapping"
+        else:
+            keys[prefix + f.name] = _describe(hints[f.name])
+    return keys
+
+
+def _refuse_unknown(part: DictConfig, valid: dict[str, str], where: str, prefix: str = "") -> None:
+    for name in part:
+        key = f"{prefix}{name}"
+        if key not in valid:
+            leaves = [k for k, want in valid.items() if want != "section"]
+            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)
+            if not near:  # a right name in the wrong section: kind=echo -> engine.kind
+                near = [k for k in leaves if k.rsplit(".", 1)[-1] == str(name)][:1]
+            hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(leaves)[:12])} …"
+            raise ConfigError(f"{where}: unknown key {key}; {hint}")
+        value = part._get_node(name)
+        if valid[key] == "section":
+            if not isinstance(value, DictConfig):
+                raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as {_first_below(key, valid)}")
+            _refuse_unknown(value, valid, where, key + ".")
+
+
+def _first_below(key: str, valid: dict[str, str]) -> str:
+    return next(k for k in valid if k.startswith(key + "."))
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain nested dicts, secrets (`*secret*`, `*key*`, `*token*` of storage options) masked."""
+
+    def masked(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: masked(v, f"{name}.{k}") for k, v in value.items()}
+        secret = ".storage." in name and any(word in name.rsplit(".", 1)[-1].lower() for word in ("secret", "key", "token", "password"))
+        return "***" if secret and value else value
+
+    return {k: masked(v, k) for k, v in dataclasses.asdict(config).items()}
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, as saved with the output; secrets masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """A short stable hash of JSON-able values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
