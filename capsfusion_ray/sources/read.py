@@ -6,6 +6,7 @@ costs that group's rows from the damaged batch on; they are named, and the next 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) 
     Ask for many ranges at once: the decoding is shared. Memory: one batch and the range being gathered. Raises StorageError
     where the store fails (retry), SourceError where the file is gone.
     """
-    if any(b[0] < a[1] for a, b in zip(ranges, ranges[1:], strict=False)) or any(a >= b for a, b in ranges):
+    if any(b[0] < a[1] for a, b in itertools.pairwise(ranges)) or any(a >= b for a, b in ranges):
         raise ValueError(f"{shard.path}: ranges must be ascending, without overlap and not empty: {ranges}")
     if not ranges:
         return
@@ -216,5 +217,5 @@ def _valid_utf8(array: pa.Array) -> tuple[pa.Array, pa.Array | None]:
     except pa.ArrowInvalid:
         values = data.to_pylist()
         repaired = [v if v is None else v.decode("utf-8", "replace") for v in values]
-        wrong = [v is not None and v != r.encode() for v, r in zip(values, repaired, strict=True)]
+        wrong = [r is not None and r.encode() != v for v, r in zip(values, repaired, strict=True)]
         return pa.array(repaired, pa.string()), pa.array(wrong, pa.bool_())

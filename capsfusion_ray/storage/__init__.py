@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from capsfusion_ray.errors import StorageError, UsageError
-from capsfusion_ray.storage.base import Backend, StoredFile, StoreRefused, other_error
+from capsfusion_ray.storage.base import Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
 
 __all__ = ["Store", "StoreRefused", "StoredFile"]
@@ -121,7 +121,10 @@ class Store:
 
     def open_input(self, path: str, sequential: bool = False) -> pa.NativeFile:
         """A seekable file for pyarrow. `sequential`: it will be read front to back, so read ahead in large blocks."""
-        return self._call("open", path, lambda: self.backend.open_input(_checked(path), sequential))
+        file = self._call("open", path, lambda: self.backend.open_input(_checked(path), sequential))
+        if isinstance(file, pa.NativeFile):
+            return file
+        return pa.PythonFile(WatchedFile(file, lambda error: self._explained("read", path, error)), mode="r")
 
     def check_writable(self, folder: str) -> None:
         """Write, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
@@ -144,9 +147,12 @@ class Store:
         except (UsageError, StorageError):
             raise
         except Exception as error:  # every backend has its own exceptions: here they become ours
-            explain = self._backend.explain if self._backend else other_error
-            explained = explain(error, action, self.url(path))
-            raise type(explained)(self._without_secrets(str(explained))) from error
+            raise self._explained(action, path, error) from error
+
+    def _explained(self, action: str, path: str, error: Exception) -> Exception:
+        explain = self._backend.explain if self._backend else other_error
+        explained = explain(error, action, self.url(path))
+        return type(explained)(self._without_secrets(str(explained)))
 
     def _without_secrets(self, text: str) -> str:
         for name in SECRET_OPTIONS & self.options.keys():

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
-
-import pyarrow as pa
+from typing import Any, Protocol
 
 from capsfusion_ray.errors import StorageError, UsageError
 
@@ -39,8 +37,50 @@ class Backend(Protocol):
     def put_if_absent(self, path: str, data: bytes) -> str | None: ...
     def put_if_match(self, path: str, data: bytes, etag: str) -> str | None: ...
     def delete(self, path: str) -> None: ...
-    def open_input(self, path: str, sequential: bool) -> pa.NativeFile: ...
+    def open_input(self, path: str, sequential: bool) -> Any: ...  # a NativeFile, or a file of Python's kind
     def explain(self, error: Exception, action: str, url: str) -> Exception: ...
+
+
+class WatchedFile:
+    """A file of fsspec whose errors come out as ours: pyarrow passes them through its readers unchanged.
+
+    Without it, a reader cannot tell a store that fails (StorageError: retry) from a damaged file (an Arrow or OS error).
+    """
+
+    def __init__(self, file: Any, explain: Callable[[Exception], Exception]) -> None:
+        self._file = file
+        self._explain = explain
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return bytes(self._file.read(size))
+        except Exception as error:
+            raise self._explain(error) from error
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def size(self) -> int:
+        return int(self._file.size)
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
 
 
 def digest(data: bytes) -> str:

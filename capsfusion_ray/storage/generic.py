@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import fsspec
-import pyarrow as pa
 
 from capsfusion_ray.storage.base import StoredFile, digest, other_error
 
@@ -51,8 +51,8 @@ class FsspecBackend:
         if self.exists(path):
             self.fs.rm_file(self._full(path))
 
-    def open_input(self, path: str, sequential: bool) -> pa.NativeFile:
-        return pa.PythonFile(self.fs.open(self._full(path), "rb"), mode="r")
+    def open_input(self, path: str, sequential: bool) -> Any:
+        return self.fs.open(self._full(path), "rb")
 
     def explain(self, error: Exception, action: str, url: str) -> Exception:
         return other_error(error, action, url)

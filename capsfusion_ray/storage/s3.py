@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-import pyarrow as pa
 from s3fs import S3FileSystem
 
 from capsfusion_ray.storage.base import StoredFile, StoreRefused, other_error
@@ -121,11 +121,10 @@ class S3Backend:
     def delete(self, path: str) -> None:
         self.fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(path))
 
-    def open_input(self, path: str, sequential: bool) -> pa.NativeFile:
+    def open_input(self, path: str, sequential: bool) -> Any:
         # parquet asks for exact ranges (a cache would fetch more); a stream reads ahead so that a block is one request
         cache, block = ("readahead", 16 << 20) if sequential else ("none", 5 << 20)
-        file = self.fs.open(f"{self.bucket}/{self._key(path)}", "rb", cache_type=cache, block_size=block)
-        return pa.PythonFile(file, mode="r")
+        return self.fs.open(f"{self.bucket}/{self._key(path)}", "rb", cache_type=cache, block_size=block)
 
     def explain(self, error: Exception, action: str, url: str) -> Exception:
         where = f"{url}: cannot {action} it at {self.endpoint}"
