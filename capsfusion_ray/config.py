@@ -211,16 +211,16 @@ class GatesConfig:
     # after the engine, in the order in which the first rejecting one names the reason
     empty_output: GateConfig = _gate("reject")  # 1 where no word came out
     instruction_echo: GateConfig = _gate("reject", 2, 1)  # points: 2 talks about the task, 1 borrows a phrase of it
-    repetition: GateConfig = _gate("reject", 0.3, 0.05)  # share of 4-grams seen before and not repeated by a source
+    repetition: GateConfig = _gate("reject", 0.3, 0.1)  # share of 4-grams seen before and not repeated by a source
     wrong_script: GateConfig = _gate("reject", 0.3)  # share of letters, or 1 where the language is neither source's
     concatenation: GateConfig = _gate("flag", 0.9)  # share of the words that are both sources pasted verbatim
     copy_of_one: GateConfig = _gate("flag", 0.9)  # share of the words that are one source verbatim, the other unused
-    unsupported_number: GateConfig = _gate("flag", 1)  # numbers in neither source
+    unsupported_number: GateConfig = _gate("reject", 1)  # numbers in neither source
     unsupported_name: GateConfig = _gate("flag", 1)  # capitalised words in neither source
-    cut_off: GateConfig = _gate("flag")  # 1 where the engine stopped at max_new_tokens (or, unknown: no final full stop)
+    cut_off: GateConfig = _gate("reject", 2, 1)  # 2: begins inside a sentence, 1: stopped at max_new_tokens
     lost_entity: GateConfig = _gate("flag", 0.5)  # share of raw's names and numbers that are gone
-    too_short: GateConfig = _gate("flag", 3)  # words of the longer source per fused word
-    too_long: GateConfig = _gate("flag", 3)  # fused words per word of both sources
+    too_short: GateConfig = _gate("reject", 10, 3)  # words of the longer source per fused word
+    too_long: GateConfig = _gate("reject", 8, 3)  # fused words per word of both sources
 
 
 # ------------------------------------------------------------------------------------------------ one schema a job
@@ -239,6 +239,14 @@ class FuseConfig:
     gates: GatesConfig = field(default_factory=GatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """jobs/verify.py."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    deep: bool = False  # also read every row id back: each in its unit, in order, once
 
 
 def _check(ok: bool, key: str, value: object, want: str) -> None:

@@ -63,21 +63,66 @@ _WORD = re.compile(
 )
 _SPACELESS_CHAR = re.compile(f"[{SPACELESS}]")
 _GROUPED = re.compile(r"[1-9]\d{0,2}(?:(?:,\d{3})+(?:\.\d+)?|(?:\.\d{3})+(?:,\d+)?)")
+_DATED = re.compile(r"[.,]\d*[.,]|[.,](?:\d\d|\d{4,})$")  # 2013.07.20, 8.15 p.m., March 06,2010
 _DIGITS = re.compile(r"\d+(?:[.,]\d+)*")
 _PIECES = re.compile(r"\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+")
 
 _CARDINALS = dict(
     zip(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-        " eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand".split(),
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+            "thirty",
+            "forty",
+            "fifty",
+            "sixty",
+            "seventy",
+            "eighty",
+            "ninety",
+            "hundred",
+            "thousand",
+        ],
         [*map(str, range(21)), *map(str, range(30, 101, 10)), "1000"],
         strict=True,
     )
 )
 _ORDINALS = dict(
     zip(
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth twentieth".split(),
-        "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th 11th 12th 20th".split(),
+        [
+            "first",
+            "second",
+            "third",
+            "fourth",
+            "fifth",
+            "sixth",
+            "seventh",
+            "eighth",
+            "ninth",
+            "tenth",
+            "eleventh",
+            "twelfth",
+            "twentieth",
+        ],
+        ["1st", "2nd", "3rd", "4th", "5th", "6th", "7th", "8th", "9th", "10th", "11th", "12th", "20th"],
         strict=True,
     )
 )
@@ -157,12 +202,14 @@ class _Lexicon(dict[str, str]):
     def _learn_number(self, word: str, folded: str) -> str:
         if len(word) > _MAX_WORD:
             return folded
-        found = [canonical_number(d) for d in _DIGITS.findall(folded)]
-        dotted = [canonical_number(d) for n in found if n.count(".") > 1 for d in n.split(".")]
-        self.numbers[word] = tuple(n for n in found if n.count(".") < 2) + tuple(dotted)
-        if _DIGITS.fullmatch(folded):
-            self.parts[word] = tuple(dotted)
-            return found[0]
+        found = _DIGITS.findall(folded)
+        values = [canonical_number(d) for d in found]
+        dotted = [canonical_number(d) for n in found if _DATED.search(n) for d in re.split("[.,]", n)]
+        self.numbers[word] = tuple(v for v in values if v.count(".") < 2) + tuple(dotted)
+        if len(found) == 1 and found[0] == folded:
+            if dotted:
+                self.parts[word] = tuple(dotted)
+            return values[0]
         pieces = [canonical_number(p) if p[0].isdecimal() else p for p in _PIECES.findall(folded)]
         if folded.endswith("s") and len(pieces) == 2:
             return pieces[0]  # 1960s, 1960's
