@@ -8,6 +8,7 @@
     ├── RowError              one row cannot be fused; it becomes that row's reject, never retried
     ├── EngineError           the engine is unusable; its process ends, the unit is retried elsewhere
     ├── StorageError          the store failed after the client's own retries; the unit is retried
+    ├── ClusterError          no Ray cluster to run on; the same command again
     ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
     └── AccountingError       rows lost or doubled: a bug or damage; the run stops, never retried
 
@@ -46,6 +47,10 @@ class EngineError(CapsFusionError):
 
 class StorageError(CapsFusionError):
     """The object store did not do what was asked, after the client's own retries."""
+
+
+class ClusterError(CapsFusionError):
+    """Ray could not be started or joined."""
 
 
 class LeaseLost(CapsFusionError):

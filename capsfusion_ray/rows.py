@@ -67,6 +67,7 @@ class Reason(StrEnum):
     NULL_CAPTION = "null_caption"
     EMPTY_CAPTION = "empty_caption"
     INVALID_UTF8 = "invalid_utf8"
+    UNPARSABLE = "unparsable"  # the line of a text file breaks its format
     BOILERPLATE = "boilerplate"
     MISMATCHED_PAIR = "mismatched_pair"
     # the engine
@@ -157,3 +158,18 @@ class Verdict:
     reason: Reason | None = None
     detail: str = ""
     flags: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkUnit:
+    """A row range [start, stop) of one shard; the unit of retry, commit and resume."""
+
+    id: str
+    path: str
+    start: int
+    stop: int
+    group: str  # the group of input shards that it is compacted with, e.g. g00017
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start

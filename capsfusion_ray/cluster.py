@@ -1,0 +1,94 @@
+"""The Ray cluster at hand: connect or start, and settle the actor pool for what it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from capsfusion_ray.config import ClusterConfig, EngineConfig
+from capsfusion_ray.errors import ClusterError, ConfigError
+from capsfusion_ray.pipeline import READ_CPUS, Pool
+
+log = logging.getLogger(__name__)
+START_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all, when the run starts."""
+
+    cpus: float
+    gpus: float
+    here: bool  # started by this process, on this machine alone
+
+
+def connect(cluster: ClusterConfig) -> Resources:
+    """Join the cluster named by cluster.address or RAY_ADDRESS (as `ray job submit` sets it), else start one here."""
+    address = None if cluster.address == "auto" else cluster.address
+    here = address is None and "RAY_ADDRESS" not in os.environ
+    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if here:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
+        # One logical CPU beside the cores: reads and commits wait on the store, and actors may hold every core.
+        _start_here(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **common)
+    else:
+        ray.init(address, **common)
+    for name in ("ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here)
+
+
+def _start_here(**options: Any) -> None:
+    """Ray gives its raylet a fixed 30 s to appear, which a loaded laptop can miss; a second try finds warm files."""
+    for attempt in range(1, START_TRIES + 1):
+        try:
+            ray.init("local", **options)
+            return
+        except Exception as error:  # Ray raises a bare Exception here, nothing narrower
+            ray.shutdown()
+            if attempt == START_TRIES:
+                raise ClusterError(f"Ray did not start on this machine in {START_TRIES} tries ({error}); its logs are under the folder ray of the temporary folder") from error
+            log.warning("Ray did not start (try %d of %d): %s", attempt, START_TRIES, error)
+
+
+def disconnect() -> None:
+    sys.stderr.flush()
+    ray.shutdown()
+
+
+def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resources, units: int) -> Pool:
+    """How many actors, and what each asks for. Raises ConfigError for a pool that this cluster cannot hold."""
+    gpus = cluster.gpus_per_actor
+    if gpus is None:
+        gpus = 0.0 if engine.device == "cpu" or engine.kind == "echo" or not resources.gpus else 1.0
+    if gpus and resources.here and resources.gpus < gpus * cluster.min_actors:
+        raise ConfigError(
+            f"cluster.gpus_per_actor={gpus} with cluster.min_actors={cluster.min_actors}: this machine has {resources.gpus:g} "
+            "GPUs; give cluster.gpus_per_actor=0 to run on the CPU"
+        )
+    fits = int(resources.gpus / gpus) if gpus else int(max(resources.cpus - 1, 1) / cluster.cpus_per_actor)
+    wanted = cluster.max_actors or max(fits, cluster.min_actors)
+    wanted = max(min(wanted, units), 1)  # more actors than units would load models for nothing
+    cpus = cluster.cpus_per_actor
+    # Leave room to read: with one CPU a node, an idle actor could hold the only one and starve the reads.
+    spare = resources.cpus - 4 * READ_CPUS
+    if resources.here and wanted * cpus > spare:
+        cpus = max(spare / wanted, 0.01)
+    return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight)
+
+
+def settle_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:
+    """Fill in what depends on the machine: dtype and device by GPU, CPU threads by the actor's share of the cores."""
+    device = engine.device if engine.device != "auto" else ("cuda" if pool.gpus_per_actor else "cpu")
+    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    threads = engine.threads
+    if threads is None and resources.here and device == "cpu":
+        threads = max((os.cpu_count() or 1) // pool.max_actors, 1)
+    return dataclasses.replace(engine, device=device, dtype=dtype, threads=threads)

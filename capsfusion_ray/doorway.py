@@ -1,0 +1,42 @@
+"""What every job does at its door: argv -> typed config -> one call -> a JSON line and an exit code.
+
+Exit codes: 0 done, 2 the configuration or the input must change, 1 failed (the same command again resumes).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from capsfusion_ray.config import load
+from capsfusion_ray.errors import CapsFusionError, UsageError
+
+T = TypeVar("T")
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+
+
+def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str] | None = None) -> int:
+    """Logs go to stderr; the last line on stdout is the call's result as one JSON object."""
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "INFO"), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in ("botocore", "aiobotocore", "s3fs", "urllib3", "httpx", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        result = call(load(schema, sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except CapsFusionError as error:
+        logging.getLogger(__name__).debug("where it was raised", exc_info=True)
+        print(f"failed: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted; everything committed is kept, the same command again resumes", file=sys.stderr)
+        return EXIT_FAILED
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    return EXIT_DONE

@@ -1,0 +1,151 @@
+"""The Ray Data graph, on one screen: read -> fuse -> judge and commit. A dataset row is a unit (see units.py).
+
+    read    CPU task    a span of neighbouring units: decoded once, filtered, admitted; one row a unit
+    fuse    actor       an engine, loaded once; several units in flight
+    commit  CPU task    gates, one put-if-absent; yields the unit's summary
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from capsfusion_ray.actors import FusionActor
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.parts import UnitSummary, commit
+from capsfusion_ray.plan import spans
+from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.sources import ReadSpec, Shard, iter_units
+from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+
+# Asked for beside the actors' own CPUs, so that idle actors cannot starve the reads. The two differ on purpose: Ray
+# fuses stages with equal resources into one process, and an actor that also reads and judges stops feeding its GPU.
+READ_CPUS = 0.25
+COMMIT_CPUS = 0.2
+NO_PROGRESS_TIMEOUT_S = -1  # a long gap without any spot node is no failure
+# A unit whose actor died is sent to another; a poison row must not reload models for ever.
+UNIT_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage must know; travels to the workers once a task."""
+
+    read: ReadSpec
+    gates: GatesConfig
+    engine: EngineConfig
+    decode: DecodeConfig
+    template: str
+    fields: tuple[tuple[str, str], ...]
+    output: Store
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The actor pool, settled for the cluster at hand."""
+
+    min_actors: int
+    max_actors: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    units_in_flight: int
+
+
+def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
+    """Fuse and commit every unit; their summaries in the order of commit. Raises what a stage raised."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.enable_progress_bars = False  # progress.py counts captions, from commits
+    context.print_on_execution_start = False
+    dataset = (
+        ray.data.read_datasource(
+            UnitSource(job, spans(units, {path: shard.row_groups for path, shard in shards.items()}), shards),
+            override_num_blocks=len(units),
+            ray_remote_args={"num_cpus": READ_CPUS},
+        )
+        .map_batches(
+            FusionActor,
+            fn_constructor_args=(job.engine, job.decode, job.template),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ActorPoolStrategy(
+                min_size=pool.min_actors,
+                max_size=pool.max_actors,
+                max_tasks_in_flight_per_actor=2 * pool.units_in_flight,
+                max_concurrent_calls_per_actor=pool.units_in_flight,
+                enable_true_multi_threading=True,  # one engine thread serves all calls: see actors.py
+            ),
+            num_cpus=pool.cpus_per_actor,
+            num_gpus=pool.gpus_per_actor,
+            max_task_retries=UNIT_RETRIES,
+        )
+        .map_batches(
+            judge_and_commit,
+            fn_kwargs={"job": job},
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            num_cpus=COMMIT_CPUS,
+        )
+    )
+    for row in dataset.iter_rows(prefetch_batches=0):
+        yield UnitSummary.parse(json.loads(row["summary"]))
+
+
+class UnitSource(Datasource):  # type: ignore[misc]  # ray.data is untyped
+    """One ReadTask a span: units that share a row group or a stream file are decoded together, once."""
+
+    def __init__(self, job: Job, groups: Sequence[Sequence[WorkUnit]], shards: dict[str, Shard]) -> None:
+        super().__init__()
+        self._job, self._spans, self._shards = job, groups, shards
+
+    def get_name(self) -> str:
+        return "Units"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return sum(self._shards[span[0].path].size for span in self._spans)
+
+    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        job = ray.put(self._job)
+        tasks = []
+        for span in self._spans:
+            metadata = BlockMetadata(num_rows=len(span), size_bytes=None, input_files=None, exec_stats=None)
+            tasks.append(ReadTask(_Read(job, self._shards[span[0].path], tuple(span)), metadata))
+        return tasks
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one ReadTask runs; a class so that it pickles small."""
+
+    job: Any  # ObjectRef of the Job
+    shard: Shard
+    units: tuple[WorkUnit, ...]
+
+    def __call__(self) -> Iterable[pa.Table]:
+        job: Job = ray.get(self.job)
+        ranges = [(unit.start, unit.stop) for unit in self.units]
+        for unit, read in zip(self.units, iter_units(self.shard, ranges, job.read), strict=True):
+            filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
+            unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
+            yield UnitBatch(unit, admit(read.table, job.gates), Apart(filtered, unreadable)).pack()
+
+
+def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
+    """The last stage: verdicts, the part, one put-if-absent."""
+    part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
+    commit(job.output, part, summary)
+    return pa.table({"summary": [json.dumps(asdict(summary))]})

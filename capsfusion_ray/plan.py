@@ -1,0 +1,312 @@
+"""Cut input shards into WorkUnits, and say what that will cost. Pure: knows no Ray, no network, no clock."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capsfusion_ray.config import fingerprint
+from capsfusion_ray.errors import AccountingError, PlanChanged
+from capsfusion_ray.rows import WorkUnit
+
+PLAN_VERSION = 1
+MAX_PARTITIONS = 1000
+
+# Captions/s of one actor, to cut the first units and to quote hours before anything ran; `unit.captions_per_s` and the
+# figures of a finished pilot are better. GPU: LLaMA-2-13B, 3 beams (computed, docs/performance.md); CPU: the embedded
+# model on one core.
+GUESSED_CAPTIONS_PER_S = {
+    ("beam", "cuda"): 90.0,
+    ("beam", "cpu"): 10.0,
+    ("transformers", "cuda"): 1.5,
+    ("transformers", "cpu"): 1.5,
+    ("echo", "cuda"): 20_000.0,
+    ("echo", "cpu"): 20_000.0,
+}
+
+
+class Shard(Protocol):
+    """What the plan must know of an input file (see sources.Shard): nothing of where it lies or how it is opened."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def content_key(self) -> str: ...
+    @property
+    def rows(self) -> int | None: ...
+    @property
+    def row_groups(self) -> tuple[int, ...]: ...
+    @property
+    def error(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """What a plan remembers of a shard, to tell a changed input from a new one."""
+
+    path: str
+    content_key: str
+    rows: int
+    group: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of one revision of a run, the shards they were cut from, and what decides the output."""
+
+    revision: int
+    base: dict[str, Any]  # the parts of the base fingerprint, by the config key a user would change
+    unit_rows: int
+    fields: tuple[tuple[str, str], ...]  # reference and passthrough columns: (name, arrow type), frozen at revision 1
+    units: tuple[WorkUnit, ...]
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.base)
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.rows for unit in self.units)
+
+    def to_bytes(self) -> bytes:
+        """One parquet object: a row a unit, everything else in the schema's metadata."""
+        header = {
+            "version": PLAN_VERSION,
+            "revision": self.revision,
+            "base": self.base,
+            "unit_rows": self.unit_rows,
+            "fields": self.fields,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        names = ("id", "path", "start", "stop", "group")
+        types = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string())
+        schema = pa.schema(list(zip(names, types, strict=True)), metadata={"capsfusion_plan": json.dumps(header)})
+        columns = [pa.array([getattr(unit, name) for unit in self.units], type_) for name, type_ in zip(names, types, strict=True)]
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """Raises AccountingError for a plan of another version of this program."""
+        table = pq.read_table(io.BytesIO(data))
+        header = json.loads((table.schema.metadata or {})[b"capsfusion_plan"])
+        if header["version"] != PLAN_VERSION:
+            raise AccountingError(
+                f"plan version {header['version']}: this program reads version {PLAN_VERSION}; finish the run with the "
+                "program that began it, or choose a new output.path"
+            )
+        units = tuple(WorkUnit(**row) for row in table.to_pylist())
+        shards = tuple(PlannedShard(**shard) for shard in header["shards"])
+        fields = tuple((name, type_) for name, type_ in header["fields"])
+        return cls(header["revision"], header["base"], header["unit_rows"], fields, units, shards)
+
+
+# ------------------------------------------------------------------------------------------------------------- cutting
+
+
+def unit_id(path: str, content_key: str, start: int, stop: int) -> str:
+    return hashlib.sha256(f"{path}\0{content_key}\0{start}\0{stop}".encode()).hexdigest()[:20]
+
+
+def wanted_ranges(shards: Sequence[Shard], limit: int | None) -> dict[str, int]:
+    """Rows to take from the start of each shard: all, or `limit` spread evenly over the readable shards.
+
+    Monotone: a larger limit takes at least the rows that a smaller one took of every shard, so a pilot's captions are
+    reused by the full run.
+    """
+    readable = [shard for shard in shards if not shard.error and shard.rows]
+    rows = {shard.path: shard.rows or 0 for shard in readable}
+    if limit is None:
+        return rows
+    # Water-filling: the shards with the fewest rows are asked first, each for an even share of what is left.
+    left = limit
+    taken: dict[str, int] = {}
+    by_rows = sorted(rows, key=lambda path: (rows[path], path))
+    for position, path in enumerate(by_rows):
+        taken[path] = min(rows[path], left // (len(by_rows) - position))
+        left -= taken[path]
+    return taken
+
+
+def cut_range(start: int, stop: int, row_groups: Sequence[int], unit_rows: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) into units of about `unit_rows`, along row-group borders where these are near.
+
+    Small row groups are gathered up to unit_rows; a large one is cut evenly (its units share one decode: see spans).
+    """
+    at, group_start, pending = start, 0, start
+    for group_rows in row_groups or (stop,):
+        low, high = max(group_start, start), min(group_start + group_rows, stop)
+        group_start += group_rows
+        if high <= low:
+            continue
+        if high - pending <= unit_rows:
+            at = high
+            continue
+        if at > pending:
+            yield pending, at
+            pending = at
+        if high - pending > unit_rows:
+            pieces = -(-(high - pending) // unit_rows)
+            cuts = [pending + (high - pending) * i // pieces for i in range(pieces + 1)]
+            yield from zip(cuts, cuts[1:-1], strict=False)
+            pending = cuts[-2]
+        at = high
+    if at > pending:
+        yield pending, at
+
+
+def make_plan(
+    shards: Sequence[Shard],
+    base: dict[str, Any],
+    unit_rows: int,
+    fields: Sequence[tuple[str, str]] = (),
+    limit: int | None = None,
+    max_groups: int = 256,
+    before: Sequence[Plan] = (),
+) -> Plan:
+    """The plan of a fresh output, or (with `before`: its earlier plans) of what was not planned yet.
+
+    Raises PlanChanged where an earlier plan holds other parameters or another content of a shard.
+    """
+    known: dict[str, PlannedShard] = {}
+    done: dict[str, list[tuple[int, int]]] = {}
+    for plan in before:
+        check_base(plan.base, base)
+        known |= {shard.path: shard for shard in plan.shards}
+        for unit in plan.units:
+            done.setdefault(unit.path, []).append((unit.start, unit.stop))
+    check_shards(known, shards)
+    groups = _assign_groups(shards, known, max_groups)
+    wanted = wanted_ranges(shards, limit)
+    units = []
+    for shard in shards:
+        for start, stop in _missing(done.get(shard.path, []), wanted.get(shard.path, 0)):
+            for a, b in cut_range(start, stop, shard.row_groups, unit_rows):
+                units.append(WorkUnit(unit_id(shard.path, shard.content_key, a, b), shard.path, a, b, groups[shard.path]))
+    planned = tuple(PlannedShard(s.path, s.content_key, s.rows or 0, groups[s.path], s.error) for s in shards)
+    return Plan(len(before) + 1, base, unit_rows, tuple(fields), tuple(units), planned)
+
+
+def _missing(done: list[tuple[int, int]], wanted: int) -> Iterator[tuple[int, int]]:
+    at = 0
+    for start, stop in sorted(done):
+        if start > at:
+            yield at, min(start, wanted)
+        at = max(at, stop)
+    if wanted > at:
+        yield at, wanted
+
+
+def _assign_groups(shards: Sequence[Shard], known: dict[str, PlannedShard], max_groups: int) -> dict[str, str]:
+    """Consecutive shards share a group; a shard keeps the group it once had, new shards get new groups."""
+    groups = {path: shard.group for path, shard in known.items()}
+    fresh = [shard.path for shard in shards if shard.path not in groups]
+    first = 1 + max((int(group[1:]) for group in groups.values()), default=-1)
+    count = min(len(fresh), max_groups)
+    for i, path in enumerate(fresh):
+        groups[path] = f"g{first + i * count // len(fresh):05d}"
+    return groups
+
+
+def check_base(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises PlanChanged naming every parameter that differs, with both values."""
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        what = "; ".join(f"{key}: was {_short(old.get(key))}, now {_short(new.get(key))}" for key in changed)
+        raise PlanChanged(f"this output was begun with other settings ({what}); restore them, or choose a new output.path")
+
+
+def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> None:
+    """Raises PlanChanged naming the first shard whose content is not what was planned."""
+    for shard in shards:
+        old = known.get(shard.path)
+        if old and old.content_key != shard.content_key:
+            raise PlanChanged(
+                f"{shard.path}: the input file changed since this output was planned ({old.rows} rows then, {shard.rows} "
+                "now); restore it, or choose a new output.path"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def spans(units: Iterable[WorkUnit], row_groups: dict[str, Sequence[int]]) -> list[list[WorkUnit]]:
+    """Units that must be decoded together: neighbours that share a row group (or a stream file), in plan order.
+
+    Each span is one read task, so that no row group is decoded once a unit.
+    """
+    out: list[list[WorkUnit]] = []
+    for unit in units:
+        last = out[-1][-1] if out else None
+        if last and last.path == unit.path and _share_group(last, unit, row_groups.get(unit.path, ())):
+            out[-1].append(unit)
+        else:
+            out.append([unit])
+    return out
+
+
+def _share_group(a: WorkUnit, b: WorkUnit, row_groups: Sequence[int]) -> bool:
+    edge = 0
+    for rows in row_groups or (b.stop,):
+        edge += rows
+        if a.stop <= edge:  # the group that holds a's last row
+            return b.start < edge
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------ the price
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take; `captions_per_s` is of one actor."""
+
+    rows: int
+    units: int
+    actors: int
+    captions_per_s: float
+    prompt_tokens: float  # mean, a row
+    output_tokens: float  # mean, a row
+    gpus_per_actor: float
+    price_per_gpu_hour: float
+    speed_source: str  # where captions_per_s comes from
+    errors: dict[str, str] = field(default_factory=dict)  # unreadable shards
+
+    @property
+    def seconds(self) -> float:
+        # The last wave: a unit an actor is in flight while others idle; half a unit on average.
+        tail = 0.5 * self.rows / max(self.units, 1) / self.captions_per_s if self.units else 0.0
+        return self.rows / (self.captions_per_s * self.actors) + tail
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.rows / self.captions_per_s / 3600 * self.gpus_per_actor
+
+    @property
+    def price(self) -> float:
+        return self.gpu_hours * self.price_per_gpu_hour
+
+    def text(self) -> str:
+        """For people: what will happen, how long it takes and what it costs."""
+        hours = self.seconds / 3600
+        lines = [
+            f"rows            {self.rows:,} in {self.units:,} units",
+            f"tokens a row    {self.prompt_tokens:.0f} prompt, {self.output_tokens:.0f} output (sampled)",
+            f"actors          {self.actors} with {self.gpus_per_actor:g} GPU each, {self.captions_per_s:g} captions/s each ({self.speed_source})",
+            f"time            {hours:,.1f} h" if hours >= 1 else f"time            {self.seconds:,.0f} s",
+            f"GPU-hours       {self.gpu_hours:,.1f}, {self.price:,.2f} USD at {self.price_per_gpu_hour:g} an hour",
+        ]
+        lines += [f"unreadable      {path}: {error}" for path, error in self.errors.items()]
+        return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""How far a run is, counted from commits: a live bar in a terminal, plain lines in a log, `progress.json` for others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from capsfusion_ray.errors import StorageError
+from capsfusion_ray.parts import UnitSummary
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+PROGRESS = "progress.json"
+LOG_EVERY_S = 10.0
+STORE_EVERY_S = 10.0
+_WINDOW_S = 300.0  # the speed shown is that of the last five minutes
+
+
+@dataclass
+class Progress:
+    """Counts committed rows. `planned` and the rows done before this process began make a resume truthful."""
+
+    store: Store
+    planned: int
+    units: int
+    actors: int
+    stream: TextIO
+    rows: int = 0
+    units_done: int = 0
+    rejected: int = 0
+    resumed_rows: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._recent: deque[tuple[float, int]] = deque([(self.began, 0)])
+        self._logged = self._stored = self.began
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self.stream.isatty():
+            self._live = Live(console=Console(file=self.stream), transient=True, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        self._write(self.line)
+
+    def resumed(self, summary: UnitSummary) -> None:
+        """Count a unit that an earlier process committed; it does not count towards the speed."""
+        self._count(summary)
+        self.resumed_rows = self.rows
+
+    def committed(self, summary: UnitSummary) -> None:
+        self._count(summary)
+        now = time.monotonic()
+        self._recent.append((now, self.rows - self.resumed_rows))
+        while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
+            self._recent.popleft()
+        if self._live:
+            self._live.update(self._bar(), refresh=True)
+        if now - self._logged >= LOG_EVERY_S and not self._live:
+            self._logged = now
+            self._write(self.line)
+        if now - self._stored >= STORE_EVERY_S:
+            self._stored = now
+            self.save()
+
+    def _count(self, summary: UnitSummary) -> None:
+        self.rows += summary.stop - summary.start
+        self.rejected += summary.rejected
+        self.units_done += 1
+
+    @property
+    def captions_per_s(self) -> float:
+        (t0, rows0), (t1, rows1) = self._recent[0], self._recent[-1]
+        return (rows1 - rows0) / (t1 - t0) if t1 > t0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        return (self.planned - self.rows) / self.captions_per_s if self.captions_per_s else None
+
+    @property
+    def line(self) -> str:
+        share = 100 * self.rows / self.planned if self.planned else 100.0
+        eta = "?" if self.eta_s is None else _clock(self.eta_s)
+        return (
+            f"{self.rows:,}/{self.planned:,} rows ({share:.1f}%)  {self.captions_per_s:,.1f} captions/s  "
+            f"{self.rejected:,} rejected  units {self.units_done:,}/{self.units:,}  {self.actors} actors  ETA {eta}"
+        )
+
+    def save(self) -> None:
+        state = {
+            "rows": self.rows,
+            "planned": self.planned,
+            "rejected": self.rejected,
+            "units": self.units,
+            "units_done": self.units_done,
+            "actors": self.actors,
+            "captions_per_s": round(self.captions_per_s, 3),
+            "eta_s": None if self.eta_s is None else round(self.eta_s, 1),
+            "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        try:
+            self.store.put(PROGRESS, json.dumps(state).encode())
+        except StorageError as error:  # what others read of a run must not end the run
+            log.warning("progress not written: %s", error)
+
+    def _bar(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=max(self.planned, 1), completed=self.rows, width=28), self.line)
+        return grid
+
+    def _write(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds + 0.5), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

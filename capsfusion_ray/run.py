@@ -1,0 +1,322 @@
+"""One run: survey the input -> plan -> pending units -> pipeline, compacting as groups finish -> manifest -> totals."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from capsfusion_ray import cluster, models, sources
+from capsfusion_ray.compactor import Compactor
+from capsfusion_ray.config import FuseConfig, as_dict, to_yaml
+from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
+from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, assemble, read_groups, read_manifest
+from capsfusion_ray.models import ModelInfo
+from capsfusion_ray.parts import committed, read_summaries
+from capsfusion_ray.pipeline import Job, Pool, run_units
+from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan
+from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
+from capsfusion_ray.progress import Progress
+from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
+from capsfusion_ray.sources import ReadSpec, Shard
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+DEMO_MODEL_ROWS = 100_000
+SAMPLE_ROWS = 400  # of the input, to estimate tokens
+OUTPUT_PER_SUFFIX_TOKEN = 36 / 46  # mean fused tokens over mean caption tokens of a prompt, published examples (SPEC)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known before any cluster: the model, the shards, the columns. Any error here costs seconds."""
+
+    model: ModelInfo
+    shards: tuple[Shard, ...]
+    fields: tuple[tuple[str, str], ...]
+
+
+def survey(cfg: FuseConfig) -> Survey:
+    """Raises ConfigError or SourceError for whatever can be known to be wrong without a cluster."""
+    for key, value in (("input.path", cfg.input.path), ("output.path", cfg.output.path)):
+        if not value:
+            raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
+    model = models.inspect(cfg.engine)
+    shards = tuple(sources.discover(cfg.input, cfg.source))
+    for shard in shards:
+        if shard.error:
+            log.warning("unreadable shard %s: %s; its rows are missing from this run", shard.path, shard.error)
+    if all(shard.error for shard in shards):
+        found = "; ".join(f"{shard.path}: {shard.error}" for shard in shards[:3]) or "no files"
+        raise SourceError(f"input.path={cfg.input.path}: nothing readable ({found})")
+    schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
+    pair_columns = {field.name for field in PAIR_FIELDS}
+    fields = tuple((field.name, str(field.type)) for field in schema if field.name not in pair_columns)
+    if cfg.output.partition_by != "shard" and cfg.output.partition_by not in dict(fields):
+        raise ConfigError(
+            f"output.partition_by={cfg.output.partition_by}: not a passthrough column; have {[name for name, _ in fields]} or shard"
+        )
+    return Survey(model, shards, fields)
+
+
+def read_spec(cfg: FuseConfig, fields: Sequence[tuple[str, str]]) -> ReadSpec:
+    """How every shard is read: the pair's columns, then the frozen extra ones."""
+    extra = [pa.field(name, pa.type_for_alias(type_)) for name, type_ in fields]
+    return ReadSpec(pa.schema([*PAIR_FIELDS, *extra]), cfg.source, cfg.filter, cfg.input.storage)
+
+
+def base_of(cfg: FuseConfig, model: ModelInfo) -> dict[str, Any]:
+    """Everything that decides the output, under the key that a user would change. Engine and decode must be settled."""
+    plain = as_dict(cfg)
+    base: dict[str, Any] = {"prompt": model.template, "engine.model": model.content}
+    keep = {
+        "source": plain["source"],
+        "filter": plain["filter"],
+        "gates": plain["gates"],
+        "decode": plain["decode"],
+        "engine": {key: plain["engine"][key] for key in ("kind", "dtype", "max_prompt_tokens")},
+        "output": {key: plain["output"][key] for key in ("target_file_mb", "target_file_rows", "partition_by")},
+    }
+    for section, values in keep.items():
+        base |= {f"{section}.{key}": value for key, value in values.items()}
+    return base
+
+
+def unit_rows(cfg: FuseConfig, device: str, before: Sequence[Plan]) -> int:
+    """Asked for, or as the output was begun, or target_s times the speed of one actor."""
+    if cfg.unit.rows:
+        return cfg.unit.rows
+    if before:
+        return before[0].unit_rows
+    return max(int(cfg.unit.target_s * speed(cfg, device)), 1)
+
+
+def speed(cfg: FuseConfig, device: str) -> float:
+    return cfg.unit.captions_per_s or GUESSED_CAPTIONS_PER_S[cfg.engine.kind, device]
+
+
+def next_plan(cfg: FuseConfig, found: Survey, device: str, before: Sequence[Plan]) -> Plan:
+    """The plan of what this output does not hold yet; without units where nothing is left to plan."""
+    rows = unit_rows(cfg, device, before)
+    base = base_of(cfg, found.model) | {"unit.rows": rows}
+    fields = before[0].fields if before else found.fields
+    missing = [name for name, _ in fields if name not in dict(found.fields)]
+    if missing:
+        raise SourceError(f"columns {missing} stood in the input when this output was begun and are gone; restore them")
+    plan = make_plan(found.shards, base, rows, fields, cfg.input.limit, cfg.output.max_shard_groups, before)
+    total = plan.rows + sum(earlier.rows for earlier in before)
+    if found.model.embedded and cfg.engine.kind != "echo" and total > DEMO_MODEL_ROWS and not cfg.engine.allow_demo_model:
+        raise ConfigError(
+            f"{total:,} rows with the embedded demo model, which is made for demos and tests (limit {DEMO_MODEL_ROWS:,}); give "
+            "engine.model=<your model>, or input.limit=…, or engine.allow_demo_model=true"
+        )
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------------- the plan
+
+
+def estimate(cfg: FuseConfig) -> dict[str, Any]:
+    """jobs/plan.py: what `fuse` would do and cost, from the listing, the footers and a sample. Writes nothing."""
+    found = survey(cfg)
+    store = Store(cfg.output.path, cfg.output.storage)
+    has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
+    device = "cuda" if has_gpu else "cpu"
+    engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
+    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
+    cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
+    plan = next_plan(cfg, found, device, read_plans(store))
+    prompt_tokens, output_tokens = _sample_tokens(cfg, found)
+    quote = Estimate(
+        rows=plan.rows,
+        units=len(plan.units),
+        actors=cfg.cluster.max_actors or cfg.cluster.min_actors,
+        captions_per_s=speed(cfg, device),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        gpus_per_actor=(1.0 if cfg.cluster.gpus_per_actor is None else cfg.cluster.gpus_per_actor) if has_gpu else 0.0,
+        price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
+        speed_source="unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}",
+        errors={shard.path: shard.error for shard in found.shards if shard.error},
+    )
+    print(quote.text(), file=sys.stderr)
+    return dataclasses.asdict(quote) | {
+        "seconds": round(quote.seconds, 1),
+        "gpu_hours": round(quote.gpu_hours, 3),
+        "price_usd": round(quote.price, 2),
+        "shards": len(found.shards),
+        "unit_rows": plan.unit_rows,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _sample_tokens(cfg: FuseConfig, found: Survey) -> tuple[float, float]:
+    """Mean prompt tokens and expected output tokens a row, from rows spread over all shards."""
+    table = sources.sample(found.shards, SAMPLE_ROWS, read_spec(cfg, found.fields))
+    rows = zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)
+    pairs = [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
+    if not pairs:
+        return 0.0, 0.0
+    if cfg.engine.kind == "echo":
+        words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
+        return words + len(found.model.template.split()), words
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.locate(cfg.engine.model), trust_remote_code=cfg.engine.trust_remote_code)
+    builder = PromptBuilder(found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens)
+    prompts = [p for p in builder.build(pairs) if not isinstance(p, Exception)]
+    suffix = sum(len(p.suffix_ids) for p in prompts) / max(len(prompts), 1)
+    return len(builder.prefix_ids) + suffix, min(suffix * OUTPUT_PER_SUFFIX_TOKEN, float(cfg.decode.max_new_tokens))
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Run:
+    """What is planned, what is done, and what is left of one output."""
+
+    store: Store
+    plans: list[Plan]
+    entries: list[GroupEntry]
+    in_parts: set[str] = field(default_factory=set)
+
+    @property
+    def units(self) -> list[WorkUnit]:
+        return [unit for plan in self.plans for unit in plan.units]
+
+    @property
+    def compacted(self) -> set[str]:
+        return {unit.id for entry in self.entries for unit in entry.units}
+
+    @property
+    def pending(self) -> list[WorkUnit]:
+        done = self.compacted | self.in_parts
+        return [unit for unit in self.units if unit.id not in done]
+
+    @property
+    def planned_rows(self) -> int:
+        return sum(plan.rows for plan in self.plans)
+
+
+def fuse(cfg: FuseConfig) -> dict[str, Any]:
+    """jobs/fuse.py: plan, or pick up the plan; fuse what is pending; compact; verify the sums; write the manifest."""
+    began = time.monotonic()
+    _exit_on_sigterm()
+    found = survey(cfg)
+    store = Store(cfg.output.path, cfg.output.storage)
+    store.check_writable(RUN_DIR)
+    if not store.conditional_put:
+        log.warning("%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path)
+    resources = cluster.connect(cfg.cluster)
+    try:
+        engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
+        pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)
+        engine = cluster.settle_engine(engine, pool, resources)
+        cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
+        run = _open_run(cfg, found, store, engine.device)
+        pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
+        resumed = len(run.units) - len(run.pending)
+        _refuse_lost_input(run, found)
+        manifest = _work(cfg, found, run, pool)
+    finally:
+        cluster.disconnect()
+    seconds = time.monotonic() - began
+    return totals(manifest.counts, cfg, len(run.units), resumed, seconds, run)
+
+
+def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
+    plans = read_plans(store)
+    plan = next_plan(cfg, found, device, plans)
+    if plan.units or not plans:
+        if not write_plan(store, plan):
+            raise ConfigError(f"{store.root}: another driver just planned this output; run the same command again to join it")
+        store.put(f"{RUN_DIR}/config-r{plan.revision:03d}.yaml", to_yaml(cfg).encode())
+        plans.append(plan)
+        log.info("planned revision %d: %d rows in %d units", plan.revision, plan.rows, len(plan.units))
+    entries = read_groups(store)
+    return Run(store, plans, entries, committed(store))
+
+
+def _refuse_lost_input(run: Run, found: Survey) -> None:
+    readable = {shard.path for shard in found.shards if not shard.error}
+    gone = sorted({unit.path for unit in run.pending} - readable)
+    if gone:
+        raise SourceError(f"{gone[0]}: planned, not finished, and no longer readable ({len(gone)} such shards); restore it")
+
+
+def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool) -> Manifest:
+    before = read_manifest(run.store)
+    pending = run.pending
+    began = time.monotonic()
+    if before and not pending and len(before.units) == len(run.units):
+        log.info("nothing is left to do: %s holds all %d planned rows", cfg.output.path, run.planned_rows)
+        return before
+    fields = run.plans[0].fields
+    read = read_spec(cfg, fields)
+    job = Job(read, cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, run.store)
+    shards = {shard.path: shard for shard in found.shards}
+    in_parts = [unit for unit in run.units if unit.id in run.in_parts and unit.id not in run.compacted]
+    progress = Progress(run.store, run.planned_rows, len(run.units), pool.max_actors, sys.stderr)
+    with progress, Compactor(run.store, run.plans, run.entries, cfg.output) as compactor:
+        for summary in [unit for entry in run.entries for unit in entry.units] + read_summaries(run.store, in_parts):
+            progress.resumed(summary)
+        for unit in in_parts:
+            compactor.committed(unit.id)
+        if pending:
+            log.info("%d of %d units to fuse, %d to %d actors", len(pending), len(run.units), pool.min_actors, pool.max_actors)
+            for summary in run_units(job, pool, pending, shards):
+                progress.committed(summary)
+                compactor.committed(summary.id)
+        missing = [unit for unit in pending if unit.id not in compactor.done]
+        if missing:
+            raise AccountingError(f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again")
+        entries = compactor.finish()
+        progress.save()
+    return _publish(run, entries, before, round(time.monotonic() - began, 1))
+
+
+def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float) -> Manifest:
+    """Assemble the manifest and swap it in, last."""
+    revisions = list(before.revisions) if before else []
+    for plan in run.plans[len(revisions) :]:
+        kind = "extension" if plan.revision > 1 else "base"
+        revisions.append({"revision": plan.revision, "kind": kind, "units": len(plan.units), "rows": plan.rows, "seconds": seconds})
+    manifest = assemble(run.plans, entries, revisions)
+    current = run.store.get_with_etag(MANIFEST)
+    if run.store.put_if_match(MANIFEST, manifest.to_bytes(), current[1] if current else None) is None:
+        raise AccountingError(f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again")
+    return manifest
+
+
+def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, run: Run) -> dict[str, Any]:
+    """The last line on stdout."""
+    fresh = counts.done if not resumed else sum(unit.rows for unit in run.pending)
+    return {
+        "rows": {name: getattr(counts, name) for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")},
+        "rejects": counts.reasons,
+        "filtered": counts.filtered_by,
+        "flags": counts.flags,
+        "units": units,
+        "resumed_units": resumed,
+        "seconds": round(seconds, 2),
+        "captions_per_s": round(fresh / seconds, 3),
+        "output": cfg.output.path,
+    }
+
+
+def _exit_on_sigterm() -> None:
+    """SIGTERM ends the driver as Ctrl-C does: what is committed is kept, actors and cluster are shut down."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

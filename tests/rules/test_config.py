@@ -1,0 +1,82 @@
+"""Configuration is parsed once; every mistake stops at the door and names the way out."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml
+from capsfusion_ray.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def refused(*argv):
+    with pytest.raises(ConfigError) as caught:
+        load(FuseConfig, argv)
+    return str(caught.value)
+
+
+def test_later_arguments_win_over_earlier_ones(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("decode: {num_beams: 1, max_new_tokens: 10}\nengine: {kind: echo}\n")
+    b.write_text("decode: {num_beams: 2}\n")
+    cfg = load(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"])
+    assert (cfg.decode.num_beams, cfg.decode.max_new_tokens, cfg.engine.kind) == (2, 20, "echo")
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("engine.knd=echo", "engine.kind"),
+        ("decode.num_beam=3", "decode.num_beams"),
+        ("kind=echo", "engine.kind"),
+        ("engine=echo", "engine.kind"),
+        ("engine.kind=ech", "echo"),
+        ("decode.num_beams=many", "int"),
+        ("decode.num_beams=9", "1 to 8"),
+        ("unit.rows=0", "positive"),
+        ("output.target_file_mb=-1", "above 0"),
+        ("input.path={a: 1}", "a path or a list"),
+        ("--help", "key=value"),
+        ("nowhere.yaml", "no such file"),
+        ("cluster.max_actors=0", "cluster.min_actors"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_way_out(argument, says):
+    assert says in refused(argument)
+
+
+def test_a_text_value_is_taken_literally():
+    cfg = load(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"])
+    assert cfg.source.columns.raw == "null"
+    assert cfg.output.path == "s3://b/[x]{y}"
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(FuseConfig, []).engine.kind = "echo"
+
+
+def test_saved_config_loads_again_and_hides_secrets(tmp_path):
+    cfg = load(FuseConfig, ["output.path=o", "input.path=[a,b]", "output.storage.secret=hunter2", "output.storage.endpoint_url=http://x"])
+    saved = tmp_path / "c.yaml"
+    saved.write_text(to_yaml(cfg))
+    again = load(FuseConfig, [str(saved)])
+    assert "hunter2" not in saved.read_text()
+    assert again.output.storage == {"secret": "***", "endpoint_url": "http://x"}
+    assert dataclasses.replace(again, output=cfg.output) == cfg
+
+
+def test_fingerprint_does_not_depend_on_key_order():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name)
+def test_every_fragment_of_conf_loads(path):
+    assert as_dict(load(FuseConfig, [str(path)]))
+
+
+def test_each_job_has_its_own_schema():
+    with pytest.raises(ConfigError):
+        load(VerifyConfig, ["engine.kind=echo"])

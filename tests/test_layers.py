@@ -1,0 +1,62 @@
+"""Imports go down only: the house of docs/architecture.md, enforced."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
+
+# Lower floors first; a module may import its own floor's packages' insides and every floor below, never one above.
+FLOORS = [
+    ("words", ["rows", "errors", "config"]),
+    ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units"]),
+    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "compact", "verify", "stages"]),
+    ("engines", ["engines"]),
+    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "run"]),
+    ("after", ["showcase", "evaluate", "train", "doorway"]),
+]
+FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
+RAY_ROOMS = {"pipeline", "cluster", "compactor", "train"}
+TORCH_ROOMS = {"engines", "train", "evaluate", "actors"}  # actors asks torch for the device's name
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    here = FLOOR[room(path)]  # a KeyError: a new room has no floor yet
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "capsfusion_ray" and len(parts) > 1 and parts[1] in FLOOR:
+            assert FLOOR[parts[1]] <= here, f"{path.name} ({FLOORS[here][0]}) imports {parts[1]} from above"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_ray_and_torch_stay_in_their_rooms(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    if room(path) not in RAY_ROOMS:
+        assert "ray" not in roots
+    if room(path) not in TORCH_ROOMS:
+        assert not roots & {"torch"}
+
+
+def test_every_file_is_one_readable_room():
+    long = {str(p.relative_to(PACKAGE)): n for p in FILES if (n := len(p.read_text("utf-8").splitlines())) > 400}
+    assert not long, f"split these: {long}"
