@@ -104,13 +104,8 @@ _DEMONYMS = frozenset(
 
 def unsupported_name(t: Triple) -> Fault | None:
     """How many capitalised words inside a sentence are in neither source, in no form (American, NYC, a mended typo)."""
-    in_raw, in_synthetic = t.raw.held, t.synthetic.held
-    words = t.fused.words
-    missing = [
-        w
-        for w, k in zip(words, t.fused.keys, strict=True)
-        if k not in in_raw and k not in in_synthetic and w[0].isupper()
-    ]
+    unheld = t.fused.held.difference(t.raw.held, t.synthetic.held)
+    missing = [w for w, k in zip(t.fused.words, t.fused.keys, strict=True) if k in unheld and w[0].isupper()]
     if not missing:
         return None
     text = t.fused.text
