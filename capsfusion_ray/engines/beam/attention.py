@@ -1,0 +1,52 @@
+"""Attention of one decode step, and of a prefill, in plain torch. The Triton kernel's twin and oracle. Knows no weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def decode_attention(
+    q_BHGKD: Tensor,
+    prefix_k_HPD: Tensor,
+    prefix_v_HPD: Tensor,
+    k_BHWD: Tensor,
+    v_BHWD: Tensor,
+    mask_BKW: Tensor,
+) -> Tensor:
+    """Attend from K beams of each row to the shared prefix and the row's own columns; [B, H, G, K, D].
+
+    `mask_BKW` is added to the scores: 0 where a beam sees a column, -inf elsewhere. Every row shares the prefix, so its
+    product is one matrix product over all rows and beams; a row's own columns are read once for all its beams.
+    """
+    b, h, g, k, d = q_BHGKD.shape
+    p, w = prefix_k_HPD.shape[1], k_BHWD.shape[2]
+    q = q_BHGKD * d**-0.5
+    q_prefix = q.transpose(0, 1).reshape(h, b * g * k, d)
+    # The score matrix in at least float32, as HF's softmax has it.
+    scores = torch.empty(b, h, g, k, p + w, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    scores[..., :p] = (q_prefix @ prefix_k_HPD.transpose(1, 2)).view(h, b, g, k, p).transpose(0, 1)
+    own = (q.reshape(b, h, g * k, d) @ k_BHWD.transpose(2, 3)).view(b, h, g, k, w)
+    torch.add(own, mask_BKW[:, None, None], out=scores[..., p:])
+    weights = scores.softmax(dim=-1).to(q.dtype)
+    from_prefix = weights[..., :p].transpose(0, 1).reshape(h, b * g * k, p) @ prefix_v_HPD
+    from_own = weights[..., p:].reshape(b, h, g * k, w) @ v_BHWD
+    return from_own.view(b, h, g, k, d) + from_prefix.view(h, b, g, k, d).transpose(0, 1)
+
+
+def prefill_attention(
+    q_BHGSD: Tensor, prefix_k_HPD: Tensor, prefix_v_HPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_BSC: Tensor
+) -> Tensor:
+    """Attend from left-padded suffixes to the prefix and, causally, to themselves; [B, H, G, S, D].
+
+    `mask_BSC` is boolean over [prefix | suffix] columns.
+    """
+    b, h, g, s, d = q_BHGSD.shape
+    keys = torch.cat((prefix_k_HPD.expand(b, -1, -1, -1), k_BHSD), dim=2)
+    values = torch.cat((prefix_v_HPD.expand(b, -1, -1, -1), v_BHSD), dim=2)
+    mask = mask_BSC[:, None]
+    out = F.scaled_dot_product_attention(
+        q_BHGSD.reshape(b, h * g, s, d), keys, values, attn_mask=mask, enable_gqa=g > 1
+    )
+    return out.view(b, h, g, s, d)

@@ -1,0 +1,282 @@
+"""The beam engine: prompts queue, rows live in slots, a finished row's slot goes to the next prompt. Knows no Ray.
+
+Rows 0..live-1 are the captions in work. The host looks at their stop flags, hands finished captions out and refills. Within
+float32 the batch shrinks when the queue is empty; in bfloat16 it keeps its size, because a matrix product of another size
+rounds differently, and two runs with the same slots and order must agree to the bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.beam.cache import Cache, Prefix
+from capsfusion_ray.engines.beam.network import Network
+from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
+from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, plan_slots
+from capsfusion_ray.engines.beam.weights import take_weights
+from capsfusion_ray.engines.loading import LoadedModel, load_model
+from capsfusion_ray.errors import EngineError
+from capsfusion_ray.rows import FinishReason, Generation, Prompt
+
+log = logging.getLogger(__name__)
+
+# Steps between two looks at the stop flags. A look waits for the device; a finished row idles 1.5 steps of about 41.
+LOOK_EVERY = {"cpu": 1, "cuda": 4}
+REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill of several suffixes, not several of one
+
+
+class BeamEngine:
+    """Beam search with in-flight refill for Llama-shaped models; see `engines.base.Engine` for the protocol."""
+
+    def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
+        if engine.threads is not None:
+            torch.set_num_threads(engine.threads)
+        self._start(load_model(engine), engine, decode)
+
+    @classmethod
+    def from_loaded(cls, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> BeamEngine:
+        """An engine over a model that is already in memory; it takes the weights over and leaves the model empty."""
+        built = cls.__new__(cls)
+        built._start(loaded, engine, decode)
+        return built
+
+    def _start(self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> None:
+        self._loaded = loaded
+        self._asked_slots = engine.slots
+        self._max_prompt_tokens = engine.max_prompt_tokens
+        self._plan = SearchPlan(
+            num_beams=decode.num_beams,
+            max_new_tokens=decode.max_new_tokens,
+            scoring=decode.scoring,
+            length_penalty=decode.length_penalty,
+            padded_prompt_tokens=engine.max_prompt_tokens,
+            no_repeat_ngram=decode.no_repeat_ngram or 0,
+            eos_ids=loaded.eos_ids,
+        )
+        with torch.inference_mode():
+            self._network = Network(take_weights(loaded, engine.max_prompt_tokens + decode.max_new_tokens))
+        self._device = self._network.weights.device
+        self._search = Search(self._plan, self._device)
+        self._look_every = LOOK_EVERY[self._device.type]
+        self._shrinks = self._network.weights.dtype != torch.bfloat16
+        self._queue: deque[Prompt] = deque()
+        self._rows: list[Prompt | None] = []  # the prompt in each slot of the batch; None: an idle slot
+        self._steps: list[int] = []  # generated tokens of each slot, an upper bound once it is done
+        self._failed: list[Generation] = []  # prompts refused at submit
+        self._prefix: Prefix | None = None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._loaded.encode(list(texts))
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._queue) + len(self._failed) + sum(prompt is not None for prompt in self._rows)
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+            if not prompt.suffix_ids:
+                self._failed.append(_failure(prompt, "the prompt has no token after the constant prefix"))
+            elif tokens > self._max_prompt_tokens:
+                self._failed.append(
+                    _failure(prompt, f"{tokens} prompt tokens; engine.max_prompt_tokens={self._max_prompt_tokens}")
+                )
+            else:
+                self._queue.append(prompt)
+
+    @torch.inference_mode()
+    def step(self) -> list[Generation]:
+        """Refill free slots, decode LOOK_EVERY tokens for every row, hand finished captions out."""
+        finished, self._failed = self._failed, []
+        try:
+            self._refill()
+            if not any(prompt is not None for prompt in self._rows):
+                return finished
+            for _ in range(self._look_every):
+                self._decode()
+            finished += self._harvest()
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"engine.slots={self._slots}: out of memory while decoding ({error}); set a lower engine.slots"
+            ) from error
+        return finished
+
+    # ------------------------------------------------------------------------------------------------ slots and queue
+
+    def _use_prefix(self, ids: tuple[int, ...]) -> None:
+        """Compute a constant prefix and allocate the rows that read it."""
+        if self._prefix is not None:
+            del self._cache, self._state  # else the new rows would have to fit beside the old ones
+        self._prefix = self._network.prefix(ids)
+        suffix_columns = self._max_prompt_tokens - len(ids)
+        plan = plan_slots(self._asked_slots, self._network.weights, self._plan, suffix_columns, len(ids))
+        self._slots = plan.slots
+        while shortage := self._allocate(self._prefix, self._slots, suffix_columns):
+            if self._slots == 1:
+                raise EngineError(f"engine.model={self._loaded.name!r}: no memory for a single caption: {shortage}")
+            fewer = self._slots * 3 // 4
+            log.warning("out of memory for %d slots (%s); trying %d", self._slots, plan.why, fewer)
+            self._slots = fewer
+        log.info("%d slots (%s), %d prefix tokens, %d suffix columns", self._slots, plan.why, len(ids), suffix_columns)
+
+    def _allocate(self, prefix: Prefix, slots: int, suffix_columns: int) -> str:
+        """Cache and state of `slots` rows; empty, or what the out-of-memory error said.
+
+        On a GPU one worst-case step is rehearsed, so that no later step needs more memory than this one found.
+        """
+        weights, plan = self._network.weights, self._plan
+        try:
+            cache = Cache.allocate(slots, suffix_columns, plan.num_beams, plan.max_new_tokens, weights)
+            state = BeamState.empty(slots, plan, self._device)
+            if self._device.type == "cuda":
+                rows = torch.arange(max(1, min(slots, PREFILL_TOKENS["cuda"] // suffix_columns)), device=self._device)
+                tokens_RS = torch.zeros(len(rows), suffix_columns, dtype=torch.int64, device=self._device)
+                self._network.prefill(cache, prefix, rows, tokens_RS, torch.full_like(rows, suffix_columns))
+                everything = slice(0, cache.visible_BKN.shape[2])
+                logits = self._network.decode(cache, prefix, state.tokens_BKT[:, :, 0], state.length_B, everything)
+                self._search.advance(state, logits)
+                state = BeamState.empty(slots, plan, self._device)
+        except torch.OutOfMemoryError as error:
+            return str(error)  # and the frame's tensors are freed with it, before the next try
+        self._cache, self._state = cache, state
+        return ""
+
+    def _refill(self) -> None:
+        """Give free slots to queued prompts, once enough of them are free."""
+        if not self._queue:
+            return
+        ids = self._queue[0].prefix_ids
+        if self._prefix is None or self._prefix.ids != ids:
+            if any(prompt is not None for prompt in self._rows):
+                return  # the rows in work read the old prefix: they finish first
+            self._rows, self._steps = [], []
+            self._use_prefix(ids)
+        idle = [i for i, prompt in enumerate(self._rows) if prompt is None]
+        free = idle + list(range(len(self._rows), self._slots))
+        wanted = min(len(self._queue), max(1, self._slots // REFILL_SHARE))
+        if len(free) < wanted:
+            return
+        admitted: list[tuple[int, Prompt]] = []
+        while free and self._queue and (self._queue[0].prefix_ids is ids or self._queue[0].prefix_ids == ids):
+            slot, prompt = free.pop(0), self._queue.popleft()
+            admitted.append((slot, prompt))
+            if slot == len(self._rows):
+                self._rows.append(prompt)
+                self._steps.append(1)
+            else:
+                self._rows[slot], self._steps[slot] = prompt, 1
+        if not self._shrinks and len(self._rows) < self._slots:  # the batch has its full size from the first step on
+            missing = self._slots - len(self._rows)
+            self._rows += [None] * missing
+            self._steps += [1] * missing
+        admitted.sort(key=lambda pair: len(pair[1].suffix_ids))  # chunks of like lengths waste less padding
+        budget = PREFILL_TOKENS[self._device.type]
+        chunk: list[tuple[int, Prompt]] = []
+        for pair in admitted:
+            if chunk and (len(chunk) + 1) * len(pair[1].suffix_ids) > budget:
+                self._prefill(chunk)
+                chunk = []
+            chunk.append(pair)
+        self._prefill(chunk)
+
+    def _prefill(self, admitted: list[tuple[int, Prompt]]) -> None:
+        """Suffixes of new rows into the cache, and the first token of each of their beams."""
+        assert self._prefix is not None
+        longest = max(len(prompt.suffix_ids) for _, prompt in admitted)
+        padded = [[0] * (longest - len(prompt.suffix_ids)) + list(prompt.suffix_ids) for _, prompt in admitted]
+        rows = torch.tensor([slot for slot, _ in admitted], device=self._device)
+        lengths_R = torch.tensor([len(prompt.suffix_ids) for _, prompt in admitted], device=self._device)
+        tokens_RS = torch.tensor(padded, device=self._device)
+        logits_RV = self._network.prefill(self._cache, self._prefix, rows, tokens_RS, lengths_R)
+        fresh = BeamState.empty(len(admitted), self._plan, self._device)
+        self._search.advance(fresh, logits_RV[:, None])
+        self._state.put(rows, fresh)
+
+    def _decode(self) -> None:
+        """One token for every row of the batch."""
+        assert self._prefix is not None
+        batch = len(self._rows)
+        cap = self._plan.max_new_tokens
+        state = self._state.rows(slice(0, batch))
+        fed_B = (state.length_B - 1).clamp(min=0)
+        tokens_BK = state.tokens_BKT.gather(2, fed_B[:, None, None].expand(-1, self._plan.num_beams, 1))[:, :, 0]
+        deepest = min(max(self._steps), cap)
+        suffix = max((len(prompt.suffix_ids) for prompt in self._rows if prompt is not None), default=1)
+        columns = slice(
+            self._cache.suffix_columns - suffix, self._cache.suffix_columns + deepest * self._plan.num_beams
+        )
+        logits_BKV = self._network.decode(self._cache, self._prefix, tokens_BK, fed_B, columns)
+        parent_BK = self._search.advance(state, logits_BKV)
+        self._cache.reorder(slice(0, batch), parent_BK)
+        self._steps = [n + (prompt is not None) for n, prompt in zip(self._steps, self._rows, strict=True)]
+
+    def _harvest(self) -> list[Generation]:
+        """Finished rows become generations; their slots become free."""
+        batch = len(self._rows)
+        state = self._state.rows(slice(0, batch))
+        done = [i for i, flag in enumerate(state.done_B.tolist()) if flag and self._rows[i] is not None]
+        if not done:
+            return []
+        index = torch.tensor(done, device=self._device)
+        ended = state.rows(index)
+        finished = [
+            self._generation(self._rows[slot], tokens, length, eos, score, failed)
+            for slot, tokens, length, eos, score, failed in zip(
+                done,
+                ended.best_tokens_BT.tolist(),
+                ended.best_length_B.tolist(),
+                ended.best_eos_B.tolist(),
+                ended.best_score_B.tolist(),
+                ended.failed_B.tolist(),
+                strict=True,
+            )
+        ]
+        state.length_B[index] = 1  # an idle row goes on writing its first column only
+        for slot, generation in zip(done, finished, strict=True):
+            self._rows[slot], self._steps[slot] = None, 1
+            if generation.finish is FinishReason.ERROR:
+                self._cache.forget(slot)
+        if self._shrinks and len(self._queue) == 0:
+            self._compact()
+        return finished
+
+    def _compact(self) -> None:
+        """Move the last rows into idle slots, so that the batch holds live rows only."""
+        for slot in range(len(self._rows)):
+            while self._rows and self._rows[-1] is None:
+                self._rows.pop()
+                self._steps.pop()
+            if slot >= len(self._rows):
+                break
+            if self._rows[slot] is None:
+                last = len(self._rows) - 1
+                self._cache.move_row(last, slot)
+                self._state.put(slice(slot, slot + 1), self._state.rows(slice(last, last + 1)))
+                self._rows[slot], self._steps[slot] = self._rows.pop(), self._steps.pop()
+
+    def _generation(
+        self, prompt: Prompt | None, tokens: list[int], length: int, eos: bool, score: float, failed: bool
+    ) -> Generation:
+        assert prompt is not None
+        if failed:
+            return _failure(prompt, "the model gave NaN or infinite scores")
+        return Generation(
+            id=prompt.id,
+            text=self._loaded.decode(tokens[:length]),
+            finish=FinishReason.EOS if eos else FinishReason.LENGTH,
+            prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
+            output_tokens=length,
+            score=score,
+        )
+
+
+def _failure(prompt: Prompt, error: str) -> Generation:
+    tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
+    return Generation(
+        id=prompt.id, text="", finish=FinishReason.ERROR, prompt_tokens=tokens, error=f"{prompt.id}: {error}"
+    )

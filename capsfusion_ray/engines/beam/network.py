@@ -1,0 +1,120 @@
+"""The Llama forward pass, twice: suffixes into the cache, and one decode step of all beams. Knows no search and no queue."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
+from capsfusion_ray.engines.beam.cache import Cache, Prefix
+from capsfusion_ray.engines.beam.weights import Layer, Weights
+
+
+class Network:
+    """Runs a model's weights. Every method is driven by one thread, under inference mode."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def prefix(self, ids: tuple[int, ...]) -> Prefix:
+        """Keys and values of a constant prefix, computed once."""
+        w = self.weights
+        empty = [torch.empty(w.kv_heads, 0, w.head_size, dtype=w.dtype, device=w.device) for _ in w.layers]
+        nothing = Prefix((), empty, empty)
+        if not ids:
+            return nothing
+        tokens = torch.tensor([ids], device=w.device)
+        kv: list[tuple[Tensor, Tensor]] = []
+        self._suffixes(nothing, tokens, torch.tensor([len(ids)], device=w.device), kv)
+        return Prefix(ids, [k[0].contiguous() for k, _ in kv], [v[0].contiguous() for _, v in kv])
+
+    def prefill(self, cache: Cache, prefix: Prefix, rows: Tensor, tokens_RS: Tensor, lengths_R: Tensor) -> Tensor:
+        """Write left-padded suffixes into the rows of the cache; the logits of their next token, [R, V]."""
+        kv: list[tuple[Tensor, Tensor]] = []
+        hidden_RE = self._suffixes(prefix, tokens_RS, lengths_R, kv)
+        cache.open_rows(rows, lengths_R)
+        first = cache.suffix_columns - tokens_RS.shape[1]
+        for keys, values, (k, v) in zip(cache.keys, cache.values, kv, strict=True):
+            keys[rows, :, first : cache.suffix_columns] = k
+            values[rows, :, first : cache.suffix_columns] = v
+        return F.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
+
+    def decode(self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, columns: slice) -> Tensor:
+        """One step of rows 0..B-1: feed each beam its last token; the logits of the next one, [B, K, V].
+
+        `steps_B` is the index of the token fed among the generated ones; `columns` the part of the cache that any of
+        these rows uses, the columns written now included.
+        """
+        w = self.weights
+        b, k = tokens_BK.shape
+        write_BK = cache.suffix_columns + steps_B[:, None] * k + torch.arange(k, device=w.device)
+        row_B1 = torch.arange(b, device=w.device)[:, None]
+        cache.visible_BKN[row_B1, torch.arange(k, device=w.device), write_BK] = True
+        visible_BKW = cache.visible_BKN[:b, :, columns]
+        mask_BKW = torch.zeros(visible_BKW.shape, dtype=w.dtype, device=w.device).masked_fill_(
+            ~visible_BKW, float("-inf")
+        )
+        position_B = len(prefix.ids) + cache.suffix_columns - cache.start_B[:b] + steps_B
+        cos, sin = w.cos[position_B][:, None, None], w.sin[position_B][:, None, None]
+        x = w.embedding[tokens_BK]
+        for i, layer in enumerate(w.layers):
+            q, key, value = self._qkv(layer, x, cos, sin)  # [B, K, H*G, D] and [B, K, H, D]
+            keys, values = cache.keys[i], cache.values[i]
+            keys[row_B1, :, write_BK] = key
+            values[row_B1, :, write_BK] = value
+            q_BHGKD = q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
+            attended = decode_attention(
+                q_BHGKD, prefix.keys[i], prefix.values[i], keys[:b, :, columns], values[:b, :, columns], mask_BKW
+            )
+            x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
+        return F.linear(self._norm(x, w.norm), w.head)
+
+    def _suffixes(
+        self, prefix: Prefix, tokens_RS: Tensor, lengths_R: Tensor, kv: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Left-padded suffixes through all layers; their keys and values go to `kv`; the last token's hidden state, [R, E]."""
+        w = self.weights
+        r, s = tokens_RS.shape
+        p = len(prefix.ids)
+        column_S = torch.arange(s, device=w.device)
+        pad_R1 = s - lengths_R[:, None]
+        position_RS = (p + column_S - pad_R1).clamp(min=0)
+        causal_RSS = (column_S[None, :, None] >= column_S) & (column_S >= pad_R1)[:, None]
+        # A padding token sees itself, so that its softmax is not empty.
+        causal_RSS |= torch.eye(s, dtype=torch.bool, device=w.device)
+        mask_RSC = torch.cat((torch.ones(r, s, p, dtype=torch.bool, device=w.device), causal_RSS), dim=2)
+        cos, sin = w.cos[position_RS][:, :, None], w.sin[position_RS][:, :, None]
+        x = w.embedding[tokens_RS]
+        for i, layer in enumerate(w.layers):
+            q, key, value = self._qkv(layer, x, cos, sin)
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            kv.append((key, value))
+            q_RHGSD = q.view(r, s, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
+            attended = prefill_attention(q_RHGSD, prefix.keys[i], prefix.values[i], key, value, mask_RSC)
+            x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1))
+        return x[:, -1]
+
+    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]."""
+        w = self.weights
+        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        heads = qkv.view(*x.shape[:-1], -1, w.head_size)
+        n_qk = w.kv_heads * (w.group + 1)
+        qk, value = heads[..., :n_qk, :], heads[..., n_qk:, :]
+        half = w.head_size // 2
+        turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
+        qk = qk * cos + turned * sin
+        return qk[..., : w.kv_heads * w.group, :], qk[..., w.kv_heads * w.group :, :], value
+
+    def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+        """Everything of a layer after its attention."""
+        x = x + F.linear(attended, layer.out, layer.out_bias)
+        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm with HF's order of roundings: float32 inside, the weight in the model's dtype."""
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.weights.norm_eps)
+        return weight * y.to(x.dtype)

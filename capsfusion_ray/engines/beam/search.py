@@ -1,0 +1,236 @@
+"""Beam arithmetic on the device: candidates, finished hypotheses, when a caption is done. Knows no model and no cache.
+
+Two scorings, each read from its source and compared with it token for token:
+
+`transformers` (5.x, `GenerationMixin._beam_search`): score = log-probability / n ** length_penalty, n generated tokens
+with the EOS. At the cap the best K candidates, finished or not, become hypotheses.
+
+`reference` (4.28.1, `BeamSearchScorer`): score = log-probability / (padded_prompt + n) ** length_penalty, n without the
+EOS, in Python floats. At the cap the open beams are added, unless the row was done. In 4.28.1 `cur_len += 1` stands
+inside the loop over the batch, so a row's stop test depends on its place in the batch; here every row gets what 4.28.1
+gives to the first one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+NEVER = -1.0e9  # the score of a hypothesis that does not exist, as in both versions
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search is asked for.
+
+    `padded_prompt_tokens` is the length the reference padded every prompt to (engine.max_prompt_tokens); only the
+    `reference` scoring looks at it.
+    """
+
+    num_beams: int
+    max_new_tokens: int
+    scoring: Literal["reference", "transformers"]
+    length_penalty: float
+    padded_prompt_tokens: int
+    no_repeat_ngram: int
+    eos_ids: tuple[int, ...]
+
+    @property
+    def candidates(self) -> int:
+        """How many continuations are kept, so that K of them are open even if every beam ends on each EOS."""
+        return max(2, 1 + len(self.eos_ids)) * self.num_beams
+
+
+@dataclass
+class BeamState:
+    """The search of B rows, K beams each; tensors on the device. A view of rows shares memory with the whole."""
+
+    scores_BK: Tensor  # float32, log-probability of each open beam
+    tokens_BKT: Tensor  # int64, generated tokens of each open beam
+    length_B: Tensor  # int64, generated tokens so far
+    kept_BK: Tensor  # scores of the best finished hypotheses, in any order; NEVER where there is none
+    best_score_B: Tensor
+    best_tokens_BT: Tensor  # int64, without the EOS
+    best_length_B: Tensor  # int64, without the EOS
+    best_eos_B: Tensor  # bool, the best hypothesis ended with an EOS
+    done_B: Tensor  # bool
+    failed_B: Tensor  # bool, NaN or infinite scores; implies done
+
+    @classmethod
+    def empty(cls, rows: int, plan: SearchPlan, device: torch.device) -> BeamState:
+        """`rows` searches before their first token. HF's start: only beam 0 is real, so that beams do not repeat."""
+        k, t = plan.num_beams, plan.max_new_tokens
+        # 4.28.1 scores hypotheses in Python floats, 5.x in float32 tensors.
+        score = {"reference": torch.float64, "transformers": torch.float32}[plan.scoring]
+        scores_BK = torch.full((rows, k), NEVER, device=device)
+        scores_BK[:, 0] = 0.0
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            scores_BK=scores_BK,
+            tokens_BKT=zeros(rows, k, t),
+            length_B=zeros(rows),
+            kept_BK=torch.full((rows, k), NEVER, dtype=score, device=device),
+            best_score_B=torch.full((rows,), NEVER, dtype=score, device=device),
+            best_tokens_BT=zeros(rows, t),
+            best_length_B=zeros(rows),
+            best_eos_B=zeros(rows, dtype=torch.bool),
+            done_B=zeros(rows, dtype=torch.bool),
+            failed_B=zeros(rows, dtype=torch.bool),
+        )
+
+    def rows(self, index: slice | Tensor) -> BeamState:
+        """The same state for some rows: a view for a slice, a copy for an index tensor."""
+        return BeamState(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def put(self, index: slice | Tensor, other: BeamState) -> None:
+        """Overwrite rows with another state's."""
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(other, f.name)
+
+
+class Search:
+    """Advances a BeamState by one token. Holds only constants."""
+
+    def __init__(self, plan: SearchPlan, device: torch.device) -> None:
+        self.plan = plan
+        t, k, c = plan.max_new_tokens, plan.num_beams, plan.candidates
+        score = {"reference": torch.float64, "transformers": torch.float32}[plan.scoring]
+        # Row n: what a hypothesis of n tokens is divided by. One longer than T, for the stop test's next length.
+        offset = plan.padded_prompt_tokens if plan.scoring == "reference" else 0
+        powers = [float(max(offset + n, 1)) ** plan.length_penalty for n in range(t + 2)]
+        self._divisor_T = torch.tensor(powers, dtype=torch.float64, device=device).to(score)
+        self._rank_C = torch.arange(c, device=device)
+        self._top_C = self._rank_C < k
+        self._eos_ids = torch.tensor(plan.eos_ids, device=device)
+        self._score_dtype = score
+
+    def advance(self, state: BeamState, logits_BQV: Tensor) -> Tensor:
+        """Choose the next tokens in place; the parent beam of each new beam, int64 [B, K].
+
+        `logits_BQV` are the next-token logits of the open beams: Q = K, or Q = 1 for rows before their first token.
+        Rows that are done keep their best hypothesis; what their beams become has no meaning.
+        """
+        logprobs_BQV = logits_BQV.float()  # HF: logits go to float32 before the softmax
+        if self.plan.num_beams == 1:
+            return self._advance_greedy(state, logprobs_BQV)
+        logprobs_BQV = torch.log_softmax(logprobs_BQV, dim=-1)
+        if self.plan.no_repeat_ngram:
+            block_repeats(logprobs_BQV, state.tokens_BKT, state.length_B, self.plan.no_repeat_ngram)
+        rows, queries, vocabulary = logprobs_BQV.shape
+        k = self.plan.num_beams
+        total_BQV = logprobs_BQV.add_(state.scores_BK[:, :queries, None])
+        cand_BC, flat_BC = total_BQV.view(rows, -1).topk(self.plan.candidates, dim=1)
+        parent_BC = flat_BC // vocabulary
+        token_BC = flat_BC - parent_BC * vocabulary
+
+        state.failed_B |= ~state.done_B & ~cand_BC[:, 0].isfinite()  # NaN sorts first
+        state.done_B |= state.failed_B
+        live_B = ~state.done_B
+        length_B = state.length_B + live_B  # with the token chosen now
+        at_cap_B = length_B >= self.plan.max_new_tokens
+        eos_BC = torch.isin(token_BC, self._eos_ids)
+
+        if self.plan.scoring == "transformers":
+            ends_BC = (eos_BC | at_cap_B[:, None]) & self._top_C
+            score_BC = cand_BC / self._divisor_T[length_B][:, None]
+        else:
+            ends_BC = eos_BC & self._top_C
+            score_BC = cand_BC.double() / self._divisor_T[length_B - 1][:, None]
+        score_BC = torch.where(ends_BC & live_B[:, None], score_BC, NEVER)
+        merged_BK = torch.cat((state.kept_BK, score_BC[:, :k]), dim=1).topk(k, dim=1).values
+        state.kept_BK.copy_(merged_BK)
+        top_B, winner_B = score_BC.max(dim=1)
+        self._keep_best(
+            state, top_B, _at(parent_BC, winner_B), _at(token_BC, winner_B), _at(eos_BC, winner_B), length_B
+        )
+
+        # The first K candidates that do not end, in their order.
+        order_BK = (self._rank_C + eos_BC * self._rank_C.numel()).argsort(dim=1)[:, :k]
+        parent_BK = parent_BC.gather(1, order_BK)
+        state.scores_BK.copy_(cand_BC.gather(1, order_BK))
+        worst_B = state.kept_BK.amin(dim=1)  # NEVER while fewer than K have finished
+        if self.plan.scoring == "transformers":
+            attainable_B = state.scores_BK[:, 0] / self._divisor_T[length_B]
+            state.done_B |= ~(attainable_B > worst_B) | at_cap_B
+        else:
+            attainable_B = cand_BC[:, 0].double() / self._divisor_T[length_B]
+            state.done_B |= (worst_B > NEVER) & (worst_B >= attainable_B)
+            open_B = torch.where(at_cap_B & ~state.done_B, state.scores_BK[:, 0] / self._divisor_T[length_B], NEVER)
+            no_eos_B = torch.zeros_like(at_cap_B)
+            token_BK = token_BC.gather(1, order_BK)
+            self._keep_best(state, open_B, parent_BK[:, 0], token_BK[:, 0], no_eos_B, length_B)
+            state.done_B |= at_cap_B
+        self._append(state, parent_BK, token_BC.gather(1, order_BK), length_B)
+        return parent_BK
+
+    def _advance_greedy(self, state: BeamState, logits_BQV: Tensor) -> Tensor:
+        """One beam is HF's greedy search in both versions: the likeliest token of the raw logits, until an EOS."""
+        if self.plan.no_repeat_ngram:
+            block_repeats(logits_BQV, state.tokens_BKT, state.length_B, self.plan.no_repeat_ngram)
+        top_B1, token_B1 = logits_BQV[:, 0].max(dim=1, keepdim=True)
+        logprob_B = top_B1[:, 0] - logits_BQV[:, 0].logsumexp(dim=1)
+        state.failed_B |= ~state.done_B & ~logprob_B.isfinite()
+        state.done_B |= state.failed_B
+        live_B = ~state.done_B
+        length_B = state.length_B + live_B
+        eos_B = torch.isin(token_B1[:, 0], self._eos_ids)
+        ends_B = eos_B | (length_B >= self.plan.max_new_tokens)
+        state.scores_BK.add_(torch.where(live_B, logprob_B, 0.0)[:, None])
+        counted_B = length_B - (eos_B & live_B) if self.plan.scoring == "reference" else length_B
+        score_B = torch.where(ends_B & live_B, state.scores_BK[:, 0] / self._divisor_T[counted_B], NEVER)
+        parent_B1 = torch.zeros_like(token_B1)
+        self._keep_best(state, score_B.to(self._score_dtype), parent_B1[:, 0], token_B1[:, 0], eos_B, length_B)
+        state.done_B |= ends_B
+        self._append(state, parent_B1, token_B1, length_B)
+        return parent_B1
+
+    def _keep_best(
+        self, state: BeamState, score_B: Tensor, parent_B: Tensor, token_B: Tensor, eos_B: Tensor, length_B: Tensor
+    ) -> None:
+        """Take a hypothesis (its parent's tokens and one more, which is left off if it is an EOS) where it wins."""
+        wins_B = score_B > state.best_score_B
+        tokens_BT = state.tokens_BKT[torch.arange(parent_B.numel(), device=parent_B.device), parent_B]
+        tokens_BT = tokens_BT.scatter(1, (length_B - 1).clamp(min=0)[:, None], token_B[:, None])
+        state.best_score_B.copy_(torch.where(wins_B, score_B, state.best_score_B))
+        state.best_tokens_BT.copy_(torch.where(wins_B[:, None], tokens_BT, state.best_tokens_BT))
+        state.best_length_B.copy_(torch.where(wins_B, length_B - eos_B.long(), state.best_length_B))
+        state.best_eos_B.copy_(torch.where(wins_B, eos_B, state.best_eos_B))
+
+    def _append(self, state: BeamState, parent_BK: Tensor, token_BK: Tensor, length_B: Tensor) -> None:
+        """Each beam becomes its parent and one more token."""
+        tokens_BKT = state.tokens_BKT.gather(1, parent_BK[:, :, None].expand_as(state.tokens_BKT))
+        at_BK1 = (length_B - 1).clamp(min=0)[:, None, None].expand(-1, token_BK.shape[1], 1)
+        state.tokens_BKT.copy_(tokens_BKT.scatter(2, at_BK1, token_BK[:, :, None]))
+        state.length_B.copy_(length_B)
+
+
+def block_repeats(logprobs_BQV: Tensor, tokens_BKT: Tensor, length_B: Tensor, size: int) -> None:
+    """Set to -inf, in place, each token that would complete an n-gram of `size` already generated by the same beam.
+
+    Unlike HF's `no_repeat_ngram_size` it does not look at the prompt: a fused caption repeats its sources' words by design.
+    """
+    rows, queries, vocabulary = logprobs_BQV.shape
+    tokens_BQT = tokens_BKT[:, :queries]
+    follows_BQW = tokens_BQT[:, :, size - 1 :]  # the token after the window of size-1 that starts at w
+    windows = follows_BQW.shape[2]
+    if windows <= 0:
+        return
+    start_W = torch.arange(windows, device=tokens_BKT.device)
+    match_BQW = (start_W + size - 1 < length_B[:, None])[:, None, :].expand(rows, queries, windows).clone()
+    for i in range(size - 1):
+        last_B = (length_B - (size - 1) + i).clamp(min=0)
+        last_BQ1 = tokens_BQT.gather(2, last_B[:, None, None].expand(rows, queries, 1))
+        match_BQW &= tokens_BQT[:, :, i : i + windows] == last_BQ1
+    blocked_BQV = torch.zeros(rows, queries, vocabulary + 1, dtype=torch.bool, device=tokens_BKT.device)
+    blocked_BQV.scatter_(2, torch.where(match_BQW, follows_BQW, vocabulary), True)
+    logprobs_BQV.masked_fill_(blocked_BQV[:, :, :vocabulary], float("-inf"))
+
+
+def _at(values_BC: Tensor, column_B: Tensor) -> Tensor:
+    return values_BC.gather(1, column_B[:, None])[:, 0]

@@ -1,0 +1,131 @@
+"""Load a tokenizer and a causal language model by folder or hub id, and refuse what is damaged. Knows no decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from capsfusion_ray.config import EngineConfig
+from capsfusion_ray.errors import ConfigError, EngineError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# engine.model="" means this one; in a wheel it lies inside the package, in a checkout beside it.
+_DEMO_PLACES = (_PACKAGE / "_models" / "capsfusion-tiny", _PACKAGE.parent / "models" / "capsfusion-tiny")
+DEMO_MODEL = next((place for place in _DEMO_PLACES if place.exists()), _DEMO_PLACES[-1])
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in eval mode on its device, its tokenizer, and the token ids that end a caption."""
+
+    model: Any  # transformers.PreTrainedModel; a model of trusted remote code need not be one
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens as the tokenizer adds them; without truncation."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+
+def resolve_device(engine: EngineConfig) -> torch.device:
+    """`auto` is the GPU if there is one. Raises ConfigError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    if engine.device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "engine.device='cuda': torch sees no GPU in this process; use engine.device=cpu or give the actor a GPU"
+        )
+    return torch.device("cuda" if has_gpu and engine.device != "cpu" else "cpu")
+
+
+def load_model(engine: EngineConfig) -> LoadedModel:
+    """The model and tokenizer of `engine.model`, in the dtype and on the device asked, ready to decode.
+
+    Weights are read in the dtype asked; there is never a float32 copy of a bfloat16 model. Raises ConfigError for a model
+    that is not there or not usable as asked, EngineError for damaged weights.
+    """
+    name = engine.model or str(DEMO_MODEL)
+    device = resolve_device(engine)
+    dtype = (
+        _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if engine.dtype == "auto" else _DTYPES[engine.dtype]
+    )
+    trust = engine.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"engine.model={name!r}: no usable config and tokenizer there: {error}") from error
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            **({"device_map": {"": device}} if device.type == "cuda" and _has_accelerate() else {}),
+        )
+    except ValueError as error:  # "Unrecognized configuration class": not a causal language model
+        raise ConfigError(f"engine.model={name!r}: not loadable as a causal language model: {error}") from error
+    except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError: by the form that is damaged
+        raise EngineError(
+            f"engine.model={name!r}: its weights cannot be read ({error}); download them again"
+        ) from error
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            some = ", ".join(sorted(map(str, report[what]))[:3])
+            raise EngineError(
+                f"engine.model={name!r}: {len(report[what])} {what.replace('_', ' ')} ({some}, …); the checkpoint is incomplete or "
+                "of another model; download it again"
+            )
+    model = model.to(device).eval()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if not torch.isfinite(parameter).all():
+            raise EngineError(
+                f"engine.model={name!r}: {parameter_name} holds NaN or infinite values; download the weights again"
+            )
+    return LoadedModel(model, tokenizer, eos_ids_of(model, tokenizer, name), name)
+
+
+def eos_ids_of(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:
+    """The ids that end a generation: HF's order, generation_config before the tokenizer. Raises ConfigError for none."""
+    for eos in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        if eos is not None:
+            ids = (eos,) if isinstance(eos, int) else tuple(eos)
+            if ids:
+                return ids
+    raise ConfigError(
+        f"engine.model={name!r}: neither its generation_config, its config nor its tokenizer has an EOS token, so no caption "
+        "would ever end; set eos_token_id in generation_config.json"
+    )
+
+
+def _has_accelerate() -> bool:
+    """transformers needs accelerate for device_map, which puts shards on the GPU one by one."""
+    from importlib.util import find_spec
+
+    return find_spec("accelerate") is not None

@@ -1,0 +1,124 @@
+"""Rows, slots and refill: what the engine promises about each caption, whatever the others do."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VOCABULARY, beam_engine, drain, hf_texts, random_prompts, texts, tiny_llama
+
+from capsfusion_ray.config import DecodeConfig
+from capsfusion_ray.rows import FinishReason, Prompt
+
+DECODE = DecodeConfig(num_beams=3, max_new_tokens=12)
+MODEL = tiny_llama(11)
+PROMPTS = random_prompts(random.Random(4), 14)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return texts(drain(beam_engine(MODEL, DECODE, slots=1), PROMPTS))
+
+
+@pytest.mark.parametrize("slots", [2, 5, 20])
+def test_the_slot_count_does_not_change_a_caption(alone, slots):
+    assert texts(drain(beam_engine(MODEL, DECODE, slots), PROMPTS)) == alone
+
+
+def test_the_order_of_units_does_not_change_a_caption(alone):
+    shuffled = random.Random(5).sample(PROMPTS, len(PROMPTS))
+    assert texts(drain(beam_engine(MODEL, DECODE, slots=3), shuffled)) == alone
+
+
+def test_two_runs_are_identical_to_the_last_bit_of_the_score():
+    runs = [drain(beam_engine(MODEL, DECODE, slots=3), PROMPTS) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_prompts_that_stream_in_while_others_are_in_work_change_nothing(alone):
+    engine = beam_engine(MODEL, DECODE, slots=4)
+    finished, waiting, rng = {}, list(PROMPTS), random.Random(6)
+    while engine.unfinished or waiting:
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if waiting:
+                engine.submit([waiting.pop(0)])
+        finished |= {generation.id: generation for generation in engine.step()}
+    assert texts(finished) == alone
+
+
+def test_the_batch_stays_full_while_work_is_queued():
+    engine = beam_engine(MODEL, DECODE, slots=4)
+    engine.submit(PROMPTS)
+    total, steps = len(PROMPTS), 0
+    while engine.unfinished:
+        engine.step()
+        steps += 1
+    # 14 captions of at most 12 tokens in 4 slots: static batches of 4 would take up to 4 * 12 steps.
+    assert steps <= total * DECODE.max_new_tokens / 4 + DECODE.max_new_tokens
+
+
+def test_another_prefix_waits_for_the_rows_in_work_and_is_right():
+    other = random_prompts(random.Random(7), 3, prefix=2)
+    other = [Prompt(f"other-{p.id}", "", "", "", p.prefix_ids, p.suffix_ids) for p in other]
+    decode = DecodeConfig(num_beams=2, max_new_tokens=8, scoring="transformers")
+    mixed = [*PROMPTS[:3], *other, *PROMPTS[3:5]]
+    assert texts(drain(beam_engine(MODEL, decode, slots=4), mixed)) == hf_texts(MODEL, mixed, decode)
+
+
+def test_a_prompt_over_the_budget_fails_alone(alone):
+    long = Prompt("long", "", "", "", PROMPTS[0].prefix_ids, tuple(range(3, 30)))
+    empty = Prompt("empty", "", "", "", PROMPTS[0].prefix_ids, ())
+    finished = drain(beam_engine(MODEL, DECODE, slots=3), [*PROMPTS[:4], long, empty, *PROMPTS[4:]])
+    for name in ("long", "empty"):
+        assert finished[name].finish is FinishReason.ERROR
+        assert name in finished.pop(name).error
+    assert texts(finished) == alone
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_nan_scores_fail_their_row_alone_and_leave_nothing_in_its_slot(beams):
+    model = tiny_llama(11)
+    poison = VOCABULARY - 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[poison] = float("nan")
+        model.lm_head.weight[poison] = 0
+    # -1e4: the poisoned token is read, never written
+    clean = [Prompt(p.id, "", "", "", p.prefix_ids, tuple(min(i, poison - 1) for i in p.suffix_ids)) for p in PROMPTS]
+    clean = [p for p in clean if poison not in p.prefix_ids]
+    bad = Prompt("bad", "", "", "", PROMPTS[0].prefix_ids, (5, poison, 6))
+    decode = DecodeConfig(num_beams=beams, max_new_tokens=8)
+    want = drain(beam_engine(model, decode, slots=2), clean)
+    finished = drain(beam_engine(model, decode, slots=2), [*clean[:3], bad, *clean[3:]])
+    failed = finished.pop("bad")
+    assert failed.finish is FinishReason.ERROR
+    assert "NaN" in failed.error
+    # The poisoned token could be written by a clean row: then that row fails in both runs.
+    assert finished == want
+
+
+def test_output_tokens_and_finish_say_how_a_caption_ended():
+    for generation in drain(beam_engine(MODEL, DECODE, slots=3), PROMPTS).values():
+        count = len(generation.text.split())
+        assert generation.output_tokens == count
+        assert generation.finish is (FinishReason.LENGTH if count == DECODE.max_new_tokens else FinishReason.EOS)
+        assert generation.prompt_tokens > 0
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    beams=st.sampled_from([1, 2, 3, 4]),
+    cap=st.integers(1, 14),
+    penalty=st.sampled_from([0.0, 0.6, 1.0, 1.8, -0.3]),
+    slots=st.integers(1, 6),
+    eos_weight=st.sampled_from([1.0, 2.0, 3.0]),
+)
+def test_any_small_model_cap_and_penalty_matches_transformers(seed, beams, cap, penalty, slots, eos_weight):
+    rng = random.Random(seed)
+    model = tiny_llama(seed, eos_weight)
+    prompts = random_prompts(rng, 4, prefix=rng.randint(0, 6))
+    decode = DecodeConfig(num_beams=beams, max_new_tokens=cap, scoring="transformers", length_penalty=penalty)
+    assert texts(drain(beam_engine(model, decode, slots), prompts)) == hf_texts(model, prompts, decode)
