@@ -1,0 +1,149 @@
+"""Compare a model, or a finished output, with reference captions, always beside the baselines. Top layer: runs an engine.
+
+The rows measured are the last `data.rows` of the file, which training never sees. A caption that is missing counts as the
+raw one, so that no system gains by leaving hard rows out.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from capsfusion_ray import models
+from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import build_engine
+from capsfusion_ray.errors import ConfigError, RowError, SourceError
+from capsfusion_ray.metrics import Example, measure
+from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, CaptionPair
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Caption pairs with the captions that a better model wrote for them."""
+
+    path: str = ""  # a JSON array or Parquet file
+    raw: str = "laion_2b"
+    synthetic: str = "laion_coco"
+    reference: str = "capsfuion_official"  # spelled so in the published example file
+    rows: int = 500  # the last rows of the file
+
+
+@dataclass(frozen=True)
+class EvaluateOutputConfig:
+    """Where the figures go: `<path>/figures.json`, `figures.md` and `captions.jsonl`. Empty: nowhere but the terminal."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """jobs/evaluate.py."""
+
+    data: ReferenceConfig = field(default_factory=ReferenceConfig)
+    fused: str = ""  # a finished output to measure (its folder); empty: the model of `engine` writes the captions
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    output: EvaluateOutputConfig = field(default_factory=EvaluateOutputConfig)
+
+
+def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
+    """The figures by system: the model or output, and the baselines. Writes the files that `output.path` asks for."""
+    rows = read_references(cfg.data)
+    pairs = [CaptionPair(str(i), raw, synthetic) for i, (raw, synthetic, _) in enumerate(rows)]
+    captions = _from_output(cfg.fused, pairs) if cfg.fused else generate(cfg.engine, cfg.decode, pairs)
+    name = "output" if cfg.fused else "model"
+    systems = {
+        "raw": [p.raw for p in pairs],
+        "synthetic": [p.synthetic for p in pairs],
+        "raw. synthetic": [f"{p.raw.rstrip(' .')}. {p.synthetic}" for p in pairs],
+        name: [captions.get(p.row_id) or p.raw for p in pairs],
+        "reference": [reference for _, _, reference in rows],
+    }
+    figures = {
+        system: measure(
+            [
+                Example(p.raw, p.synthetic, text, reference)
+                for p, text, (_, _, reference) in zip(pairs, texts, rows, strict=True)
+            ]
+        )
+        for system, texts in systems.items()
+    }
+    table = as_table(figures)
+    LOG.info("%d rows, %d captions missing\n%s", len(rows), sum(not captions.get(p.row_id) for p in pairs), table)
+    if cfg.output.path:
+        folder = Path(cfg.output.path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (folder / "figures.md").write_text(table + "\n", encoding="utf-8")
+        with (folder / "captions.jsonl").open("w", encoding="utf-8") as lines:
+            for pair, text, (_, _, reference) in zip(pairs, systems[name], rows, strict=True):
+                row = {RAW: pair.raw, SYNTHETIC: pair.synthetic, FUSED: text, "reference": reference}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return {"rows": len(rows), "figures": figures}
+
+
+def read_references(cfg: ReferenceConfig) -> list[tuple[str, str, str]]:
+    """Raw, synthetic and reference caption of the last rows."""
+    path = Path(cfg.path)
+    if not path.is_file():
+        raise ConfigError(
+            f"data.path={cfg.path!r}: no such file; give a JSON array or Parquet file with reference captions"
+        )
+    names = (cfg.raw, cfg.synthetic, cfg.reference)
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+    else:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        chosen = [tuple(str(row[name]) for name in names) for row in rows[-cfg.rows :]]
+    except KeyError as error:
+        raise SourceError(
+            f"{path}: a row has no column {error}; set data.raw, data.synthetic and data.reference"
+        ) from None
+    return [(raw, synthetic, reference) for raw, synthetic, reference in chosen]
+
+
+def generate(engine_config: EngineConfig, decode: DecodeConfig, pairs: Sequence[CaptionPair]) -> dict[str, str]:
+    """The engine's own text for each pair, by row id; a pair that cannot be fused is absent."""
+    info = models.inspect(engine_config)
+    engine_config, decode = models.settle(engine_config, decode, info)
+    engine = build_engine(engine_config, decode)
+    built = PromptBuilder(info.template, engine.encode, engine_config.max_prompt_tokens).build(pairs)
+    engine.submit([prompt for prompt in built if not isinstance(prompt, RowError)])
+    captions: dict[str, str] = {}
+    while engine.unfinished:
+        for generation in engine.step():
+            if not generation.error:
+                captions[generation.id] = generation.text
+    return captions
+
+
+def _from_output(path: str, pairs: Sequence[CaptionPair]) -> dict[str, str]:
+    """Captions of a finished output, matched by their two sources: the output may hold more rows, in another order."""
+    files = sorted(Path(path).glob("data/**/*.parquet"))
+    if not files:
+        raise ConfigError(f"fused={path!r}: no data/**/*.parquet in it; give the folder of a finished output")
+    by_sources: dict[tuple[str, str], str] = {}
+    for file in files:
+        for row in pq.ParquetFile(file).read(columns=[RAW, SYNTHETIC, FUSED, ROW_ID]).to_pylist():
+            by_sources[row[RAW], row[SYNTHETIC]] = row[FUSED]
+    return {p.row_id: by_sources[p.raw, p.synthetic] for p in pairs if (p.raw, p.synthetic) in by_sources}
+
+
+def as_table(figures: dict[str, dict[str, float]]) -> str:
+    """Markdown: a line a system, a column a figure."""
+    names = list(next(iter(figures.values())))
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |", "| --- |" + " --- |" * len(names)]
+    for system, values in figures.items():
+        cells = (f"{values[name]:.1f}" if name == "words" else f"{values[name]:.3f}" for name in names)
+        lines.append(f"| {system} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""How good fused captions are: against references (BLEU-4, chrF, ROUGE-L, CIDEr) and against their own sources. Pure.
+
+Formulas, where no kept library computes them without Java:
+
+ROUGE-L is the F1 of the longest common subsequence of words, lower case, averaged over captions.
+
+CIDEr is CIDEr-D (Vedantam et al., 2015) as in pycocoevalcap: for n = 1 to 4 the TF-IDF vectors of n-grams of candidate
+and reference, document frequency counted over the references, the candidate's counts clipped to the reference's,
+cosine similarity times exp(-(difference of lengths)^2 / (2 * 6^2)), averaged over n, times 10. With one reference a
+caption, the references themselves score 10. It differs from the original in its words: runs of letters and digits, lower
+case, without Java's PTB tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_NUMBER = re.compile(r"\d+")
+_CAPITALISED = re.compile(r"(?<![^\W_])[A-Z][^\W_]*")
+_GOOD_ENDING = re.compile(r"""[.!?…]["'”’)\]]*$""")
+_CIDER_N, _CIDER_SIGMA = 4, 6.0
+# Words whose presence says nothing about where a caption's content came from.
+_FUNCTION_TEXT = """
+a an the this that these those of in on at to for from by with without and or but nor so as is are was were be been being
+am it its he she they them his her their our your my we you i who whom whose which what when where while how why during
+into onto over under between among through near up down out off about after before against above below not no yes has have
+had having do does did can could will would shall should may might must there here than then also such both either each
+every some any all more most other another same very just only own too if because until s t
+"""
+_FUNCTION_WORDS = frozenset(_FUNCTION_TEXT.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A caption to be judged, its two sources, and the caption that a better model wrote."""
+
+    raw: str
+    synthetic: str
+    fused: str
+    reference: str
+
+
+def words_of(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def measure(examples: Sequence[Example]) -> dict[str, float]:
+    """All figures of one system. Shares and scores lie in [0, 1], CIDEr in [0, 10], words is a mean count."""
+    from sacrebleu.metrics import BLEU, CHRF  # an extra: fusing needs no metric
+
+    fused, references = [e.fused for e in examples], [e.reference for e in examples]
+    tokens, reference_tokens = [words_of(f) for f in fused], [words_of(r) for r in references]
+    return {
+        "rouge_l": _mean(rouge_l(t, r) for t, r in zip(tokens, reference_tokens, strict=True)),
+        "bleu_4": BLEU(lowercase=True).corpus_score(fused, [references]).score / 100,
+        "chrf": CHRF().corpus_score(fused, [references]).score / 100,
+        "cider": cider(tokens, reference_tokens),
+        "numbers_kept": _kept(_NUMBER.findall, examples, fold=False),
+        "capitalised_kept": _kept(_CAPITALISED.findall, examples, fold=True),
+        "content_in_neither": _in_neither(examples),
+        "numbers_in_neither": _mean(
+            bool(set(_NUMBER.findall(e.fused)) - set(_NUMBER.findall(f"{e.raw} {e.synthetic}"))) for e in examples
+        ),
+        "good_ending": _mean(bool(_GOOD_ENDING.search(e.fused.strip())) for e in examples),
+        "repeated_trigram": _mean(has_repeated_trigram(t) for t in tokens),
+        "near_concatenation": _mean(is_near_concatenation(e) for e in examples),
+        "instruction_echo": _mean(bool(_ECHO.search(e.fused)) for e in examples),
+        "words": _mean(len(t) for t in tokens),
+    }
+
+
+_ECHO = re.compile(
+    r"real[- ]world (?:knowledge|information|detail)|\bsentences? [12]\b|(?:two|given) sentences\b|sentence structure",
+    re.IGNORECASE,
+)
+
+
+def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        diagonal = 0
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], diagonal + 1 if x == y else max(row[j], row[j - 1])
+    return row[-1]
+
+
+def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
+    if not candidate or not reference:
+        return 0.0
+    common = lcs_length(candidate, reference)
+    return 2 * common / (len(candidate) + len(reference))
+
+
+def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
+    """Mean CIDEr-D over the captions, one reference each; see this file's docstring."""
+    grams = [_ngrams(reference) for reference in references]
+    frequency: Counter[tuple[str, ...]] = Counter(gram for counts in grams for gram in counts)
+    log_captions = math.log(max(2, len(references)))
+    total = 0.0
+    for candidate, reference, reference_counts in zip(candidates, references, grams, strict=True):
+        counts = _ngrams(candidate)
+        dot, squares, reference_squares = [0.0] * _CIDER_N, [0.0] * _CIDER_N, [0.0] * _CIDER_N
+
+        def idf(gram: tuple[str, ...]) -> float:
+            return log_captions - math.log(max(1, frequency[gram]))
+
+        for gram, n in counts.items():
+            weight = idf(gram)
+            squares[len(gram) - 1] += (n * weight) ** 2
+            dot[len(gram) - 1] += min(n, reference_counts[gram]) * reference_counts[gram] * weight**2
+        for gram, n in reference_counts.items():
+            reference_squares[len(gram) - 1] += (n * idf(gram)) ** 2
+        penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / (2 * _CIDER_SIGMA**2))
+        cosines = [
+            d / math.sqrt(s * r) if s > 0 and r > 0 else 0.0
+            for d, s, r in zip(dot, squares, reference_squares, strict=True)
+        ]
+        total += 10 * penalty * sum(cosines) / _CIDER_N
+    return total / max(1, len(candidates))
+
+
+def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+    return Counter(tuple(words[i : i + n]) for n in range(1, _CIDER_N + 1) for i in range(len(words) - n + 1))
+
+
+def has_repeated_trigram(words: Sequence[str]) -> bool:
+    trigrams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
+    return len(set(trigrams)) < len(trigrams)
+
+
+def is_near_concatenation(example: Example) -> bool:
+    """Both sources almost word for word, one after the other, and little else: a fusion in name only."""
+    fused = words_of(example.fused)
+    raw, synthetic = words_of(example.raw), words_of(example.synthetic)
+    if len(raw) < 3 or len(synthetic) < 3:
+        return False
+    for first, second in ((raw, synthetic), (synthetic, raw)):
+        both = first + second
+        if len(fused) <= 1.25 * len(both) and lcs_length(fused, both) >= 0.9 * len(both):
+            return True
+    return False
+
+
+def _kept(find: object, examples: Sequence[Example], fold: bool) -> float:
+    """The share of what `find` finds in raw captions that stands in the fused ones too; by distinct word, over all captions."""
+    there = kept = 0
+    for e in examples:
+        wanted = {w.lower() if fold else w for w in find(e.raw)}  # type: ignore[operator]
+        fused = set(words_of(e.fused)) | set(_NUMBER.findall(e.fused)) | set(re.findall(r"[^\W_]+", e.fused.lower()))
+        there += len(wanted)
+        kept += len(wanted & fused)
+    return kept / max(1, there)
+
+
+def _in_neither(examples: Sequence[Example]) -> float:
+    """The share of the fused captions' content words (distinct, in a caption) that neither source holds, endings aside."""
+    there = absent = 0
+    for e in examples:
+        sources = {_stem(w) for w in words_of(f"{e.raw} {e.synthetic}")}
+        content = {w for w in words_of(e.fused) if w not in _FUNCTION_WORDS}
+        there += len(content)
+        absent += sum(_stem(w) not in sources for w in content)
+    return absent / max(1, there)
+
+
+def _stem(word: str) -> str:
+    for suffix in ("'s", "’s", "ing", "ed", "es", "s"):
+        if word.endswith(suffix) and len(word) - len(suffix) >= 3:
+            return word[: -len(suffix)]
+    return word
+
+
+def _mean(values: Iterable[float]) -> float:
+    held = [float(v) for v in values]
+    return sum(held) / max(1, len(held))

@@ -1,0 +1,99 @@
+"""The configuration of jobs/train.py. Knows no torch and no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from capsfusion_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TripleConfig:
+    """Where the triples (raw, synthetic, fused) are, and which of them are never trained on."""
+
+    path: str = ""  # a JSON array, JSON lines or Parquet file
+    raw: str = "laion_2b"
+    synthetic: str = "laion_coco"
+    fused: str = "capsfuion_official"  # spelled so in the published example file
+    validation_rows: int = 500  # the last rows of the file
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to start from: a hub id or folder, or, where `path` is empty, a Llama of this shape from scratch."""
+
+    path: str = ""
+    vocab_size: int = 4096
+    hidden: int = 256
+    layers: int = 6
+    heads: int = 8
+    ffn: int = 704
+    max_positions: int = 512
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How much of the training data is rewritten, as shares of the triples drawn."""
+
+    rewrite_share: float = 0.8  # triples whose names, numbers and shared words are replaced
+    phrase_share: float = 0.3  # of those: a copied phrase replaced by one of another caption
+    noise_share: float = 0.15  # triples whose raw caption is recased or loses its punctuation
+    copy_share: float = 0.03  # pure copy tasks, after the curriculum
+    copy_only_steps: int = 150  # the curriculum: copy tasks alone until here …
+    copy_fade_steps: int = 450  # … then fewer and fewer over so many steps
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Warm-up, constant rate, linear decay to zero; Muon for the layers' matrices, AdamW for the rest."""
+
+    steps: int = 4000
+    warmup_steps: int = 60
+    decay_steps: int = 800  # the last steps
+    batch_triples: int = 64
+    muon_lr: float = 0.02  # 0: AdamW for everything, as for fine-tuning a pretrained model
+    adam_lr: float = 2e-3
+    weight_decay: float = 0.02
+    dropout: float = 0.1  # on what every attention and MLP block adds
+    source_loss_weight: float = 0.1  # of the captions in the prompt; the fused caption has weight 1
+    label_smoothing: float = 0.0
+    ema: float = 0.998  # decay a step of the averaged weights, which are the ones saved
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay_steps <= self.steps:
+            raise ConfigError(f"optim.decay_steps={self.decay_steps}: must be 1 to optim.steps={self.steps}")
+
+
+@dataclass(frozen=True)
+class TrainOutputConfig:
+    """Where the model folder goes; checkpoints and curves stand beside it in `<path>.run/`."""
+
+    path: str = ""
+    max_prompt_tokens: int = 256
+    no_repeat_ngram: int = 5  # written into fusion.json as the model's wish for decoding
+    checkpoint_every: int = 200  # steps
+    validate_every: int = 200  # steps
+
+
+@dataclass(frozen=True)
+class TrainClusterConfig:
+    """The Ray Train workers: one process a GPU; without GPUs one process with `threads` CPU threads."""
+
+    workers: int = 1
+    gpu: bool = False
+    threads: int = 2
+    max_failures: int = 3  # restarts of the worker group from the last checkpoint
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """jobs/train.py."""
+
+    data: TripleConfig = field(default_factory=TripleConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    prompt_template: str = ""  # empty: the short one from scratch, the reference's for a pretrained model
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: TrainOutputConfig = field(default_factory=TrainOutputConfig)
+    cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig)

@@ -1,0 +1,259 @@
+"""The training loop: config in, model folder out. Knows no Ray; the caller is told of every validation.
+
+B sequences, L tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from capsfusion_ray import prompt
+from capsfusion_ray.train.augment import Banks
+from capsfusion_ray.train.batches import POOL_BATCHES, Batch, Encoder, cached_by_word, pad, pool
+from capsfusion_ray.train.config import ModelConfig, OptimConfig, TrainConfig
+from capsfusion_ray.train.optim import Average, build_optimizers
+from capsfusion_ray.train.tokenizer import SHORT_TEMPLATE, train_tokenizer
+from capsfusion_ray.train.triples import Triple, read_triples
+
+CHECKPOINT = "checkpoint.pt"
+CURVE = "curve.jsonl"
+TOKENIZER = "tokenizer"  # a folder: trained once, read back when a killed run goes on
+VALIDATION_BATCH = 64  # sequences
+IGNORED = -100
+
+Report = Callable[[dict[str, float]], None]
+
+
+def run_folder(cfg: TrainConfig) -> Path:
+    return Path(f"{cfg.output.path}.run")
+
+
+def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module] = lambda m: m, rank: int = 0) -> Path:
+    """Train, or go on from the last checkpoint, and write the model folder. Returns the folder.
+
+    `wrap` makes the model data-parallel (Ray Train's `prepare_model`); rank 0 alone writes.
+    """
+    torch.manual_seed(cfg.optim.seed + rank)
+    device = torch.device("cuda" if cfg.cluster.gpu else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(cfg.cluster.threads)
+    work = run_folder(cfg)
+    work.mkdir(parents=True, exist_ok=True)
+    triples, validation = read_triples(cfg.data)
+    banks = Banks.collect(triples, cfg.optim.seed)
+    tokenizer, plain = _start(cfg, triples, work / TOKENIZER)
+    plain.to(device)
+    encoder = build_encoder(tokenizer, template_text(cfg), cfg.optim.source_loss_weight, by_word=not cfg.model.path)
+    _add_dropout(plain, cfg.optim.dropout)
+    model = wrap(plain)
+    optimizers = build_optimizers(plain, cfg.optim.muon_lr, cfg.optim.adam_lr, cfg.optim.weight_decay)
+    base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    average = Average(plain, cfg.optim.ema)
+    step = _resume(work / CHECKPOINT, plain, optimizers, average)
+    held_out = _batches(validation, encoder, tokenizer.pad_token_id)
+    batches: list[Batch] = []
+    loss_sum, tokens, began = 0.0, 0, time.monotonic()
+    while step < cfg.optim.steps:
+        if not batches or step % POOL_BATCHES == 0:
+            whole = pool(step // POOL_BATCHES, triples, banks, encoder, cfg, tokenizer.pad_token_id, rank)
+            batches = whole[step % POOL_BATCHES :]
+        batch = batches.pop(0)
+        model.train()
+        loss = weighted_loss(model, batch, device, cfg.optim.label_smoothing)
+        loss.backward()
+        scale = rate(step, cfg.optim)
+        for optimizer, base in zip(optimizers, base_lrs, strict=True):
+            optimizer.param_groups[0]["lr"] = base * scale
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        average.update(plain, step)
+        step += 1
+        loss_sum, tokens = loss_sum + float(loss.detach()), tokens + batch.ids_TL.numel()
+        last = step == cfg.optim.steps
+        if rank == 0 and (step % cfg.output.validate_every == 0 or last):
+            seconds = time.monotonic() - began
+            n = (step - 1) % cfg.output.validate_every + 1
+            average.swap(plain)
+            held = validate(plain, held_out, device)
+            average.swap(plain)
+            row = {
+                "step": step,
+                "train_loss": loss_sum / n,
+                "validation_loss": held,
+                "rate": scale,
+                "tokens_per_s": tokens / seconds,
+            }
+            with (work / CURVE).open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
+            report({key: float(value) for key, value in row.items()})
+            loss_sum, tokens, began = 0.0, 0, time.monotonic()
+        if rank == 0 and (step % cfg.output.checkpoint_every == 0 or last):
+            _checkpoint(work / CHECKPOINT, step, plain, optimizers, average)
+    folder = Path(cfg.output.path)
+    if rank == 0:
+        average.swap(plain)
+        save_model(plain, tokenizer, cfg, folder)
+    return folder
+
+
+def template_text(cfg: TrainConfig) -> str:
+    return cfg.prompt_template or (prompt.TEMPLATE if cfg.model.path else SHORT_TEMPLATE)
+
+
+def build_encoder(tokenizer: Any, template: str, source_weight: float, by_word: bool) -> Encoder:
+    """`by_word`: the tokenizer is ours, which never merges over a space, so words can be cached."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    parsed = prompt.Template.parse(template)
+    return Encoder(
+        parsed,
+        cached_by_word(encode) if by_word else encode,
+        list(tokenizer(parsed.before_raw)["input_ids"]),
+        encode(parsed.between),
+        encode(parsed.after_synthetic),
+        tokenizer.eos_token_id,
+        source_weight,
+    )
+
+
+def weighted_loss(model: nn.Module, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the tokens with a weight, by weight."""
+    ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)
+    asked_BL = weights_BL[:, 1:] > 0
+    with torch.autocast(device.type, torch.bfloat16):
+        labels = torch.where(asked_BL, ids_BL[:, 1:], IGNORED)
+        logits = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
+    losses = F.cross_entropy(logits[asked_BL].float(), labels[asked_BL], reduction="none", label_smoothing=smoothing)
+    weights = weights_BL[:, 1:][asked_BL]
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
+    """Mean cross-entropy a token of the fused captions alone, in nats."""
+    model.eval()
+    total, n = 0.0, 0.0
+    for batch in batches:
+        fused = Batch(batch.ids_TL, (batch.weights_TL == 1.0).float())
+        count = float(fused.weights_TL.sum())
+        total += float(weighted_loss(model, fused, device)) * count
+        n += count
+    return total / n
+
+
+def rate(step: int, cfg: OptimConfig) -> float:
+    """The share of the base learning rate at this step."""
+    return min(1.0, (step + 1) / cfg.warmup_steps, (cfg.steps - step) / cfg.decay_steps)
+
+
+def save_model(model: Any, tokenizer: Any, cfg: TrainConfig, folder: Path) -> None:
+    """A standard model folder in bfloat16, with the prompt template and the decoding it wishes for in fusion.json."""
+    half = type(model)(model.config)
+    half.load_state_dict(model.state_dict())
+    half.generation_config = model.generation_config
+    half.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    wish = {
+        "prompt_template": template_text(cfg),
+        "max_prompt_tokens": cfg.output.max_prompt_tokens,
+        "decode": {"no_repeat_ngram": cfg.output.no_repeat_ngram},
+    }
+    (folder / "fusion.json").write_text(json.dumps(wish, indent=2) + "\n", encoding="utf-8")
+
+
+def _start(cfg: TrainConfig, triples: Sequence[Triple], saved: Path) -> tuple[Any, Any]:
+    """Tokenizer and model, pretrained or from scratch; parameters in float32."""
+    if cfg.model.path:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer, AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+    if (saved / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+    else:
+        tokenizer = train_tokenizer((s for t in triples for s in (t.raw, t.synthetic, t.fused)), cfg.model.vocab_size)
+        tokenizer.save_pretrained(saved)
+    return tokenizer, _scratch(cfg.model, tokenizer)
+
+
+def _scratch(cfg: ModelConfig, tokenizer: Any) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cfg.hidden,
+        num_hidden_layers=cfg.layers,
+        num_attention_heads=cfg.heads,
+        num_key_value_heads=cfg.heads,
+        intermediate_size=cfg.ffn,
+        max_position_embeddings=cfg.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    for name, p in model.named_parameters():
+        # Blocks that start as the identity: the first steps then train the tied table, not noise through the depth.
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(p)
+    return model
+
+
+def _add_dropout(model: nn.Module, share: float) -> None:
+    """Dropout on the output of every attention and MLP block; a hook, because the architecture has none."""
+
+    def drop(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (F.dropout(output[0], share, module.training), *output[1:])
+        return F.dropout(output, share, module.training)
+
+    if share > 0:
+        for name, module in model.named_modules():
+            if name.endswith((".self_attn", ".mlp")):
+                module.register_forward_hook(drop)
+
+
+def _batches(triples: Sequence[Triple], encoder: Encoder, pad_id: int) -> list[Batch]:
+    rows = sorted((encoder(triple) for triple in triples), key=lambda row: len(row[0]))
+    return [pad(rows[i : i + VALIDATION_BATCH], pad_id) for i in range(0, len(rows), VALIDATION_BATCH)]
+
+
+def _checkpoint(
+    path: Path, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average
+) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "average": average.values,
+        "rng": torch.get_rng_state(),
+    }
+    half_written = path.with_suffix(".tmp")
+    torch.save(state, half_written)
+    os.replace(half_written, path)  # a kill leaves the old checkpoint or the new one, never half of one
+
+
+def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average) -> int:
+    """The step to go on from: 0 without a checkpoint."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    for mine, saved in zip(average.values, state["average"], strict=True):
+        mine.copy_(saved)
+    torch.set_rng_state(state["rng"])
+    return int(state["step"])

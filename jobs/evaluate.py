@@ -1,0 +1,9 @@
+"""Figures of a model or an output beside the baselines: python jobs/evaluate.py data.path=… [engine.model=… | fused=…]"""
+
+import sys
+
+from capsfusion_ray.doorway import run_job
+from capsfusion_ray.evaluate import EvaluateConfig, evaluate
+
+if __name__ == "__main__":
+    sys.exit(run_job(EvaluateConfig, evaluate))
