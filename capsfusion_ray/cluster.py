@@ -6,17 +6,19 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray._private import services
 
 from capsfusion_ray.config import ClusterConfig, EngineConfig
 from capsfusion_ray.errors import ClusterError, ConfigError
 from capsfusion_ray.pipeline import READ_CPUS, Pool
 
 log = logging.getLogger(__name__)
-START_TRIES = 4
+START_PATIENCE_S = 300
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,8 @@ def connect(cluster: ClusterConfig) -> Resources:
     here = address is None and "RAY_ADDRESS" not in os.environ
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     if here:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
         # One logical CPU beside the cores: reads and commits wait on the store, and actors may hold every core.
-        _start_here(num_cpus=(os.cpu_count() or 1) + 1, include_dashboard=False, **common)
+        start_here(num_cpus=(os.cpu_count() or 1) + 1, **common)
     else:
         ray.init(address, **common)
     for name in ("ray.data", "ray"):
@@ -45,17 +46,31 @@ def connect(cluster: ClusterConfig) -> Resources:
     return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here)
 
 
-def _start_here(**options: Any) -> None:
-    """Ray gives its raylet a fixed 30 s to appear, which a loaded laptop can miss; a second try finds warm files."""
-    for attempt in range(1, START_TRIES + 1):
-        try:
-            ray.init("local", **options)
-            return
-        except Exception as error:  # Ray raises a bare Exception here, nothing narrower
-            ray.shutdown()
-            if attempt == START_TRIES:
-                raise ClusterError(f"Ray did not start on this machine in {START_TRIES} tries ({error}); its logs are under the folder ray of the temporary folder") from error
-            log.warning("Ray did not start (try %d of %d): %s", attempt, START_TRIES, error)
+def start_here(**options: Any) -> None:
+    """Start Ray on this machine alone; `options` are ray.init's. Raises ClusterError where it does not come up."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
+    impatient = services.get_node
+
+    def patient(*args: Any) -> Any:
+        until = time.monotonic() + START_PATIENCE_S
+        while True:
+            try:
+                return impatient(*args)
+            except RuntimeError:  # not registered yet
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
+
+    # ray/_private/node.py gives the raylet a fixed 30 s to appear; it starts five Python processes in that time, and a
+    # loaded laptop takes minutes. Its loop asks through this function, so waiting here is waiting there.
+    services.get_node = patient
+    try:
+        ray.init("local", include_dashboard=False, **options)
+    except Exception as error:  # Ray raises a bare Exception here, nothing narrower
+        raise ClusterError(f"Ray did not start on this machine: {error}") from error
+    finally:
+        services.get_node = impatient
 
 
 def disconnect() -> None:

@@ -168,9 +168,9 @@ def check_group(entry: GroupEntry) -> None:
         for file in entry.files:
             if file.kind == kind:
                 for unit_id, rows in file.units:
-                    have[unit_id] += rows
+                    have[unit_id] = have.get(unit_id, 0) + rows
         if want != have:
-            wrong = [unit for unit in want if want[unit] != have[unit]]
+            wrong = sorted(unit for unit in have if want.get(unit) != have[unit])
             raise AccountingError(f"group {entry.group}: {kind} rows of units {wrong[:3]} do not add up")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from capsfusion_ray.config import GatesConfig
-from capsfusion_ray.gates.triple import BOILERPLATE_KEYS, STOP_KEYS, SURROGATE, clip, show
+from capsfusion_ray.gates.triple import BOILERPLATE_KEYS, MAX_READ, STOP_KEYS, SURROGATE, clip, show
 from capsfusion_ray.provenance import Words, key_of, source_words
 from capsfusion_ray.rows import CaptionPair, Outcome, Reason, Verdict
 
@@ -52,7 +52,9 @@ def judge_sources(raw: str | None, synthetic: str | None, gates: GatesConfig) ->
         return _route(Reason.EMPTY_CAPTION, gates.empty_caption, f"{name} has no letter or digit", raw, synthetic)
     if gates.boilerplate not in ("fuse", "flag") and is_boilerplate(raw):
         return _route(Reason.BOILERPLATE, gates.boilerplate, f"raw is {show(raw)}", raw, synthetic)
-    if gates.mismatched_pair not in ("fuse", "flag") and not shared_content(source_words(raw), source_words(synthetic)):
+    if gates.mismatched_pair not in ("fuse", "flag") and not shared_content(
+        source_words(raw[:MAX_READ]), source_words(synthetic[:MAX_READ])
+    ):
         detail = "raw and synthetic share no content word"
         return _route(Reason.MISMATCHED_PAIR, gates.mismatched_pair, detail, raw, synthetic)
     return None

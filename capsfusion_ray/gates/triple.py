@@ -9,6 +9,7 @@ from capsfusion_ray.provenance import Words, key_of, source_words
 from capsfusion_ray.rows import FinishReason
 
 MAX_DETAIL = 200  # characters
+MAX_READ = 20_000  # characters of a caption that are judged: no prompt holds more, and an alt text of 1 MB exists
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 # They say nothing about what is in the picture.
@@ -48,9 +49,9 @@ class Triple:
     __slots__ = ("finish", "fused", "raw", "synthetic")
 
     def __init__(self, raw: str, synthetic: str, fused: str, finish: FinishReason | None) -> None:
-        self.raw = source_words(raw)
-        self.synthetic = source_words(synthetic)
-        self.fused = Words(fused)
+        self.raw = source_words(raw[:MAX_READ])
+        self.synthetic = source_words(synthetic[:MAX_READ])
+        self.fused = Words(fused[:MAX_READ])
         self.finish = finish
 
 

@@ -122,9 +122,7 @@ def test_repeated_ngrams_are_blocked_in_the_generated_text_only(beams, size):
     prompts = random_prompts(random.Random(3), 4)
     decode = decoding(beams, 20, ngram=size)
     ours = texts(drain(beam_engine(model, decode, 2), prompts))
-    want = {}
-    for prompt in prompts:
-        want |= hf_texts(model, [prompt], decode, logits_processor=[GeneratedNgrams(size)])
+    want = hf_texts(model, prompts, decode, logits_processor=[GeneratedNgrams(size)])
     assert ours == want
     free = texts(drain(beam_engine(model, decoding(beams, 20), 2), prompts))
     assert free != ours

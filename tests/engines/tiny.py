@@ -100,20 +100,21 @@ def texts(finished: dict[str, Generation]) -> dict[str, str]:
 def hf_texts(
     model: Any, prompts: Sequence[Prompt], decode: DecodeConfig, eos_ids: Sequence[int] = (EOS,), **more: Any
 ) -> dict[str, str]:
-    """What HF's generate writes for each prompt alone, as IdTokenizer writes it."""
+    """What HF's generate writes for the prompts, left-padded into one batch, as IdTokenizer writes it."""
+    ids = [list(prompt.prefix_ids + prompt.suffix_ids) for prompt in prompts]
+    width = max(map(len, ids))
+    out = model.generate(
+        torch.tensor([[IdTokenizer.pad_token_id] * (width - len(row)) + row for row in ids]),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+        num_beams=decode.num_beams,
+        max_new_tokens=decode.max_new_tokens,
+        length_penalty=decode.length_penalty,
+        do_sample=False,
+        eos_token_id=list(eos_ids),
+        **more,
+    )[:, width:].tolist()
     written = {}
-    for prompt in prompts:
-        ids = torch.tensor([prompt.prefix_ids + prompt.suffix_ids])
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            num_beams=decode.num_beams,
-            max_new_tokens=decode.max_new_tokens,
-            length_penalty=decode.length_penalty,
-            do_sample=False,
-            eos_token_id=list(eos_ids),
-            **more,
-        )[0, ids.shape[1] :].tolist()
-        end = next((i for i, token in enumerate(out) if token in eos_ids), len(out))
-        written[prompt.id] = " ".join(map(str, out[:end]))
+    for prompt, row in zip(prompts, out, strict=True):
+        end = next((i for i, token in enumerate(row) if token in eos_ids), len(row))
+        written[prompt.id] = " ".join(map(str, row[:end]))
     return written

@@ -97,7 +97,7 @@ def test_new_shards_get_new_groups_and_old_ones_keep_theirs():
 
 def test_a_changed_setting_is_refused_by_name_with_both_values():
     first = make_plan([FakeShard("a", 3)], {"decode.num_beams": 3, "prompt": "x"}, 5)
-    with pytest.raises(PlanChanged, match="decode.num_beams: was 3, now 1"):
+    with pytest.raises(PlanChanged, match=r"decode\.num_beams: was 3, now 1"):
         make_plan([FakeShard("a", 3)], {"decode.num_beams": 1, "prompt": "x"}, 5, before=[first])
 
 

@@ -1,0 +1,83 @@
+"""The job as a user runs it: real processes, a real Ray cluster, SIGKILL from outside."""
+
+import random
+import signal
+import time
+
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[width]")
+
+
+def snapshot(output):
+    """Every file of the dataset, byte for byte, by name."""
+    files = [p for folder in ("data", "rejected") for p in (output / folder).rglob("*.parquet")]
+    return {str(p.relative_to(output)): p.read_bytes() for p in files}
+
+
+def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
+    """One output's life: a pilot, the whole, nothing left to do, a new shard, a changed setting."""
+    output = tmp_path / "out"
+    args = (f"input.path={corpus}", f"output.path={output}", *ECHO, "unit.rows=30", "output.target_file_rows=100")
+
+    pilot = driver.run("fuse", *args, "input.limit=40")
+    assert pilot["rows"]["fused"] == 40
+    assert {p.split(":")[0] for p in ds.dataset(output / "data").to_table()["row_id"].to_pylist()} == {
+        "a/part-0.parquet", "b/part-0.parquet", "c.parquet", "d.parquet",
+    }  # fmt: skip
+    pilot_files = snapshot(output)
+
+    whole = driver.run("fuse", *args)
+    assert whole["rows"]["fused"] == whole["rows"]["planned"] == 400
+    assert whole["resumed_units"] == pilot["units"], "the full run reuses the pilot's captions"
+    assert pilot_files.items() <= snapshot(output).items()
+
+    again = driver.run("fuse", *args)
+    assert again["resumed_units"] == again["units"] == whole["units"]
+
+    (corpus / "e.parquet").write_bytes((corpus / "d.parquet").read_bytes())
+    extended = driver.run("fuse", *args)
+    assert extended["rows"]["fused"] == 480
+
+    assert "decode.max_new_tokens: was 80, now 9" in driver.run("fuse", *args, "decode.max_new_tokens=9", code=2)
+    (corpus / "c.parquet").touch()
+    assert driver.run("fuse", *args)["resumed_units"] == extended["units"], "a new mtime is no change"
+
+    verified = driver.run("verify", f"output.path={output}", "deep=true")
+    assert verified["rows"]["planned"] == 480
+    table = ds.dataset(output / "data", partitioning="hive").to_table()
+    assert table.column_names[:7] == ["image_url", "laion_2b", "laion_coco", "capsfusion", "row_id", "flags", "width"]
+    assert table.num_rows == len(set(table["row_id"].to_pylist())) == 480
+    assert all(pq.read_metadata(p).num_rows <= 100 for p in (output / "data").rglob("*.parquet"))
+
+
+@pytest.mark.timeout(900)
+def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver):
+    """SIGKILL at random moments after the first commit; the same command ends with the undisturbed run's very files."""
+    chance = random.Random(7)
+    args = (f"input.path={corpus}", *ECHO, "unit.rows=5", "output.target_file_rows=64")
+    undisturbed = tmp_path / "undisturbed"
+    calm = driver.run("fuse", *args, f"output.path={undisturbed}")
+
+    output = tmp_path / "out"
+    kills = 0
+    for _ in range(3):
+        process = driver.start("fuse", *args, f"output.path={output}")
+        units = output / "_units"
+        seen = len(list(units.glob("*.parquet"))) if units.is_dir() else 0
+        while process.poll() is None and (not units.is_dir() or len(list(units.glob("*.parquet"))) <= seen):
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0, 0.5))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    last = driver.run("fuse", *args, f"output.path={output}")
+    assert kills
+    assert last["resumed_units"] > 0
+    driver.run("verify", f"output.path={output}", "deep=true")
+    assert snapshot(output) == snapshot(undisturbed)
+    assert last["rows"] == calm["rows"]
+    assert not list((output / "_units").glob("*.parquet")), "parts go once they are compacted"

@@ -1,0 +1,196 @@
+"""Parts, compaction, manifest and verify on a real folder: rows in equal rows out, and damage is found."""
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.errors import AccountingError, ConfigError
+from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.parts import commit, committed, part_schema, read_summaries, summarise
+from capsfusion_ray.plan import Plan, PlannedShard
+from capsfusion_ray.planfile import read_plans, write_plan
+from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.verify import verify
+
+FIELDS = (("lang", "string"),)
+OUTCOMES = ("fused", "kept", "rejected")
+
+
+def part_of(unit, outcomes):
+    rows = [
+        {
+            "image_url": f"u{i}", "laion_2b": "raw", "laion_coco": "synthetic", "capsfusion": f"caption {i}",
+            "row_id": f"{unit.path}:{unit.start + i}", "flags": [], "lang": "en" if i % 2 else None, "outcome": outcome,
+            "reason": None if outcome == "fused" else "cut_off", "detail": "", "prompt_tokens": 9, "output_tokens": 4,
+        }
+        for i, outcome in enumerate(outcomes)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=part_schema(FIELDS))
+
+
+def run_of(store, units, outcomes, output, filtered=0):
+    """Commit and compact `units`, each with `outcomes` and `filtered` rows left out; the published manifest."""
+    groups = sorted({unit.group for unit in units})
+    plan = Plan(1, {"k": "v"}, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    write_plan(store, plan)
+    for unit in units:
+        table = part_of(unit, outcomes)
+        batch = UnitBatch(unit, table, Apart({"punsafe": filtered} if filtered else {}))
+        assert commit(store, table, summarise(batch, table))
+    assert committed(store) == {unit.id for unit in units}
+    entries = [compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, output) for g in groups]
+    manifest = assemble([plan], entries, [{"revision": 1}])
+    store.put(MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def units_of(count, rows, groups=2):
+    return [WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}") for i in range(count)]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    outcomes=st.lists(st.sampled_from(OUTCOMES), min_size=0, max_size=12),
+    filtered=st.integers(0, 3),
+    units=st.integers(1, 5),
+    file_rows=st.integers(1, 20),
+    partition_by=st.sampled_from(["shard", "lang"]),
+)
+def test_every_row_comes_out_once_whatever_the_cut(tmp_path_factory, outcomes, filtered, units, file_rows, partition_by):
+    if not outcomes and not filtered:
+        return
+    folder = tmp_path_factory.mktemp("out")
+    store = Store(str(folder))
+    output = OutputConfig(str(folder), target_file_rows=file_rows, partition_by=partition_by)
+    manifest = run_of(store, units_of(units, len(outcomes) + filtered), outcomes, output, filtered)
+    verify(VerifyConfig(output, deep=True))
+    for kind, names in (("data", ("fused", "kept")), ("rejected", ("rejected",))):
+        want = units * sum(outcomes.count(name) for name in names)
+        path = folder / kind
+        table = ds.dataset(path, partitioning="hive").to_table() if path.is_dir() else None
+        assert (table.num_rows if table else 0) == want
+        assert table is None or len(set(table["row_id"].to_pylist())) == want
+    assert all(file.rows <= file_rows for file in manifest.files)
+    assert committed(store) == set()
+
+
+def test_compaction_repeated_after_a_kill_writes_the_same_bytes(tmp_path):
+    def files(folder, kill):
+        store = Store(str(folder))
+        output = OutputConfig(str(folder), target_file_rows=7)
+        units = units_of(4, 5, groups=1)
+        for unit in units:
+            table = part_of(unit, ["fused"] * 5)
+            commit(store, table, summarise(UnitBatch(unit, table), table))
+        if kill:
+            with pytest.raises(KeyboardInterrupt):
+                compact_group(_DiesAt(store, kill), "g00000", 1, units, FIELDS, output)
+            assert committed(store), "parts stand until the group's entry does"
+        compact_group(store, "g00000", 1, units, FIELDS, output)
+        return {p.name: p.read_bytes() for p in (folder / "data").rglob("*.parquet")}
+
+    calm = files(tmp_path / "calm", kill=0)
+    assert len(calm) == 3
+    for write in (1, 2, 3):
+        assert files(tmp_path / f"killed{write}", kill=write) == calm
+
+
+class _DiesAt:
+    """A store whose n-th put ends the process that called it."""
+
+    def __init__(self, store, at):
+        self._store, self._left = store, at
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, path, data):
+        self._left -= 1
+        if not self._left:
+            raise KeyboardInterrupt
+        self._store.put(path, data)
+
+
+def test_the_first_commit_wins(tmp_path):
+    store = Store(str(tmp_path))
+    unit = units_of(1, 2)[0]
+    first, second = part_of(unit, ["fused", "fused"]), part_of(unit, ["fused", "rejected"])
+    assert commit(store, first, summarise(UnitBatch(unit, first), first))
+    assert not commit(store, second, summarise(UnitBatch(unit, second), second))
+    assert read_summaries(store, [unit])[0].fused == 2
+
+
+def test_a_unit_that_lost_a_row_is_not_committed():
+    unit = units_of(1, 3)[0]
+    table = part_of(unit, ["fused", "fused"])
+    with pytest.raises(AccountingError, match="3 rows planned, 2 accounted for"):
+        summarise(UnitBatch(unit, table), table)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    output = OutputConfig(str(tmp_path / "out"), target_file_rows=4)
+    manifest = run_of(Store(output.path), units_of(4, 5), ["fused", "rejected", "fused", "kept", "fused"], output)
+    return tmp_path / "out", output, manifest
+
+
+def damage_missing(root, manifest):
+    (root / manifest.files[0].path).unlink()
+
+
+def damage_flipped_bit(root, manifest):
+    path = root / manifest.files[0].path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+
+
+def damage_stray_file(root, manifest):
+    path = root / manifest.files[0].path
+    path.with_name("part-stray.parquet").write_bytes(path.read_bytes())
+
+
+def damage_counts(root, manifest):
+    data = json.loads((root / MANIFEST).read_text())
+    data["counts"]["fused"] += 1
+    (root / MANIFEST).write_text(json.dumps(data))
+
+
+def damage_lost_unit(root, manifest):
+    (root / MANIFEST).write_bytes(replace(manifest, units=manifest.units[1:]).to_bytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_missing, "missing"),
+        (damage_flipped_bit, "checksum"),
+        (damage_stray_file, "not in the manifest"),
+        (damage_counts, "totals"),
+        (damage_lost_unit, "is planned and not in the manifest"),
+    ],
+)
+def test_verify_names_the_damage(finished, damage, says):
+    root, output, manifest = finished
+    verify(VerifyConfig(output, deep=True))
+    damage(root, manifest)
+    with pytest.raises(AccountingError, match=says):
+        verify(VerifyConfig(output))
+
+
+def test_verify_of_an_unfinished_or_foreign_folder_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="no output of this program"):
+        verify(VerifyConfig(OutputConfig(str(tmp_path))))
+    write_plan(Store(str(tmp_path)), Plan(1, {}, 1, (), (), ()))
+    assert len(read_plans(Store(str(tmp_path)))) == 1
+    with pytest.raises(ConfigError, match="not finished"):
+        verify(VerifyConfig(OutputConfig(str(tmp_path))))
