@@ -35,7 +35,7 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
 
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' tests/test_layers.py tests/rules tests/world tests/after tests/job $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

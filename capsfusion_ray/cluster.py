@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import services
+from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
 
 from capsfusion_ray.config import ClusterConfig, EngineConfig
 from capsfusion_ray.errors import ClusterError, ConfigError
@@ -19,6 +22,7 @@ from capsfusion_ray.pipeline import READ_CPUS, Pool
 
 log = logging.getLogger(__name__)
 START_PATIENCE_S = 300
+AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port", "metrics_export_port")
 
 
 @dataclass(frozen=True)
@@ -50,27 +54,42 @@ def start_here(**options: Any) -> None:
     """Start Ray on this machine alone; `options` are ray.init's. Raises ClusterError where it does not come up."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
-    impatient = services.get_node
+    get_node, start_raylet = services.get_node, services.start_raylet
 
     def patient(*args: Any) -> Any:
         until = time.monotonic() + START_PATIENCE_S
         while True:
             try:
-                return impatient(*args)
+                return get_node(*args)
             except RuntimeError:  # not registered yet
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.5)
 
-    # ray/_private/node.py gives the raylet a fixed 30 s to appear; it starts five Python processes in that time, and a
-    # loaded laptop takes minutes. Its loop asks through this function, so waiting here is waiting there.
-    services.get_node = patient
+    def with_ports(*args: Any, **kwargs: Any) -> Any:
+        kwargs |= {name: kwargs.get(name) or _free_port() for name in AGENT_PORTS}
+        asked = inspect.signature(start_raylet).bind(*args, **kwargs).arguments
+        # This one port the raylet wants to read from the agent's file even where it is known.
+        name, port = DASHBOARD_AGENT_LISTEN_PORT_NAME, kwargs["dashboard_agent_listen_port"]
+        persist_port(asked["session_dir"], asked["node_id"], name, port)
+        return start_raylet(*args, **kwargs)
+
+    # Ray 2.60 gives its raylet 15 s to hear from two Python agents, unless their ports are told to it, and 30 s to appear
+    # (ray/_private/node.py); neither can be set through ray.init, and a loaded laptop needs minutes. Both steps go through
+    # these two functions, so the ports are told here, and waiting here is waiting there.
+    services.get_node, services.start_raylet = patient, with_ports
     try:
         ray.init("local", include_dashboard=False, **options)
     except Exception as error:  # Ray raises a bare Exception here, nothing narrower
         raise ClusterError(f"Ray did not start on this machine: {error}") from error
     finally:
-        services.get_node = impatient
+        services.get_node, services.start_raylet = get_node, start_raylet
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def disconnect() -> None:

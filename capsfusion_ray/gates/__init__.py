@@ -66,10 +66,19 @@ def judge(pair: CaptionPair, generation: Generation, gates: GatesConfig) -> Verd
 
 def judge_text(raw: str, synthetic: str, fused: str, finish: FinishReason | None, gates: GatesConfig) -> Verdict:
     """`judge` for bare captions; finish None: unknown."""
-    return _judge(Triple(raw, synthetic, fused.strip(), finish), gates)
+    return _judge(Triple(raw, synthetic, fused.strip(), finish), gates, _active(gates))
 
 
-def _judge(t: Triple, gates: GatesConfig) -> Verdict:
+_Active = list[tuple[Reason, Callable[[Triple], Fault | None], GateConfig]]
+
+
+def _active(gates: GatesConfig) -> _Active:
+    """The gates that do something, each with its rule."""
+    rules = [(name, gate, getattr(gates, name)) for name, gate in GATES]
+    return [(name, gate, rule) for name, gate, rule in rules if rule.action != "ignore"]
+
+
+def _judge(t: Triple, gates: GatesConfig, active: _Active) -> Verdict:
     reason: Reason | None = None
     detail = ""
     flags: list[Reason] = []
@@ -77,10 +86,7 @@ def _judge(t: Triple, gates: GatesConfig) -> Verdict:
         flags.append(Reason.BOILERPLATE)
     if gates.mismatched_pair == "flag" and not shared_content(t.raw, t.synthetic):
         flags.append(Reason.MISMATCHED_PAIR)
-    for name, gate in GATES:
-        rule: GateConfig = getattr(gates, name)
-        if rule.action == "ignore":
-            continue
+    for name, gate, rule in active:
         fault = gate(t)
         if fault is None:
             continue
@@ -108,4 +114,5 @@ def judge_table(
     """`judge_text` for columns of equal length; finish None: unknown for all rows."""
     finishes = [None] * len(fused) if finish is None else list(finish)
     rows = zip(raw, synthetic, fused, finishes, strict=True)
-    return [judge_text(r, s, f, end, gates) for r, s, f, end in rows]
+    active = _active(gates)
+    return [_judge(Triple(r, s, f.strip(), end), gates, active) for r, s, f, end in rows]

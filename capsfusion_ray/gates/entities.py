@@ -154,7 +154,9 @@ def _same_name(low: str, word: str, other: str) -> bool:
     if other[0].isupper() and len(against) < 5 and len(low) > len(against):  # CA, Vol, St
         rest = iter(low)
         return all(c in rest for c in against)
-    return len(low) > 3 and len(low) < 40 and len(against) < 40 and SequenceMatcher(None, low, against).ratio() >= 0.75
+    return (
+        3 < len(low) < 40 and abs(len(low) - len(against)) < 4 and SequenceMatcher(None, low, against).ratio() >= 0.75
+    )
 
 
 def _spelled_out(word: str, t: Triple) -> bool:
@@ -176,16 +178,19 @@ def _spelled_out(word: str, t: Triple) -> bool:
 _FILE_ID = re.compile(r"\d{6,}|.*[a-z]\d.*[a-z]|.*\d[a-z]+\d.*", re.IGNORECASE)  # 20160502, a1b2c3: names nothing
 
 
+def _is_entity(word: str, key: str) -> bool:
+    return (word[0].isupper() or word[0].isdecimal()) and key not in STOP_KEYS and key not in BOILERPLATE_KEYS
+
+
 def lost_entity(t: Triple) -> Fault | None:
     """Share of raw's names and numbers that the caption does not mention; raw needs two of them at least."""
-    words = t.raw.words
-    entities = {
-        k: w
-        for w, k in zip(words, t.raw.keys, strict=True)
-        if (w[0].isupper() or w[0].isdecimal()) and k not in STOP_KEYS and k not in BOILERPLATE_KEYS
-    }
-    lost = entities.keys() - t.fused.held
-    if not lost or len(entities) < 2:
+    pairs = list(zip(t.raw.words, t.raw.keys, strict=True))
+    held = t.fused.held
+    if not any(k not in held and _is_entity(w, k) for w, k in pairs):
+        return None
+    entities = {k: w for w, k in pairs if _is_entity(w, k)}
+    lost = entities.keys() - held
+    if len(entities) < 2:
         return None
     text, numbers = t.fused.text.lower(), t.fused.numbers()
     gone = []

@@ -79,7 +79,10 @@ def _fourgrams(keys: Sequence[str]) -> list[tuple[str, ...]]:
 
 def repetition(t: Triple) -> Fault | None:
     """Share of the 4-grams that stood in the caption before, beyond what a source repeats itself."""
-    grams = _fourgrams(t.fused.keys)
+    keys = t.fused.keys
+    if len(keys) - len(set(keys)) < 4:
+        return None  # a 4-gram cannot come again without four words that do
+    grams = _fourgrams(keys)
     again = len(grams) - len(set(grams))
     if again == 0:
         return None
