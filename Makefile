@@ -9,6 +9,8 @@ DEMO_OUT := out/demo
 export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
+# The packages are installed without byte code; it is written on first use, or every Ray worker would compile them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint fuse plan verify show clean

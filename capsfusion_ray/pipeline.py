@@ -101,7 +101,7 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
             num_cpus=COMMIT_CPUS,
         )
     )
-    for row in dataset.iter_rows(prefetch_batches=0):
+    for row in dataset.iter_rows():
         yield UnitSummary.parse(json.loads(row["summary"]))
 
 

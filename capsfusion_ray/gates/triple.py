@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from capsfusion_ray.provenance import Words, key_of, source_words
+from capsfusion_ray.provenance import key_of, source_words
 from capsfusion_ray.rows import FinishReason
 
 MAX_DETAIL = 200  # characters
@@ -51,7 +51,7 @@ class Triple:
     def __init__(self, raw: str, synthetic: str, fused: str, finish: FinishReason | None) -> None:
         self.raw = source_words(raw[:MAX_READ])
         self.synthetic = source_words(synthetic[:MAX_READ])
-        self.fused = Words(fused[:MAX_READ])
+        self.fused = source_words(fused[:MAX_READ])  # a model copies entities too
         self.finish = finish
 
 
