@@ -73,7 +73,7 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
         ray.data.read_datasource(
             UnitSource(job, spans(units, {path: shard.row_groups for path, shard in shards.items()}), shards),
             override_num_blocks=len(units),
-            ray_remote_args={"num_cpus": READ_CPUS},
+            num_cpus=READ_CPUS,
         )
         .map_batches(
             FusionActor,

@@ -45,7 +45,7 @@ class UnitBatch:
         with pa.ipc.new_stream(sink, self.table.schema) as writer:
             writer.write_table(self.table)
         texts = [json.dumps(value) for value in (asdict(self.unit), asdict(self.apart), self.spent)]
-        cells = [*([text] for text in texts), [sink.getvalue()]]
+        cells = [*([text] for text in texts), [sink.getvalue().to_pybytes()]]
         return pa.table([pa.array(cell, f.type) for cell, f in zip(cells, _SCHEMA, strict=True)], schema=_SCHEMA)
 
     @classmethod
