@@ -131,14 +131,19 @@ def build_encoder(tokenizer: Any, template: str, source_weight: float, by_word: 
 
 def weighted_loss(model: nn.Module, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy over the tokens with a weight, by weight."""
-    ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)
-    asked_BL = weights_BL[:, 1:] > 0
+    ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
+    labels_BL = torch.where(weights_BL > 0, ids_BL[:, 1:], IGNORED)
     with torch.autocast(device.type, torch.bfloat16):
-        labels = torch.where(asked_BL, ids_BL[:, 1:], IGNORED)
-        logits = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-    losses = F.cross_entropy(logits[asked_BL].float(), labels[asked_BL], reduction="none", label_smoothing=smoothing)
-    weights = weights_BL[:, 1:][asked_BL]
-    return (losses * weights).sum() / weights.sum()
+        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
+    # Ignored labels rather than logits[mask]: the gradient of an index with a mask is a serial scatter on a CPU.
+    losses = F.cross_entropy(
+        logits_BLV.flatten(0, 1).float(),
+        labels_BL.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=smoothing,
+    )
+    return (losses * weights_BL.flatten()).sum() / weights_BL.sum()
 
 
 @torch.no_grad()
