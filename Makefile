@@ -36,13 +36,14 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 	$(BIN)/python jobs/verify.py output.path=$(DEMO_OUT) deep=true
 	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
 
-# Every file here was seen to pass. Written but never yet run to their end (a starved machine), each to be moved here when
-# it was: tests/job, tests/engines, tests/train, tests/world/test_storage.py, tests/world/test_sources.py, tests/rules/test_gates*.py
-PROVEN := tests/test_layers.py tests/rules/test_config.py tests/rules/test_plan.py tests/world/test_output.py \
+# Seen to pass, but for the property tests of test_plan and test_output, which a starved machine never let finish. Written and
+# never yet run to their end, each to be moved here when it was:
+# tests/job, tests/engines, tests/train, tests/world/test_storage.py, tests/world/test_sources.py, tests/rules/test_gates*.py
+TESTS := tests/test_layers.py tests/rules/test_config.py tests/rules/test_plan.py tests/world/test_output.py \
           tests/world/test_stages.py tests/after
 
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' $(PROVEN) $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' $(TESTS) $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
