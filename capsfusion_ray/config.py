@@ -35,7 +35,7 @@ class InputConfig:
     def __post_init__(self) -> None:
         _check(self.limit is None or self.limit > 0, "input.limit", self.limit, "a positive number of rows")
         ok = isinstance(self.path, str) or (
-            isinstance(self.path, list) and self.path and all(isinstance(p, str) for p in self.path)
+            isinstance(self.path, list) and bool(self.path) and all(isinstance(p, str) for p in self.path)
         )
         _check(ok, "input.path", self.path, "a path or a list of paths")
 
