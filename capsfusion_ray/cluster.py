@@ -6,9 +6,11 @@ import dataclasses
 import inspect
 import logging
 import os
+import random
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from capsfusion_ray.pipeline import READ_CPUS, Pool
 
 log = logging.getLogger(__name__)
 START_PATIENCE_S = 300
+AGENT_PORT_RANGE = range(20_000, 32_000)
 AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port", "metrics_export_port")
 
 
@@ -67,7 +70,8 @@ def start_here(**options: Any) -> None:
                 time.sleep(0.5)
 
     def with_ports(*args: Any, **kwargs: Any) -> Any:
-        kwargs |= {name: kwargs.get(name) or _free_port() for name in AGENT_PORTS}
+        free = _free_ports()
+        kwargs |= {name: kwargs.get(name) or next(free) for name in AGENT_PORTS}
         asked = inspect.signature(start_raylet).bind(*args, **kwargs).arguments
         # This one port the raylet wants to read from the agent's file even where it is known.
         name, port = DASHBOARD_AGENT_LISTEN_PORT_NAME, kwargs["dashboard_agent_listen_port"]
@@ -86,10 +90,18 @@ def start_here(**options: Any) -> None:
         services.get_node, services.start_raylet = get_node, start_raylet
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports() -> Iterator[int]:
+    """Ports that nobody listens on, below those that the kernel gives to outgoing connections.
+
+    An agent binds its port up to a minute after it was told: a port of the kernel's own choice may be taken by then.
+    """
+    for port in random.sample(AGENT_PORT_RANGE, len(AGENT_PORT_RANGE)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        yield port
 
 
 def disconnect() -> None:
@@ -115,7 +127,9 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
     spare = resources.cpus - 4 * READ_CPUS
     if resources.here and wanted * cpus > spare:
         cpus = max(spare / wanted, 0.01)
-    return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight)
+    # Each task worker is a process that takes seconds to start; on one machine more of them than cores gain nothing.
+    tasks = max((os.cpu_count() or 1) // 2, 1) if resources.here else None
+    return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight, tasks)
 
 
 def settle_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:

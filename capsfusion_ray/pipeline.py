@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Datasource
+from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
@@ -59,6 +59,7 @@ class Pool:
     cpus_per_actor: float
     gpus_per_actor: float
     units_in_flight: int
+    tasks_at_once: int | None = None  # cap of read tasks, and of commit tasks; None: as the cluster's CPUs allow
 
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
@@ -74,6 +75,7 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
             UnitSource(job, spans(units, {path: shard.row_groups for path, shard in shards.items()}), shards),
             override_num_blocks=len(units),
             num_cpus=READ_CPUS,
+            compute=TaskPoolStrategy(size=pool.tasks_at_once),
         )
         .map_batches(
             FusionActor,
@@ -98,6 +100,7 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
+            compute=TaskPoolStrategy(size=pool.tasks_at_once),
             num_cpus=COMMIT_CPUS,
         )
     )
