@@ -70,10 +70,11 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.enable_progress_bars = False  # progress.py counts captions, from commits
     context.print_on_execution_start = False
+    groups = spans(units, {path: shard.row_groups for path, shard in shards.items()})
     dataset = (
         ray.data.read_datasource(
-            UnitSource(job, spans(units, {path: shard.row_groups for path, shard in shards.items()}), shards),
-            override_num_blocks=len(units),
+            UnitSource(job, groups, shards),
+            override_num_blocks=len(groups),
             num_cpus=READ_CPUS,
             compute=TaskPoolStrategy(size=pool.tasks_at_once),
         )

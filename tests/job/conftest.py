@@ -9,20 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lighthouses import captions
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def captions(shard, count):
-    return [
-        {
-            "image_url": f"https://example.com/{shard}/{i}.jpg",
-            "laion_2b": f"Lighthouse No. {i} at Cape {shard.title()}, {1900 + i % 100}",
-            "laion_coco": "A white lighthouse stands on a rocky coast.",
-            "width": 640 + i,
-        }
-        for i in range(count)
-    ]
 
 
 @pytest.fixture

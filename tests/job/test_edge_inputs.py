@@ -1,0 +1,74 @@
+"""Inputs that are empty, tiny or broken, through the real job: a clear end, and every row accounted for."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from lighthouses import captions
+
+ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1")
+
+
+def test_a_messy_input_gives_every_row_an_outcome(corpus, tmp_path, driver):
+    """Null, empty, huge, doubled and undecodable captions, a damaged shard and a broken line, in one run."""
+    rows = captions("messy", 10)
+    rows[0]["laion_2b"] = None
+    rows[1]["laion_coco"] = ""
+    rows[2]["laion_2b"] = "lighthouse " * 100_000  # 1.1 MB
+    rows[4] = dict(rows[3])
+    text = pa.array([row["laion_2b"] for row in rows], pa.string())
+    # Row 5 gets a byte that no UTF-8 text holds; Arrow carries it as long as nobody validates.
+    broken = pa.array([None if v is None else v.encode() for v in text.to_pylist()], pa.binary()).to_pylist()
+    broken[5] = b"Caf\xe9 Lighthouse, 1905"
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(1, "laion_2b", pa.array(broken, pa.binary()))
+    pq.write_table(table, corpus / "messy.parquet")
+    (corpus / "damaged.parquet").write_bytes(b"PAR1 and then nothing of the kind")
+    lines = [json.dumps(row) for row in captions("lines", 6)]
+    lines[2] = lines[2][:30]
+    (corpus / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    (corpus / "empty.jsonl").write_text("")
+
+    output = tmp_path / "out"
+    done = driver.run("fuse", f"input.path={corpus}", f"output.path={output}", *ECHO)
+    assert done["rows"]["planned"] == 400 + 10 + 6
+    assert done["rejects"] == {"null_caption": 1, "empty_caption": 1, "invalid_utf8": 1, "unparsable": 1}
+    assert done["rows"]["fused"] == 416 - 4
+    verified = driver.run("verify", f"output.path={output}", "deep=true")
+    assert verified["rows"] == done["rows"]
+    assert "damaged.parquet" in json.dumps(json.loads((output / "manifest.json").read_bytes()))
+
+    rejected = ds.dataset(output / "rejected").to_table()
+    assert "Caf\ufffd Lighthouse, 1905" in rejected["laion_2b"].to_pylist(), "shown repaired, nothing of it lost"
+    data = {row["row_id"]: row for row in ds.dataset(output / "data").to_table().to_pylist()}
+    assert data["messy.parquet:3"]["capsfusion"] == data["messy.parquet:4"]["capsfusion"]
+    assert len(data["messy.parquet:2"]["laion_2b"]) == len(rows[2]["laion_2b"])
+
+
+def test_one_row_and_no_row(tmp_path, driver):
+    one, none = tmp_path / "one", tmp_path / "none"
+    for folder, count in ((one, 1), (none, 0)):
+        folder.mkdir()
+        schema = pa.Table.from_pylist(captions("x", 1)).schema
+        pq.write_table(pa.Table.from_pylist(captions("x", count), schema=schema), folder / "shard.parquet")
+        done = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out-{folder.name}", *ECHO)
+        assert done["rows"]["planned"] == done["rows"]["fused"] == count
+        driver.run("verify", f"output.path={tmp_path}/out-{folder.name}", "deep=true")
+
+
+def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
+    """Exit 2 within seconds, with the thing, the value and the way out."""
+    folder, shard = tmp_path / "in", tmp_path / "in" / "shard.parquet"
+    assert "input.path" in driver.run("fuse", f"input.path={tmp_path}/absent", f"output.path={tmp_path}/out", *ECHO, code=2)
+    folder.mkdir()
+    pq.write_table(pa.table({"url": ["u"], "caption": ["a lighthouse"]}), shard)
+    said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, code=2)
+    assert all(part in said for part in ("shard.parquet", "url", "caption"))
+    pq.write_table(pa.Table.from_pylist(captions("x", 3)), shard)
+    (tmp_path / "file").write_text("")
+    said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/file/out", *ECHO, code=2)
+    assert f"{tmp_path}/file/out" in said
+    said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, "output.target_file_md=1", code=2)
+    assert "output.target_file_mb" in said
+    assert not (tmp_path / "out").exists()
