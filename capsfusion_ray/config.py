@@ -315,16 +315,16 @@ def _read_yaml(path: str) -> DictConfig:
     return part
 
 
-def _unwrap_optional(hint: Any) -> Any:
+def unwrap_optional(hint: Any) -> Any:
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         inner = [a for a in typing.get_args(hint) if a is not type(None)]
         return inner[0] if len(inner) == 1 else hint
     return hint
 
 
-def _describe(hint: Any) -> str:
-    optional = hint is not _unwrap_optional(hint)
-    inner = _unwrap_optional(hint)
+def describe(hint: Any) -> str:
+    optional = hint is not unwrap_optional(hint)
+    inner = unwrap_optional(hint)
     if typing.get_origin(inner) is Literal:
         text = "one of " + ", ".join(str(a) for a in typing.get_args(inner))
     else:
@@ -337,14 +337,14 @@ def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
     keys: dict[str, str] = {}
     hints = typing.get_type_hints(schema)
     for f in dataclasses.fields(schema):
-        hint = _unwrap_optional(hints[f.name])
+        hint = unwrap_optional(hints[f.name])
         if dataclasses.is_dataclass(hint):
             keys[prefix + f.name] = "section"
             keys |= _keys(hint, f"{prefix}{f.name}.")
         elif typing.get_origin(hint) is dict:
             keys[prefix + f.name] = "mapping"
         else:
-            keys[prefix + f.name] = _describe(hints[f.name])
+            keys[prefix + f.name] = describe(hints[f.name])
     return keys
 
 

@@ -29,7 +29,6 @@ CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"
 TOKENIZER = "tokenizer"  # a folder: trained once, read back when a killed run goes on
 VALIDATION_BATCH = 64  # sequences
-IGNORED = -100
 
 Report = Callable[[dict[str, float]], None]
 
@@ -55,7 +54,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     plain.to(device)
     encoder = build_encoder(tokenizer, template_text(cfg), cfg.optim.source_loss_weight, by_word=not cfg.model.path)
     _add_dropout(plain, cfg.optim.dropout)
-    model = wrap(plain)
+    loss_of = wrap(Loss(plain, cfg.optim.label_smoothing))
     optimizers = build_optimizers(plain, cfg.optim.muon_lr, cfg.optim.adam_lr, cfg.optim.weight_decay)
     base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = Average(plain, cfg.optim.ema)
@@ -68,8 +67,8 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
             whole = pool(step // POOL_BATCHES, triples, banks, encoder, cfg, tokenizer.pad_token_id, rank)
             batches = whole[step % POOL_BATCHES :]
         batch = batches.pop(0)
-        model.train()
-        loss = weighted_loss(model, batch, device, cfg.optim.label_smoothing)
+        plain.train()
+        loss = loss_of(batch, device)
         loss.backward()
         scale = rate(step, cfg.optim)
         for optimizer, base in zip(optimizers, base_lrs, strict=True):
@@ -129,33 +128,37 @@ def build_encoder(tokenizer: Any, template: str, source_weight: float, by_word: 
     )
 
 
-def weighted_loss(model: nn.Module, batch: Batch, device: torch.device, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the tokens with a weight, by weight."""
-    ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
-    labels_BL = torch.where(weights_BL > 0, ids_BL[:, 1:], IGNORED)
-    with torch.autocast(device.type, torch.bfloat16):
-        logits_BLV = model(input_ids=ids_BL[:, :-1], use_cache=False).logits
-    # Ignored labels rather than logits[mask]: the backward pass took 3/4 of a step on a CPU, and the scatter that is the
-    # gradient of an index with a mask is the suspect (not profiled yet).
-    losses = F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(),
-        labels_BL.flatten(),
-        ignore_index=IGNORED,
-        reduction="none",
-        label_smoothing=smoothing,
-    )
-    return (losses * weights_BL.flatten()).sum() / weights_BL.sum()
+class Loss(nn.Module):
+    """The language model and its loss as one module, so that data parallelism wraps both."""
+
+    def __init__(self, model: Any, smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.smoothing = model, smoothing
+
+    def forward(self, batch: Batch, device: torch.device) -> Tensor:
+        """Mean cross-entropy over the tokens with a weight, by weight."""
+        ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
+        scored_N = (weights_BL > 0).flatten().nonzero()[:, 0]
+        with torch.autocast(device.type, torch.bfloat16):
+            hidden_BLD = self.model.model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state
+            # Logits only where they count: the table has more columns than all other layers together.
+            logits_NV = self.model.lm_head(hidden_BLD.flatten(0, 1).index_select(0, scored_N))
+        labels_N = ids_BL[:, 1:].flatten()[scored_N]
+        losses_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none", label_smoothing=self.smoothing)
+        weights_N = weights_BL.flatten()[scored_N]
+        return (losses_N * weights_N).sum() / weights_N.sum()
 
 
 @torch.no_grad()
 def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
     """Mean cross-entropy a token of the fused captions alone, in nats."""
     model.eval()
+    loss_of = Loss(model)
     total, n = 0.0, 0.0
     for batch in batches:
         fused = Batch(batch.ids_TL, (batch.weights_TL == 1.0).float())
         count = float(fused.weights_TL.sum())
-        total += float(weighted_loss(model, fused, device)) * count
+        total += float(loss_of(fused, device)) * count
         n += count
     return total / n
 
