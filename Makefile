@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint fuse plan verify show clean
+.PHONY: help setup demo test lint fuse plan verify show submit resume status stop configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,23 @@ verify: setup ## prove that no row was lost: make verify ARGS="output.path=…"
 
 show: setup ## fused captions in colour, in the terminal: make show ARGS="output.path=…"
 	$(BIN)/python jobs/show.py $(ARGS)
+
+# A Ray cluster's dashboard; for KubeRay: kubectl port-forward service/<cluster>-head-svc 8265
+RAY_ADDRESS ?= http://127.0.0.1:8265
+RUNTIME_ENV ?= deploy/runtime_env.yaml
+submit: setup ## run the job on a Ray cluster: make submit RAY_ADDRESS=http://head:8265 ARGS="input.path=… output.path=…"
+	env -u RAY_ADDRESS $(BIN)/python deploy/submit.py $(RAY_ADDRESS) $(RUNTIME_ENV) jobs/fuse.py $(ARGS)
+
+resume: submit ## the same as submit: what is committed is not done again
+
+status: setup ## the jobs of that cluster
+	env -u RAY_ADDRESS $(BIN)/ray job list --address $(RAY_ADDRESS)
+
+stop: setup ## stop a job by its id; what is committed stays: make stop RAY_ADDRESS=… JOB=fuse-…
+	env -u RAY_ADDRESS $(BIN)/ray job stop --address $(RAY_ADDRESS) $(JOB)
+
+configuration: setup ## write docs/configuration.md from the typed configs
+	$(BIN)/python docs/make_configuration.py
 
 clean: ## remove what the targets made, but for .venv
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

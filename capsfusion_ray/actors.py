@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import logging
 import os
 import queue
@@ -10,13 +11,16 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
+from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.errors import RowError
+from capsfusion_ray.errors import EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -24,7 +28,8 @@ from capsfusion_ray.stages import waiting_pairs, with_generations
 from capsfusion_ray.units import DEVICE, ENGINE_S, UnitBatch
 
 log = logging.getLogger(__name__)
-EXIT_ENGINE_DEAD = 70  # EX_SOFTWARE
+EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED = 70, 71  # from EX_SOFTWARE up
+MAX_DEATHS = 60  # two poison rows of a unit of 10,000 take 32
 
 
 @dataclass
@@ -36,6 +41,40 @@ class _Request:
     done: threading.Event = field(default_factory=threading.Event)
 
 
+class _Company:
+    """Units in flight share the engine, and a death of its process. A unit on trial has the engine to itself."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._taken = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken)
+            self._taken = True
+            self._changed.wait_for(lambda: not self._inside)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()
+
+
 class FusionActor:
     """The callable that Ray Data runs: a one-row batch holding a unit -> the same unit with its generations.
 
@@ -43,7 +82,7 @@ class FusionActor:
     of them, so that slots never drain between units.
     """
 
-    def __init__(self, engine: EngineConfig, decode: DecodeConfig, template: str) -> None:
+    def __init__(self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         if engine.kind != "echo":
             engine = dataclasses.replace(engine, model=locate(engine.model))
@@ -52,39 +91,73 @@ class FusionActor:
         self._encode_lock = threading.Lock()  # a fast tokenizer must not be entered by two threads at once
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._device = f"{socket.gethostname()}:{_device_name(engine)}"
+        self._attempts = attempts
+        self._company = _Company()
+        self._step_began: float | None = None
         threading.Thread(target=self._drive, name="engine", daemon=True).start()
+        threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Fuse one unit. Every row that was waiting has a generation afterwards, or an error of its own."""
+        """Fuse one unit. Every row that was waiting has a generation afterwards, or an error of its own.
+
+        Raises EngineError for a unit whose worker died MAX_DEATHS times: then it is not a row that is at fault.
+        """
         unit = UnitBatch.unpack(batch)
         pairs, places = waiting_pairs(unit.table)
         began = time.monotonic()
         with self._encode_lock:
             built = self._prompts.build(pairs)
         prompts = [prompt for prompt in built if isinstance(prompt, Prompt)]
-        request = _Request(prompts)
-        if prompts:
-            self._requests.put(request)
-            request.done.wait()
+        written = self._fuse(unit.unit.id, prompts) if prompts else {}
         generations: dict[int, Generation] = {}
         for pair, prompt in zip(pairs, built, strict=True):
             if isinstance(prompt, RowError):
                 generation = Generation(pair.row_id, "", FinishReason.ERROR, error=str(prompt))
             else:
-                generation = request.generations[prompt.id]
+                generation = written[prompt.id]
             generations |= dict.fromkeys(places[pair.raw, pair.synthetic], generation)
         spent = {ENGINE_S: round(time.monotonic() - began, 3), DEVICE: self._device}
         return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent).pack()
+
+    def _fuse(self, unit_id: str, prompts: list[Prompt]) -> dict[str, Generation]:
+        """By prompt id. A unit that was in flight when its process died twice is tried alone, range by range."""
+        with self._company.together():
+            attempt = self._attempts.begin(unit_id, len(prompts))
+            if attempt.number > MAX_DEATHS:
+                raise EngineError(
+                    f"unit {unit_id}: its worker died {MAX_DEATHS} times, whatever rows it was given; see the workers' logs, "
+                    "and start the same command again once the cause is mended"
+                )
+            written = {} if attempt.alone else self._generate(prompts)
+        if attempt.alone:
+            with self._company.alone():
+                log.warning("unit %s on trial: attempt %d, %d ranges", unit_id, attempt.number, len(attempt.ranges))
+                for first, last in attempt.ranges:
+                    self._attempts.note(unit_id, attempt.on((first, last)))
+                    written |= self._generate(prompts[first:last])
+            for row in attempt.guilty:
+                error = "the process that fused this row alone died, twice"
+                written[prompts[row].id] = Generation(prompts[row].id, "", FinishReason.CRASH, error=error)
+        self._attempts.end(unit_id)
+        return written
+
+    def _generate(self, prompts: list[Prompt]) -> dict[str, Generation]:
+        request = _Request(prompts)
+        self._requests.put(request)
+        request.done.wait()
+        return request.generations
 
     def _drive(self) -> None:
         """The engine thread: submit what has come, step, hand out what has finished."""
         owner: dict[str, _Request] = {}
         try:
             while True:
+                self._step_began = None
                 while not self._engine.unfinished or not self._requests.empty():
                     request = self._requests.get()  # blocks only while the engine has nothing to do
                     owner |= dict.fromkeys((prompt.id for prompt in request.prompts), request)
                     self._engine.submit(request.prompts)
+                self._step_began = time.monotonic()
                 for generation in self._engine.step():
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation
@@ -96,6 +169,17 @@ class FusionActor:
             log.exception("the engine died with %d rows in flight: %s", len(owner), sorted(owner)[:20])
             sys.stderr.flush()
             os._exit(EXIT_ENGINE_DEAD)
+
+    def _watch(self, stall_s: float) -> None:
+        """The watchdog thread: a step that hangs (a driver, a deadlock) would hold its units for ever."""
+        while True:
+            time.sleep(stall_s / 10)
+            began = self._step_began
+            if began is not None and time.monotonic() - began > stall_s:
+                log.error("the engine stalled: one step takes longer than engine.stall_s=%g; all threads follow", stall_s)
+                faulthandler.dump_traceback(sys.stderr)
+                sys.stderr.flush()
+                os._exit(EXIT_ENGINE_STALLED)
 
 
 def _device_name(engine: EngineConfig) -> str:

@@ -127,9 +127,7 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
     spare = resources.cpus - 4 * READ_CPUS
     if resources.here and wanted * cpus > spare:
         cpus = max(spare / wanted, 0.01)
-    # Each task worker is a process that takes seconds to start; on one machine more of them than cores gain nothing.
-    tasks = max((os.cpu_count() or 1) // 2, 1) if resources.here else None
-    return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight, tasks)
+    return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight)
 
 
 def settle_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:

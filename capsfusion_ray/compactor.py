@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ray
 
@@ -20,10 +20,20 @@ MAX_RUNNING = 8  # each holds one output file in memory
 
 
 class Compactor:
-    """Knows which units of which group are still to come. Use as a context: leaving it waits for no task."""
+    """Knows which units of which group are still to come. Use as a context: leaving it waits for no task.
 
-    def __init__(self, store: Store, plans: Sequence[Plan], entries: Sequence[GroupEntry], output: OutputConfig) -> None:
-        self._store, self._output = store, output
+    `may_write` raises where this driver may no longer compact: see lease.py.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plans: Sequence[Plan],
+        entries: Sequence[GroupEntry],
+        output: OutputConfig,
+        may_write: Callable[[], None],
+    ) -> None:
+        self._store, self._output, self._may_write = store, output, may_write
         self._fields = plans[0].fields
         self._entries = {(entry.revision, entry.group): entry for entry in entries}
         self._units: dict[tuple[int, str], list[WorkUnit]] = {}
@@ -67,6 +77,7 @@ class Compactor:
 
     def _advance(self, timeout_s: float | None) -> None:
         while self._ready and len(self._running) < MAX_RUNNING:
+            self._may_write()
             key = self._ready.pop(0)
             revision, group = key
             task = _compact.remote(self._store, group, revision, self._units[key], self._fields, self._output)

@@ -100,12 +100,14 @@ class EngineConfig:
     batch_size: int = 4  # captions a batch of engine.kind=transformers (4: the reference's)
     max_prompt_tokens: int = 256  # text_input_max_length in the reference config.yaml
     threads: int | None = None  # CPU threads of one actor; null: its share of the cores
+    stall_s: float = 900.0  # a decode step (or batch) that takes longer ends the actor, and its units are tried again
     allow_demo_model: bool = False  # more than 100,000 rows with the embedded model
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         _check(self.slots is None or self.slots > 0, "engine.slots", self.slots, "a positive number")
         _check(self.batch_size > 0, "engine.batch_size", self.batch_size, "a positive number")
+        _check(self.stall_s > 0, "engine.stall_s", self.stall_s, "seconds above 0")
         _check(self.max_prompt_tokens >= 16, "engine.max_prompt_tokens", self.max_prompt_tokens, "at least 16")
 
 
@@ -239,6 +241,7 @@ class FuseConfig:
     gates: GatesConfig = field(default_factory=GatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    takeover: bool = False  # stop a driver that is at work on the same output, and go on in its place
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from capsfusion_ray.actors import FusionActor
+from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
@@ -33,8 +34,6 @@ from capsfusion_ray.units import Apart, UnitBatch
 READ_CPUS = 0.25
 COMMIT_CPUS = 0.2
 NO_PROGRESS_TIMEOUT_S = -1  # a long gap without any spot node is no failure
-# A unit whose actor died is sent to another; a poison row must not reload models for ever.
-UNIT_RETRIES = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Job:
     template: str
     fields: tuple[tuple[str, str], ...]
     output: Store
+    run: str  # this driver's own: the lease holder's id
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Pool:
     cpus_per_actor: float
     gpus_per_actor: float
     units_in_flight: int
-    tasks_at_once: int | None = None  # cap of read tasks, and of commit tasks; None: as the cluster's CPUs allow
 
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
@@ -70,17 +69,19 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.enable_progress_bars = False  # progress.py counts captions, from commits
     context.print_on_execution_start = False
+    # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
+    tasks = TaskPoolStrategy(size=pool.max_actors)
     groups = spans(units, {path: shard.row_groups for path, shard in shards.items()})
     dataset = (
         ray.data.read_datasource(
             UnitSource(job, groups, shards),
             override_num_blocks=len(groups),
             num_cpus=READ_CPUS,
-            compute=TaskPoolStrategy(size=pool.tasks_at_once),
+            compute=tasks,
         )
         .map_batches(
             FusionActor,
-            fn_constructor_args=(job.engine, job.decode, job.template),
+            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run)),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -93,7 +94,6 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
             ),
             num_cpus=pool.cpus_per_actor,
             num_gpus=pool.gpus_per_actor,
-            max_task_retries=UNIT_RETRIES,
         )
         .map_batches(
             judge_and_commit,
@@ -101,7 +101,7 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
-            compute=TaskPoolStrategy(size=pool.tasks_at_once),
+            compute=tasks,
             num_cpus=COMMIT_CPUS,
         )
     )

@@ -105,6 +105,7 @@ class FinishReason(StrEnum):
     EOS = "eos"
     LENGTH = "length"  # max_new_tokens reached without EOS
     ERROR = "error"  # this row failed; Generation.error says why
+    CRASH = "crash"  # this row killed the process it was fused in, alone and twice
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from capsfusion_ray import cluster, models, sources
 from capsfusion_ray.compactor import Compactor
 from capsfusion_ray.config import FuseConfig, as_dict, to_yaml
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
+from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, assemble, read_groups, read_manifest
 from capsfusion_ray.models import ModelInfo
 from capsfusion_ray.parts import committed, read_summaries
@@ -216,6 +217,11 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
     store.check_writable(RUN_DIR)
     if not store.conditional_put:
         log.warning("%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path)
+    with Lease(store, cfg.takeover) as lease:
+        return _fuse(cfg, found, store, lease, began)
+
+
+def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: float) -> dict[str, Any]:
     resources = cluster.connect(cfg.cluster)
     try:
         engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
@@ -226,7 +232,7 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
         _refuse_lost_input(run, found)
-        manifest = _work(cfg, found, run, pool)
+        manifest = _work(cfg, found, run, pool, lease)
     finally:
         cluster.disconnect()
     seconds = time.monotonic() - began
@@ -253,7 +259,7 @@ def _refuse_lost_input(run: Run, found: Survey) -> None:
         raise SourceError(f"{gone[0]}: planned, not finished, and no longer readable ({len(gone)} such shards); restore it")
 
 
-def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool) -> Manifest:
+def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) -> Manifest:
     before = read_manifest(run.store)
     pending = run.pending
     began = time.monotonic()
@@ -262,11 +268,11 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool) -> Manifest:
         return before
     fields = run.plans[0].fields
     read = read_spec(cfg, fields)
-    job = Job(read, cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, run.store)
+    job = Job(read, cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, run.store, lease.id)
     shards = {shard.path: shard for shard in found.shards}
     in_parts = [unit for unit in run.units if unit.id in run.in_parts and unit.id not in run.compacted]
     progress = Progress(run.store, run.planned_rows, len(run.units), pool.max_actors, sys.stderr)
-    with progress, Compactor(run.store, run.plans, run.entries, cfg.output) as compactor:
+    with progress, Compactor(run.store, run.plans, run.entries, cfg.output, lease.check) as compactor:
         for summary in [unit for entry in run.entries for unit in entry.units] + read_summaries(run.store, in_parts):
             progress.resumed(summary)
         for unit in in_parts:
@@ -281,6 +287,7 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool) -> Manifest:
             raise AccountingError(f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again")
         entries = compactor.finish()
         progress.save()
+    lease.check()
     return _publish(run, entries, before, round(time.monotonic() - began, 1))
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 FLOORS = [
     ("words", ["rows", "errors", "config"]),
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units"]),
-    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "compact", "verify", "stages"]),
+    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "compact", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "run"]),
     ("after", ["showcase", "metrics", "evaluate", "train", "doorway"]),

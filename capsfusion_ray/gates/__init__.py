@@ -59,6 +59,8 @@ GATES: tuple[tuple[Reason, Callable[[Triple], Fault | None]], ...] = (
 
 def judge(pair: CaptionPair, generation: Generation, gates: GatesConfig) -> Verdict:
     """The verdict on what an engine wrote for a pair."""
+    if generation.finish is FinishReason.CRASH:
+        return Verdict(Outcome.REJECTED, Reason.ENGINE_CRASH, clip(generation.error))
     if generation.finish is FinishReason.ERROR:
         return Verdict(Outcome.REJECTED, Reason.ENGINE_ROW_ERROR, clip(generation.error or "the engine gave no error"))
     return judge_text(pair.raw, pair.synthetic, generation.text, generation.finish, gates)

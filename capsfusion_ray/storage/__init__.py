@@ -102,7 +102,11 @@ class Store:
         return self._call("write", path, lambda: self.backend.put_if_absent(_checked(path), data)) is not None
 
     def put_if_match(self, path: str, data: bytes, etag: str | None) -> str | None:
-        """Compare and swap: write if it still has `etag` (None: if absent). The new etag, or None if we lost."""
+        """Compare and swap: write if it still has `etag` (None: if absent). The new etag, or None if we lost.
+
+        Bytes that another writer put there a moment before count as ours, because a PUT whose answer was lost looks the
+        same. Where it matters who won, the bytes must say who wrote them.
+        """
         if etag is None:
             return self._call("write", path, lambda: self.backend.put_if_absent(_checked(path), data))
         return self._call("write", path, lambda: self.backend.put_if_match(_checked(path), data, etag))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from capsfusion_ray import sources
 from capsfusion_ray.actors import FusionActor
+from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import FuseConfig, VerifyConfig, load
 from capsfusion_ray.manifest import MANIFEST, assemble
@@ -31,7 +32,7 @@ def test_the_demo_captions_pass_through_every_stage_and_the_accounting_closes(tm
     plan = make_plan(shards, {}, 40, fields)
     store = Store(str(tmp_path))
     write_plan(store, plan)
-    actor = FusionActor(load(FuseConfig, ["engine.kind=echo"]).engine, cfg.decode, TEMPLATE)
+    actor = FusionActor(load(FuseConfig, ["engine.kind=echo"]).engine, cfg.decode, TEMPLATE, AttemptLog(store, "run"))
     for unit in plan.units:
         shard = next(shard for shard in shards if shard.path == unit.path)
         read = sources.read_rows(shard, unit.start, unit.stop, spec)

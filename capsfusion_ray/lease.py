@@ -1,0 +1,164 @@
+"""Which driver may compact and publish an output: a lease object, renewed by compare and swap.
+
+Commits need no lease: they are put-if-absent, and harmless from any number of drivers. No clocks are compared between
+machines: a lease is over when its object did not change for TTL_S while we watched it, when its holder said so, or when
+its holder was a process of this machine and is gone. Knows the store only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
+from capsfusion_ray.planfile import RUN_DIR
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+LEASE = f"{RUN_DIR}/lease.json"
+TTL_S = 60.0
+BEATS_PER_TTL = 4
+_WATCHES_PER_TTL = 20
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One driver process. `machine` is empty where a process cannot be told to be alive (no /proc)."""
+
+    id: str
+    host: str
+    pid: int
+    machine: str
+    started: str
+    since: str
+    beat: int = 0
+    released: bool = False
+
+    @classmethod
+    def me(cls) -> Holder:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _machine(), _started(os.getpid()), since)
+
+    @property
+    def over(self) -> bool:
+        """Released, or a process of this very machine that is gone."""
+        gone = bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
+        return self.released or gone
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Holder:
+        return cls(**json.loads(data))
+
+
+def _machine() -> str:
+    """Equal for two processes exactly if they see each other's pids: one boot, one pid namespace, one host name."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """When the process began, in kernel ticks since boot: a pid that is used again gives another value. Empty: gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else fields[18]  # a zombie works no more
+
+
+class Lease:
+    """Held while used as a context. `takeover`: take it from a living holder, who will stop before its next compaction.
+
+    Raises ConfigError from `with` where another driver is at work, after at most `ttl_s` seconds of watching it.
+    """
+
+    def __init__(self, store: Store, takeover: bool = False, ttl_s: float = TTL_S) -> None:
+        self._store, self._takeover, self._ttl_s = store, takeover, ttl_s
+        self._holder = Holder.me()
+        self._etag = ""
+        self._lost = ""
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave.set()
+        self._thread.join()
+        if not self._lost:
+            try:
+                self._put(dataclasses.replace(self._holder, released=True), self._etag)
+            except StorageError as error:  # it runs out by itself
+                log.warning("lease not released: %s", error)
+
+    @property
+    def id(self) -> str:
+        """This driver's own, in all stores and at all times."""
+        return self._holder.id
+
+    def check(self) -> None:
+        """Raises LeaseLost if another driver took this output over, or the store did not take our heartbeat for too long."""
+        if self._lost:
+            raise LeaseLost(f"{self._store.url(LEASE)}: {self._lost}; this driver stops, everything committed is kept")
+
+    def _acquire(self) -> None:
+        while True:
+            found = self._store.get_with_etag(LEASE)
+            if found is not None and not self._takeover and not Holder.from_bytes(found[0]).over:
+                self._watch(*found)
+            if self._put(self._holder, found[1] if found else None):
+                return
+
+    def _watch(self, data: bytes, etag: str) -> None:
+        """Return when the lease has run out or was given up; raise if its holder shows a sign of life."""
+        holder = Holder.from_bytes(data)
+        log.info("%s is held by %s, pid %d; watching it for %.0f s", self._store.url(LEASE), holder.host, holder.pid, self._ttl_s)
+        until = time.monotonic() + self._ttl_s
+        while time.monotonic() < until:
+            time.sleep(self._ttl_s / _WATCHES_PER_TTL)
+            now = self._store.get_with_etag(LEASE)
+            if now is None or now[1] != etag:
+                if now is None or Holder.from_bytes(now[0]).over:
+                    return
+                raise ConfigError(
+                    f"{self._store.root}: another driver is at work on this output ({holder.host}, pid {holder.pid}, since "
+                    f"{holder.since}); wait for it, or give takeover=true to stop it"
+                )
+
+    def _put(self, holder: Holder, etag: str | None) -> bool:
+        new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)
+        if new is not None:
+            self._holder, self._etag = holder, new
+        return new is not None
+
+    def _beat(self) -> None:
+        renewed = time.monotonic()
+        while not self._leave.wait(self._ttl_s / BEATS_PER_TTL):
+            try:
+                if not self._put(dataclasses.replace(self._holder, beat=self._holder.beat + 1), self._etag):
+                    self._lost = "another driver took this output over"
+                    break
+                renewed = time.monotonic()
+            except StorageError as error:
+                log.warning("heartbeat not written: %s", error)
+            if time.monotonic() - renewed > self._ttl_s * (1 - 1 / BEATS_PER_TTL):
+                self._lost = f"no heartbeat could be written for {time.monotonic() - renewed:.0f} s"
+                break
+        if self._lost:
+            log.error("lease lost: %s", self._lost)

@@ -1,0 +1,105 @@
+"""An actor's process dies for real, and the next one finds out why. Without Ray: a fork stands for a restarted actor."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from capsfusion_ray import actors
+from capsfusion_ray.attempts import AttemptLog
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.engines.echo import EchoEngine
+from capsfusion_ray.prompt import TEMPLATE
+from capsfusion_ray.rows import FUSED, ROW_ID, WorkUnit
+from capsfusion_ray.stages import ERROR, FINISH, admit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+
+ROWS = 12
+
+
+def unit_of(poison, path="shard.parquet"):
+    unit = WorkUnit(f"id-{path}", path, 0, ROWS, "g00000")
+    rows = [
+        {
+            "image_url": f"u{i}", "laion_2b": f"Poison {i}" if i in poison else f"Lighthouse {i}",
+            "laion_coco": "A white lighthouse on a coast.", "row_id": f"{path}:{i}", "_invalid": None,
+        }
+        for i in range(ROWS)
+    ]  # fmt: skip
+    return UnitBatch(unit, admit(pa.Table.from_pylist(rows), GatesConfig()), Apart()).pack()
+
+
+class PoisonEngine(EchoEngine):
+    def step(self):
+        if any("Poison" in prompt.raw for prompt in self._queue):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step()
+
+
+class DeadEngine(EchoEngine):
+    def step(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class StalledEngine(EchoEngine):
+    def step(self):
+        time.sleep(600)
+
+
+class FailingEngine(EchoEngine):
+    """Dies whatever it is given."""
+
+    def step(self):
+        os._exit(9)
+
+
+def fuse_once(engine, store, batch, result):
+    """One life of an actor: its exit code, and where it lived the unit's table."""
+
+    def live():
+        logging.getLogger().handlers.clear()  # pytest's: the actor logs to stderr
+        actors.build_engine = engine
+        config = EngineConfig(kind="echo", stall_s=1.0)
+        fused = actors.FusionActor(config, DecodeConfig(), TEMPLATE, AttemptLog(store, "run"))(batch)
+        pq.write_table(fused, result)
+
+    process = multiprocessing.get_context("fork").Process(target=live)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("poison", [{0}, {5}, {3, 11}])
+def test_the_rows_that_kill_their_worker_are_rejected_and_the_others_fused(tmp_path, poison):
+    store, result = Store(str(tmp_path / "out")), tmp_path / "result"
+    batch = unit_of(poison)
+    deaths = 0
+    while (code := fuse_once(PoisonEngine, store, batch, result)) != 0:
+        assert code == -signal.SIGKILL
+        deaths += 1
+        assert deaths < 20
+    table = UnitBatch.unpack(pq.read_table(result)).table.to_pylist()
+    assert {int(row[ROW_ID].split(":")[1]) for row in table if row[FINISH] == "crash"} == poison
+    assert all("died" in row[ERROR] for row in table if row[FINISH] == "crash")
+    assert all(row[FUSED] for row in table if row[FINISH] != "crash")
+    assert not store.list("_run/attempts"), "a unit that came through leaves no note"
+
+
+@pytest.mark.parametrize(("engine", "code"), [(DeadEngine, 70), (StalledEngine, 71)])
+def test_a_dead_or_stalled_engine_ends_its_process_and_says_why(tmp_path, engine, code, capfd):
+    assert fuse_once(engine, Store(str(tmp_path)), unit_of(()), tmp_path / "result") == code
+    said = capfd.readouterr().err
+    assert ("illegal memory access" in said and "shard.parquet:0" in said) if code == 70 else "in step" in said
+
+
+def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(actors, "MAX_DEATHS", 3)
+    store, batch, result = Store(str(tmp_path)), unit_of(()), tmp_path / "result"
+    codes = [fuse_once(FailingEngine, store, batch, result) for _ in range(4)]
+    assert codes == [9, 9, 9, 1], "the fourth raises EngineError instead of trying"

@@ -1,0 +1,80 @@
+"""One driver at a time: who gets the lease, who is refused, and who learns that it lost it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
+from capsfusion_ray.lease import LEASE, Holder, Lease
+from capsfusion_ray.storage import Store
+
+TTL_S = 2.0
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_second_driver_is_refused_while_the_first_is_alive(store):
+    with Lease(store, ttl_s=TTL_S) as first:
+        with pytest.raises(ConfigError, match=rf"pid {os.getpid()}.*takeover=true"), Lease(store, ttl_s=TTL_S):
+            pass
+        first.check()
+    with Lease(store, ttl_s=TTL_S):  # given up: no waiting
+        pass
+
+
+def test_takeover_stops_the_first(store):
+    with Lease(store, ttl_s=TTL_S) as first, Lease(store, takeover=True, ttl_s=TTL_S) as second:
+        with pytest.raises(LeaseLost, match="took this output over"):
+            wait_for_loss(first)
+        second.check()
+
+
+def wait_for_loss(lease):
+    until = time.monotonic() + 10 * TTL_S
+    while time.monotonic() < until:
+        lease.check()
+        time.sleep(0.05)
+
+
+def test_a_silent_holder_of_another_machine_is_waited_out(store):
+    there = Holder("them", "far.example", 1, "another machine", "1", "2026-01-01T00:00:00Z")
+    store.put(LEASE, there.to_bytes())
+    began = time.monotonic()
+    with Lease(store, ttl_s=TTL_S):
+        assert time.monotonic() - began >= TTL_S
+
+
+HOLD = """
+import sys, time
+from capsfusion_ray.lease import Lease
+from capsfusion_ray.storage import Store
+with Lease(Store(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_holder_of_this_machine_is_followed_at_once(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert holder.stdout.readline() == "held\n"
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    began = time.monotonic()
+    with Lease(Store(str(tmp_path))):
+        assert time.monotonic() - began < 30, "TTL_S is 60: it was not waited for"
+
+
+def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    with Lease(store, ttl_s=TTL_S) as lease:
+
+        def fail(*_):
+            raise StorageError("the store is gone")
+
+        monkeypatch.setattr(store, "put_if_match", fail)
+        with pytest.raises(LeaseLost, match="no heartbeat"):
+            wait_for_loss(lease)
