@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 LOG_EVERY_S = 10.0
 STORE_EVERY_S = 10.0
+HISTORY_POINTS = 240  # of progress.json: every other one goes when there are more
 _WINDOW_S = 300.0  # the speed shown is that of the last five minutes
 
 
@@ -44,8 +45,13 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self.began, 0)])
         self._logged = self._stored = self.began
         self._live: Live | None = None
+        self._history: list[tuple[float, int, float]] = []  # seconds since the run first began, rows, captions/s
+        self._before_s = 0.0  # spent by earlier processes on this run
 
     def __enter__(self) -> Progress:
+        if self.store.exists(PROGRESS):
+            self._history = [tuple(point) for point in json.loads(self.store.get(PROGRESS)).get("history", [])]
+            self._before_s = self._history[-1][0] if self._history else 0.0
         if self.stream.isatty():
             self._live = Live(console=Console(file=self.stream), transient=True, auto_refresh=False)
             self._live.start()
@@ -100,6 +106,10 @@ class Progress:
         )
 
     def save(self) -> None:
+        spent = self._before_s + time.monotonic() - self.began
+        self._history.append((round(spent, 1), self.rows, round(self.captions_per_s, 2)))
+        if len(self._history) > HISTORY_POINTS:
+            self._history = self._history[::-2][::-1]  # the last one stays
         state = {
             "rows": self.rows,
             "planned": self.planned,
@@ -109,6 +119,7 @@ class Progress:
             "actors": self.actors,
             "captions_per_s": round(self.captions_per_s, 3),
             "eta_s": None if self.eta_s is None else round(self.eta_s, 1),
+            "history": self._history,
             "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         try:

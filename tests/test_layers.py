@@ -14,7 +14,7 @@ FLOORS = [
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "compact", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "run"]),
-    ("after", ["showcase", "metrics", "evaluate", "train", "doorway"]),
+    ("after", ["report", "showcase", "metrics", "evaluate", "train", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
 RAY_ROOMS = {"pipeline", "cluster", "compactor", "train"}

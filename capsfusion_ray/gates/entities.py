@@ -178,7 +178,7 @@ def _spelled_out(word: str, t: Triple) -> bool:
 _FILE_ID = re.compile(r"\d{6,}|.*[a-z]\d.*[a-z]|.*\d[a-z]+\d.*", re.IGNORECASE)  # 20160502, a1b2c3: names nothing
 
 
-def _is_entity(word: str, key: str) -> bool:
+def is_entity(word: str, key: str) -> bool:
     return (word[0].isupper() or word[0].isdecimal()) and key not in STOP_KEYS and key not in BOILERPLATE_KEYS
 
 
@@ -186,9 +186,9 @@ def lost_entity(t: Triple) -> Fault | None:
     """Share of raw's names and numbers that the caption does not mention; raw needs two of them at least."""
     pairs = list(zip(t.raw.words, t.raw.keys, strict=True))
     held = t.fused.held
-    if not any(k not in held and _is_entity(w, k) for w, k in pairs):
+    if not any(k not in held and is_entity(w, k) for w, k in pairs):
         return None
-    entities = {k: w for w, k in pairs if _is_entity(w, k)}
+    entities = {k: w for w, k in pairs if is_entity(w, k)}
     lost = entities.keys() - held
     if len(entities) < 2:
         return None

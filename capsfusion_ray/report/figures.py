@@ -1,0 +1,115 @@
+"""The numbers of the report, from an output's counts and a sample of its rows. Pure.
+
+The argument is the paper's: raw captions know and do not write, synthetic ones write and do not know, and a good fused
+caption is as rich as the raw one and reads like the synthetic one. So all three stand beside each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from capsfusion_ray.gates.entities import is_entity
+from capsfusion_ray.provenance import Origin, Words, align_words, source_words
+from capsfusion_ray.report.sample import Row, State
+
+LONGEST_BAR = 60  # words; the last bar holds all longer captions
+BAR_WORDS = 3
+DIVERSITY_POINTS = 20
+OUTCOMES = ("fused", "kept", "rejected", "filtered", "removed", "unreadable")
+
+
+def figures(state: State, rows: Sequence[Row], price_per_gpu_hour: float) -> dict[str, Any]:
+    """Everything that the page shows beside the rows themselves, as plain JSON values."""
+    counts = asdict(state.counts)
+    written = [row for row in rows if row.fused and not row.reason]
+    sides = {
+        "raw": [source_words(row.raw) for row in written],
+        "synthetic": [source_words(row.synthetic) for row in written],
+        "fused": [source_words(row.fused) for row in written],
+    }
+    return {
+        "finished": state.finished,
+        "counts": {name: counts[name] for name in ("planned", *OUTCOMES)},
+        "reasons": counts["reasons"],
+        "flags": counts["flags"],
+        "filtered_by": counts["filtered_by"],
+        "unreadable_shards": state.unreadable_shards,
+        "revisions": list(state.revisions),
+        "base": {key: str(value) for key, value in state.base.items() if key != "prompt"},
+        "prompt": str(state.base.get("prompt", "")),
+        "speed": _speed(state, price_per_gpu_hour),
+        "sampled": len(written),
+        "lengths": {name: _lengths(words) for name, words in sides.items()},
+        "diversity": {name: _diversity(words) for name, words in sides.items()},
+        "knowledge": {name: _knowledge(sides["raw"], sides[name]) for name in ("synthetic", "fused")},
+        "origins": _origins(written, sides),
+    }
+
+
+def _speed(state: State, price_per_gpu_hour: float) -> dict[str, Any]:
+    """Captions/s over time and the cost of a million; a GPU's price counts only where a GPU was."""
+    progress = state.progress
+    history = progress.get("history", [])
+    actors = progress.get("actors", 0)
+    on_gpu = any(not device.endswith((":cpu", ":none")) for device in state.devices)
+    rate = progress.get("captions_per_s") or 0.0
+    actor_hours = actors * 1e6 / rate / 3600 if rate else None
+    return {
+        "history": history,
+        "captions_per_s": rate,
+        "eta_s": progress.get("eta_s"),
+        "actors": actors,
+        "devices": state.devices,
+        "actor_hours_per_million": actor_hours,
+        "usd_per_million": actor_hours * price_per_gpu_hour if actor_hours and on_gpu else None,
+        "usd_per_gpu_hour": price_per_gpu_hour,
+        "prompt_tokens": state.counts.prompt_tokens,
+        "output_tokens": state.counts.output_tokens,
+    }
+
+
+def _lengths(captions: Sequence[Words]) -> dict[str, Any]:
+    lengths = sorted(len(caption.words) for caption in captions)
+    bars = [0] * (LONGEST_BAR // BAR_WORDS + 1)
+    for length in lengths:
+        bars[min(length, LONGEST_BAR) // BAR_WORDS] += 1
+    if not lengths:
+        return {"mean": 0.0, "median": 0, "p95": 0, "bars": bars}
+    at = len(lengths)
+    mean = sum(lengths) / at
+    return {"mean": round(mean, 1), "median": lengths[at // 2], "p95": lengths[min(at - 1, at * 95 // 100)], "bars": bars}
+
+
+def _diversity(captions: Sequence[Words]) -> list[tuple[int, int]]:
+    """(captions read, distinct trigrams among them): a curve that flattens says the same thing over and over."""
+    seen: set[tuple[str, ...]] = set()
+    points = []
+    every = max(len(captions) // DIVERSITY_POINTS, 1)
+    for number, caption in enumerate(captions, 1):
+        keys = caption.keys
+        seen.update(zip(keys, keys[1:], keys[2:], strict=False))
+        if number % every == 0 or number == len(captions):
+            points.append((number, len(seen)))
+    return points
+
+
+def _knowledge(raws: Sequence[Words], captions: Sequence[Words]) -> float | None:
+    """Share of the raw captions' names and numbers that the other caption mentions."""
+    kept = total = 0
+    for raw, caption in zip(raws, captions, strict=True):
+        entities = {key: word for word, key in zip(raw.words, raw.keys, strict=True) if is_entity(word, key)}
+        total += len(entities)
+        kept += sum(caption.holds(word, key) for key, word in entities.items())
+    return round(kept / total, 4) if total else None
+
+
+def _origins(rows: Sequence[Row], sides: dict[str, list[Words]]) -> dict[str, float]:
+    """Share of the fused words by where they come from."""
+    found: Counter[Origin] = Counter()
+    for row, raw, synthetic in zip(rows, sides["raw"], sides["synthetic"], strict=True):
+        found.update(span.origin for span in align_words(row.fused, raw, synthetic))
+    total = sum(found.values())
+    return {str(origin): round(found[origin] / total, 4) if total else 0.0 for origin in Origin}

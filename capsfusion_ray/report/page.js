@@ -1,0 +1,135 @@
+"use strict";
+const { figures: F, rows: ROWS } = JSON.parse(document.getElementById("data").textContent);
+const SIDES = ["raw", "synthetic", "fused"];
+const SHOWN_AT_ONCE = 40;
+const $ = (id) => document.getElementById(id);
+const number = (n) => n.toLocaleString("en");
+const share = (n) => (n === null || n === undefined ? "–" : (100 * n).toFixed(1) + "%");
+
+// Everything from the data reaches the page through here, as text: nothing in a caption can become markup.
+function make(tag, attributes, ...children) {
+  const svg = ["svg", "path", "line", "text", "rect"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) node.setAttribute(name, value);
+  for (const child of children) node.append(child);
+  return node;
+}
+
+// ---------------------------------------------------------------------------------------------------------- theme
+function setTheme(theme) { document.documentElement.dataset.theme = theme; }
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+$("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+
+// --------------------------------------------------------------------------------------------------------- totals
+const OUTCOMES = ["fused", "kept", "rejected", "filtered", "removed", "unreadable"];
+function totals() {
+  const done = OUTCOMES.reduce((sum, name) => sum + F.counts[name], 0);
+  const bar = make("div", { class: "bar", role: "img", "aria-label": OUTCOMES.map((n) => `${n} ${F.counts[n]}`).join(", ") });
+  const list = make("ul", { class: "outcomes" });
+  for (const name of OUTCOMES) {
+    if (!F.counts[name]) continue;
+    bar.append(make("i", { style: `width:${(100 * F.counts[name]) / F.counts.planned}%;background:var(--${name})` }));
+    list.append(make("li", {}, make("span", { class: "dot", style: `background:var(--${name})` }), `${name} `, make("b", {}, number(F.counts[name])), ` ${share(F.counts[name] / F.counts.planned)}`));
+  }
+  const sum = OUTCOMES.map((name) => number(F.counts[name])).join(" + ");
+  const closes = done === F.counts.planned ? `closes: ${number(F.counts.planned)} planned = ${sum}` : `${number(done)} of ${number(F.counts.planned)} rows done (${share(done / F.counts.planned)})`;
+  $("totals").append(bar, list, make("p", { class: "closes" }, closes));
+  for (const [path, error] of Object.entries(F.unreadable_shards)) $("totals").append(make("p", { class: "closes" }, `unreadable shard ${path}: ${error}`));
+}
+
+// ---------------------------------------------------------------------------------------------------------- cards
+function card(title, ...children) { $("cards").append(make("div", { class: "card" }, make("h3", {}, title), ...children)); }
+function meters(values, total, colour) {
+  return Object.entries(values).sort((a, b) => b[1] - a[1]).map(([name, value]) =>
+    make("div", { class: "meter" }, make("span", {}, name), make("span", {}, `${number(value)} · ${share(value / total)}`),
+      make("span", { class: "track" }, make("i", { style: `width:${Math.min(100, (100 * value) / total)}%;background:var(--${colour})` }))));
+}
+function key(names) {
+  return make("div", { class: "key" }, ...names.map((name) => make("span", {}, make("span", { class: "dot", style: `background:var(--${name})` }), name)));
+}
+function lines(series, xLabel) {
+  const [W, H, left, bottom] = [320, 150, 44, 20];
+  const points = Object.values(series).flat();
+  const xMax = Math.max(1, ...points.map((p) => p[0])), yMax = Math.max(1, ...points.map((p) => p[1]));
+  const at = ([x, y]) => `${(left + (x / xMax) * (W - left - 4)).toFixed(1)},${(H - bottom - (y / yMax) * (H - bottom - 10)).toFixed(1)}`;
+  const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": xLabel });
+  svg.append(make("line", { x1: left, y1: H - bottom, x2: W, y2: H - bottom, stroke: "var(--line)" }));
+  svg.append(make("text", { x: left - 4, y: 14, "text-anchor": "end" }, number(Math.round(yMax))));
+  svg.append(make("text", { x: W, y: H - 5, "text-anchor": "end" }, `${number(Math.round(xMax))} ${xLabel}`));
+  for (const [name, values] of Object.entries(series))
+    if (values.length) svg.append(make("path", { d: "M" + values.map(at).join("L"), fill: "none", stroke: `var(--${name})`, "stroke-width": 2, "stroke-linejoin": "round" }));
+  return svg;
+}
+function clock(s) { return s === null || s === undefined ? "–" : `${Math.floor(s / 3600)}:${String(Math.floor(s / 60) % 60).padStart(2, "0")}:${String(Math.round(s) % 60).padStart(2, "0")}`; }
+
+function cards() {
+  const kept = F.knowledge.fused;
+  card("Knowledge kept", make("p", { class: "big" }, share(kept)),
+    make("p", {}, `of the raw captions' names and numbers stand in the fused ones; in the synthetic ones ${share(F.knowledge.synthetic)}.`));
+  const origins = make("div", { class: "bar", role: "img", "aria-label": "fused words by origin" });
+  for (const name of ["raw", "both", "synthetic", "neither"]) origins.append(make("i", { style: `width:${100 * F.origins[name]}%;background:var(--${name})` }));
+  card("Where the fused words come from", origins, make("p", {}, ["raw", "both", "synthetic", "neither"].map((n) => `${n} ${share(F.origins[n])}`).join(" · ")));
+  const speed = F.speed;
+  const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${speed.actor_hours_per_million.toFixed(1)} actor hours a million` : "";
+  card("Speed", make("p", { class: "big" }, `${speed.captions_per_s.toFixed(1)} captions/s`),
+    speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
+    make("p", {}, [`${speed.actors} actors`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
+  const bars = Object.fromEntries(SIDES.map((side) => [side, F.lengths[side].bars.map((n, i) => [i * 3, n])]));
+  card("Words a caption", lines(bars, "words"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${F.lengths[s].mean} (95%: ${F.lengths[s].p95})`).join(" · ")));
+  const last = (side) => (F.diversity[side].length ? F.diversity[side][F.diversity[side].length - 1][1] : 0);
+  card("Distinct trigrams", lines(F.diversity, "captions"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${number(last(s))}`).join(" · ")));
+  if (Object.keys(F.reasons).length) card("Rejected and kept, by reason", ...meters(F.reasons, F.counts.planned, "rejected"));
+  if (Object.keys(F.flags).length) card("Flagged in the dataset", ...meters(F.flags, F.counts.planned, "synthetic"));
+  if (Object.keys(F.filtered_by).length) card("Filtered out", ...meters(F.filtered_by, F.counts.planned, "filtered"));
+}
+
+// ----------------------------------------------------------------------------------------------------------- rows
+const strata = (row) => (row.reason ? [row.reason] : row.flags.length ? row.flags : ["ordinary"]);
+let filter = "", wanted = "", shown = SHOWN_AT_ONCE;
+function filters() {
+  const counts = new Map();
+  for (const row of ROWS) for (const name of strata(row)) counts.set(name, (counts.get(name) || 0) + 1);
+  const add = (name, label) => {
+    const button = make("button", { type: "button", "aria-pressed": String(name === filter) }, label);
+    button.addEventListener("click", () => {
+      filter = name; shown = SHOWN_AT_ONCE;
+      for (const other of $("filters").children) other.setAttribute("aria-pressed", String(other === button));
+      list();
+    });
+    $("filters").append(button);
+  };
+  add("", `all ${number(ROWS.length)}`);
+  for (const [name, n] of [...counts].sort((a, b) => b[1] - a[1])) add(name, `${name} ${number(n)}`);
+}
+function matches(row) {
+  if (filter && !strata(row).includes(filter)) return false;
+  if (!wanted) return true;
+  return [row.id, row.raw, row.synthetic, row.fused.map((p) => p[0]).join(""), row.detail, row.url].some((text) => text.toLowerCase().includes(wanted));
+}
+function caption(row) {
+  const fused = make("p", { class: "fused", dir: "auto" });
+  for (const [text, origin] of row.fused) fused.append(origin ? make("span", { class: origin }, text) : text);
+  if (!row.fused.length) fused.append("—");
+  const tags = make("p", { class: "tags" });
+  if (row.reason) tags.append(make("span", { class: "tag reject" }, row.reason));
+  for (const flag of row.flags) tags.append(make("span", { class: "tag" }, flag));
+  if (row.detail) tags.append(make("span", {}, row.detail));
+  tags.append(make("span", {}, row.id));
+  const source = (name, text) => make("p", { class: "source" }, make("span", { class: name }, name), make("span", { dir: "auto" }, text || "—"));
+  return make("article", {}, fused, source("raw", row.raw), source("synthetic", row.synthetic), tags);
+}
+function list() {
+  const found = ROWS.filter(matches);
+  $("rows").replaceChildren(...found.slice(0, shown).map(caption));
+  $("found").textContent = `${number(found.length)} of ${number(ROWS.length)} sampled rows`;
+  $("more").hidden = found.length <= shown;
+}
+$("search").addEventListener("input", (event) => { wanted = event.target.value.trim().toLowerCase(); shown = SHOWN_AT_ONCE; list(); });
+$("more").addEventListener("click", () => { shown += SHOWN_AT_ONCE; list(); });
+
+// ------------------------------------------------------------------------------------------------------- settings
+function settings() {
+  for (const [name, value] of Object.entries(F.base)) $("base").append(make("dt", {}, name), make("dd", {}, value));
+  $("prompt").textContent = F.prompt;
+}
+totals(); cards(); filters(); list(); settings();

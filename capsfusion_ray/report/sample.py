@@ -1,0 +1,138 @@
+"""What an output holds so far, and a bounded, deterministic sample of its rows, stratified by reason."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capsfusion_ray.manifest import Counts, count, read_groups, read_manifest
+from capsfusion_ray.parts import UNITS_DIR, committed, read_summaries
+from capsfusion_ray.planfile import read_plans
+from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
+from capsfusion_ray.storage import Store
+
+FILES_READ = 48  # of each folder, spread over all its files
+ROWS_READ = 2_000  # of each file: one batch from its first row group
+ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
+ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
+PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """An output's counts, whether it is finished, and where its rows lie."""
+
+    counts: Counts
+    finished: bool
+    unreadable_shards: dict[str, str]
+    revisions: tuple[dict[str, Any], ...]
+    base: dict[str, Any]
+    devices: dict[str, int]  # device -> units
+    progress: dict[str, Any]
+    folders: tuple[str, ...]  # of files with rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One caption to read. `reason` and `detail` are empty for rows of data/."""
+
+    id: str
+    url: str
+    raw: str
+    synthetic: str
+    fused: str
+    flags: tuple[str, ...]
+    reason: str
+    detail: str
+
+    @property
+    def strata(self) -> tuple[str, ...]:
+        return (self.reason,) if self.reason else self.flags or (ORDINARY,)
+
+
+def state_of(store: Store) -> State | None:
+    """None where the folder holds no plan of ours."""
+    plans = read_plans(store)
+    if not plans:
+        return None
+    progress = json.loads(store.get(PROGRESS)) if store.exists(PROGRESS) else {}
+    manifest = read_manifest(store)
+    if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
+        counts, units, shards = manifest.counts, manifest.units, manifest.unreadable_shards
+        revisions, folders = manifest.revisions, ("data", "rejected")
+    else:
+        entries = read_groups(store)
+        compacted = {unit.id for entry in entries for unit in entry.units}
+        waiting = committed(store) - compacted
+        parts = read_summaries(store, [unit for plan in plans for unit in plan.units if unit.id in waiting])
+        units = (*(unit for entry in entries for unit in entry.units), *parts)
+        counts = count(units, sum(plan.rows for plan in plans))
+        shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
+        revisions, folders = (), ("data", "rejected", UNITS_DIR)
+    devices = Counter(unit.device for unit in units if unit.device)
+    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), progress, folders)
+
+
+def draw(store: Store, state: State, per_reason: int) -> list[Row]:
+    """At most `per_reason` rows of each reason and flag, ten times as many ordinary ones; from files spread over all."""
+    left: Counter[str] = Counter()
+    drawn: list[Row] = []
+    seen: set[str] = set()
+    for row in chain.from_iterable(_rows(store, folder) for folder in state.folders):
+        room = [s for s in row.strata if left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1)]
+        if room and row.id not in seen:
+            seen.add(row.id)
+            left.update(row.strata)
+            drawn.append(row)
+    return sorted(drawn, key=lambda row: row.id)
+
+
+def _rows(store: Store, folder: str) -> Iterator[Row]:
+    names = [file.path for file in store.list(folder) if file.path.endswith(".parquet")]
+    for name in spread(names, FILES_READ):
+        try:
+            with store.open_input(name) as source:
+                file = pq.ParquetFile(source)
+                wanted = (ROW_ID, URL, RAW, SYNTHETIC, FUSED, FLAGS, REASON, DETAIL, OUTCOME)
+                columns = [column for column in wanted if column in file.schema_arrow.names]
+                batch = next(file.iter_batches(batch_size=ROWS_READ, columns=columns), None)
+        except FileNotFoundError:  # compacted between the listing and now
+            continue
+        if batch is not None:
+            yield from (_row(row) for row in spread(_as_bytes(batch).to_pylist(), ROWS_READ))
+
+
+def _as_bytes(batch: pa.RecordBatch) -> pa.Table:
+    """Strings as bytes: a rejected caption may hold what is no UTF-8."""
+    table = pa.Table.from_batches([batch])
+    for index, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            table = table.set_column(index, column.name, table[column.name].cast(pa.large_binary()))
+    return table
+
+
+def _row(row: dict[str, Any]) -> Row:
+    def text(name: str) -> str:
+        value = row.get(name)
+        return "" if value is None else value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+    flags = tuple(flag.decode() if isinstance(flag, bytes) else flag for flag in row.get(FLAGS) or ())
+    rejected = text(OUTCOME) in ("", "rejected")  # a part says the outcome of each row; a file of data/ needs no such column
+    return Row(
+        text(ROW_ID), text(URL), text(RAW), text(SYNTHETIC), text(FUSED), flags,
+        text(REASON) if rejected else "", text(DETAIL) if rejected else "",
+    )  # fmt: skip
+
+
+def spread(items: list[Any], count: int) -> Iterable[Any]:
+    """`count` items at even distances, in order."""
+    if len(items) <= count:
+        return items
+    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

@@ -1,0 +1,9 @@
+"""Write one self-contained HTML page on an output, finished or running: python jobs/report.py output.path=…"""
+
+import sys
+
+from capsfusion_ray.doorway import run_job
+from capsfusion_ray.report import ReportConfig, report
+
+if __name__ == "__main__":
+    sys.exit(run_job(ReportConfig, report))

@@ -1,0 +1,100 @@
+"""The page on an output: its numbers close, its sample is stratified, and nothing in a caption is markup."""
+
+import json
+import re
+
+import pyarrow as pa
+import pytest
+
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.parts import commit, part_schema, summarise
+from capsfusion_ray.plan import Plan, PlannedShard
+from capsfusion_ray.planfile import write_plan
+from capsfusion_ray.report import REPORT, ReportConfig, report
+from capsfusion_ray.report.sample import ORDINARY_SHARE
+from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import UnitBatch
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)> & Nürnberg 2019 \u2028 東京"
+PER_REASON = 3
+
+
+def unit(i, rows):
+    return WorkUnit(f"u{i}", f"s{i}.parquet", 0, rows, f"g{i:05d}")
+
+
+def part(of):
+    rows = []
+    for i in range(of.rows):
+        rejected, flagged = i % 10 == 0, i % 10 == 1
+        rows.append(
+            {
+                "image_url": "https://example.com/1.jpg", "laion_2b": HOSTILE, "laion_coco": "A stall at night.",
+                "capsfusion": f"A stall at night in Nürnberg in 2019, {HOSTILE}", "row_id": f"{of.path}:{i}",
+                "flags": ["lost_entity"] if flagged else [], "outcome": "rejected" if rejected else "fused",
+                "reason": "repetition" if rejected else None, "detail": "'a a a'" if rejected else "",
+                "prompt_tokens": 9, "output_tokens": 4,
+            }
+        )  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=part_schema(()))
+
+
+def run_of(path, units, compacted):
+    """An output of which `compacted` units stand in data/ and the others are parts on their way."""
+    store, output = Store(str(path)), OutputConfig(str(path))
+    plan = Plan(1, {"decode.num_beams": 3}, 10, (), tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    write_plan(store, plan)
+    for each in units:
+        table = part(each)
+        commit(store, table, summarise(UnitBatch(each, table), table))
+    entries = [compact_group(store, each.group, 1, [each], (), output) for each in units[:compacted]]
+    if compacted == len(units):
+        store.put(MANIFEST, assemble([plan], entries, [{"revision": 1}]).to_bytes())
+    return ReportConfig(output, rows_per_reason=PER_REASON)
+
+
+def data_of(path):
+    page = (path / REPORT).read_text("utf-8")
+    return page, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize("compacted", [0, 1, 3])
+def test_a_page_on_a_finished_or_a_running_output(tmp_path, compacted):
+    done = report(run_of(tmp_path, [unit(i, 40) for i in range(3)], compacted))
+    assert done["finished"]
+    assert done["rows"] == {"planned": 120, "fused": 108, "kept": 0, "rejected": 12, "filtered": 0, "removed": 0, "unreadable": 0}
+    _, data = data_of(tmp_path)
+    assert data["figures"]["reasons"] == {"repetition": 12}
+    by_reason = [row["reason"] or (row["flags"] or ["ordinary"])[0] for row in data["rows"]]
+    assert {name: by_reason.count(name) for name in by_reason} == {
+        "repetition": PER_REASON, "lost_entity": PER_REASON, "ordinary": PER_REASON * ORDINARY_SHARE,
+    }  # fmt: skip
+    assert len({row["id"] for row in data["rows"]}) == len(data["rows"])
+
+
+def test_captions_are_data_and_nothing_else(tmp_path):
+    report(run_of(tmp_path, [unit(0, 40)], 1))
+    page, data = data_of(tmp_path)
+    assert data["rows"][0]["raw"] == HOSTILE, "it comes through whole …"
+    assert page.count("<script") == 2, "… and none of it is markup"
+    assert "<img" not in page
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page), "no request"
+    assert "default-src 'none'" in page
+
+
+def test_the_figures_say_what_the_rows_say(tmp_path):
+    report(run_of(tmp_path, [unit(0, 40)], 1))
+    figures = data_of(tmp_path)[1]["figures"]
+    assert figures["knowledge"]["fused"] == 1.0, "Nürnberg and 2019 stand in every fused caption"
+    assert figures["knowledge"]["synthetic"] == 0.0
+    assert sum(figures["origins"].values()) == pytest.approx(1, abs=0.001)
+    assert sum(figures["lengths"]["fused"]["bars"]) == figures["sampled"] == PER_REASON * (ORDINARY_SHARE + 1)
+
+
+def test_an_output_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no plan in it"):
+        report(ReportConfig(OutputConfig(str(tmp_path))))
