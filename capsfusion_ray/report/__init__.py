@@ -42,15 +42,15 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     state = state_of(store)
     if state is None:
         raise ConfigError(f"output.path={cfg.output.path}: no plan in it, so this is no output of jobs/fuse.py")
-    rows = draw(store, state, cfg.rows_per_reason)
-    shown = figures(state, rows, cfg.price_per_gpu_hour)
-    page = render(cfg.output.path, shown, rows).encode()
+    sample = draw(store, state, cfg.rows_per_reason)
+    shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+    page = render(cfg.output.path, shown, sample.shown).encode()
     store.put(REPORT, page)
     return {
         "report": store.url(REPORT),
         "finished": state.finished,
         "rows": shown["counts"],
-        "sampled": len(rows),
+        "sampled": len(sample.shown),
         "bytes": len(page),
         "seconds": round(time.monotonic() - began, 2),
     }

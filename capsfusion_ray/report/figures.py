@@ -21,10 +21,9 @@ DIVERSITY_POINTS = 20
 OUTCOMES = ("fused", "kept", "rejected", "filtered", "removed", "unreadable")
 
 
-def figures(state: State, rows: Sequence[Row], price_per_gpu_hour: float) -> dict[str, Any]:
-    """Everything that the page shows beside the rows themselves, as plain JSON values."""
+def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float) -> dict[str, Any]:
+    """Everything that the page shows beside the rows themselves, as plain JSON values. `written`: rows of data/."""
     counts = asdict(state.counts)
-    written = [row for row in rows if row.fused and not row.reason]
     sides = {
         "raw": [source_words(row.raw) for row in written],
         "synthetic": [source_words(row.synthetic) for row in written],
@@ -41,7 +40,7 @@ def figures(state: State, rows: Sequence[Row], price_per_gpu_hour: float) -> dic
         "base": {key: str(value) for key, value in state.base.items() if key != "prompt"},
         "prompt": str(state.base.get("prompt", "")),
         "speed": _speed(state, price_per_gpu_hour),
-        "sampled": len(written),
+        "measured": len(written),
         "lengths": {name: _lengths(words) for name, words in sides.items()},
         "diversity": {name: _diversity(words) for name, words in sides.items()},
         "knowledge": {name: _knowledge(sides["raw"], sides[name]) for name in ("synthetic", "fused")},

@@ -65,7 +65,7 @@ function clock(s) { return s === null || s === undefined ? "–" : `${Math.floor
 function cards() {
   const kept = F.knowledge.fused;
   card("Knowledge kept", make("p", { class: "big" }, share(kept)),
-    make("p", {}, `of the raw captions' names and numbers stand in the fused ones; in the synthetic ones ${share(F.knowledge.synthetic)}.`));
+    make("p", {}, `of the raw captions' names and numbers stand in the fused ones; in the synthetic ones ${share(F.knowledge.synthetic)}. Measured on ${number(F.measured)} rows.`));
   const origins = make("div", { class: "bar", role: "img", "aria-label": "fused words by origin" });
   for (const name of ["raw", "both", "synthetic", "neither"]) origins.append(make("i", { style: `width:${100 * F.origins[name]}%;background:var(--${name})` }));
   card("Where the fused words come from", origins, make("p", {}, ["raw", "both", "synthetic", "neither"].map((n) => `${n} ${share(F.origins[n])}`).join(" · ")));
@@ -73,7 +73,7 @@ function cards() {
   const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${speed.actor_hours_per_million.toFixed(1)} actor hours a million` : "";
   card("Speed", make("p", { class: "big" }, `${speed.captions_per_s.toFixed(1)} captions/s`),
     speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
-    make("p", {}, [`${speed.actors} actors`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
+    make("p", {}, [`${speed.actors} actor${speed.actors === 1 ? "" : "s"}`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
   const bars = Object.fromEntries(SIDES.map((side) => [side, F.lengths[side].bars.map((n, i) => [i * 3, n])]));
   card("Words a caption", lines(bars, "words"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${F.lengths[s].mean} (95%: ${F.lengths[s].p95})`).join(" · ")));
   const last = (side) => (F.diversity[side].length ? F.diversity[side][F.diversity[side].length - 1][1] : 0);

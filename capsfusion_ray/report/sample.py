@@ -20,6 +20,7 @@ from capsfusion_ray.storage import Store
 
 FILES_READ = 48  # of each folder, spread over all its files
 ROWS_READ = 2_000  # of each file: one batch from its first row group
+MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
 ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
 PROGRESS = "progress.json"
@@ -80,18 +81,30 @@ def state_of(store: Store) -> State | None:
     return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), progress, folders)
 
 
-def draw(store: Store, state: State, per_reason: int) -> list[Row]:
-    """At most `per_reason` rows of each reason and flag, ten times as many ordinary ones; from files spread over all."""
+@dataclass(frozen=True)
+class Sample:
+    """Rows of files spread over all. `shown`: stratified by reason, to read; `measured`: as they come, to count."""
+
+    shown: list[Row]
+    measured: list[Row]
+
+
+def draw(store: Store, state: State, per_reason: int) -> Sample:
+    """At most `per_reason` rows to show of each reason and flag, and ten times as many ordinary ones."""
     left: Counter[str] = Counter()
     drawn: list[Row] = []
+    written: list[Row] = []
     seen: set[str] = set()
     for row in chain.from_iterable(_rows(store, folder) for folder in state.folders):
-        room = [s for s in row.strata if left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1)]
-        if room and row.id not in seen:
-            seen.add(row.id)
+        if row.id in seen:  # a part, and the file that it was just compacted into
+            continue
+        seen.add(row.id)
+        if row.fused and not row.reason:
+            written.append(row)
+        if any(left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1) for s in row.strata):
             left.update(row.strata)
             drawn.append(row)
-    return sorted(drawn, key=lambda row: row.id)
+    return Sample(sorted(drawn, key=lambda row: row.id), list(spread(written, MEASURED_ROWS)))
 
 
 def _rows(store: Store, folder: str) -> Iterator[Row]:
