@@ -56,7 +56,7 @@ class Driver:
 
     def run(self, job, *args, code=0):
         process = self.start(job, *args)
-        out, err = process.communicate(timeout=550)
+        out, err = process.communicate(timeout=1500)
         assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{err[-3000:]}"
         return json.loads(out.splitlines()[-1]) if code == 0 else err
 

@@ -5,7 +5,10 @@ import json
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import pytest
 from lighthouses import captions
+
+pytestmark = pytest.mark.timeout(3600)  # each driver starts a dozen Ray processes
 
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1")
 

@@ -17,6 +17,7 @@ def snapshot(output):
     return {str(p.relative_to(output)): p.read_bytes() for p in files}
 
 
+@pytest.mark.timeout(3600)
 def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
     """One output's life: a pilot, the whole, nothing left to do, a new shard, a changed setting."""
     output = tmp_path / "out"
@@ -53,7 +54,7 @@ def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
     assert all(pq.read_metadata(p).num_rows <= 100 for p in (output / "data").rglob("*.parquet"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver):
     """SIGKILL at random moments after the first commit; the same command ends with the undisturbed run's very files."""
     chance = random.Random(7)
