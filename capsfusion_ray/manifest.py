@@ -20,6 +20,7 @@ from capsfusion_ray.storage import Store
 MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 GROUPS_DIR = "_run/groups"
+_GROUP_NAME = len("r001-g00000")
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,20 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class GroupEntry:
-    """A compacted group of one revision: its units' summaries and the files that hold their rows."""
+    """A compacted group of one plan: its units' summaries and the files that hold their rows.
+
+    `edition` 0 is what compaction wrote; a retry or a takedown writes the next one, named as its revision of the dataset.
+    """
 
     group: str
     revision: int
     units: tuple[UnitSummary, ...]
     files: tuple[FileEntry, ...]
+    edition: int = 0
 
     @property
     def path(self) -> str:
-        return group_path(self.group, self.revision)
+        return group_path(self.group, self.revision, self.edition)
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -58,11 +63,12 @@ class GroupEntry:
     def from_bytes(cls, data: bytes) -> GroupEntry:
         raw = json.loads(data)
         units = tuple(UnitSummary.parse(unit) for unit in raw["units"])
-        return cls(raw["group"], raw["revision"], units, tuple(FileEntry.parse(file) for file in raw["files"]))
+        return cls(raw["group"], raw["revision"], units, tuple(FileEntry.parse(file) for file in raw["files"]), raw["edition"])
 
 
-def group_path(group: str, revision: int) -> str:
-    return f"{GROUPS_DIR}/r{revision:03d}-{group}.json"
+def group_path(group: str, revision: int, edition: int = 0) -> str:
+    name = f"r{revision:03d}-{group}"
+    return f"{GROUPS_DIR}/{name}-e{edition:03d}.json" if edition else f"{GROUPS_DIR}/{name}.json"
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,8 @@ def read_manifest(store: Store) -> Manifest | None:
 
 
 def read_groups(store: Store) -> list[GroupEntry]:
-    """The entries of all groups compacted so far, in the order of their names."""
-    names = [file.path for file in store.list(GROUPS_DIR) if file.path.endswith(".json")]
-    return [GroupEntry.from_bytes(store.get(name)) for name in sorted(names)]
+    """The last edition of every group compacted so far, in order of revision and group."""
+    names = [file.path.removesuffix(".json") for file in store.list(GROUPS_DIR) if file.path.endswith(".json")]
+    # Without the suffix a group's name sorts before those of its later editions.
+    last = {name.rpartition("/")[2][:_GROUP_NAME]: name for name in sorted(names)}
+    return [GroupEntry.from_bytes(store.get(f"{name}.json")) for name in last.values()]

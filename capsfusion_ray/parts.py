@@ -50,6 +50,7 @@ class UnitSummary:
     rejected: int = 0
     removed: int = 0
     unreadable: int = 0
+    settled: int = 0  # of a retry's part alone: rows of the unit that were not retried
     filtered: dict[str, int] = field(default_factory=dict)  # FilterReason -> rows, not stored
     reasons: dict[str, int] = field(default_factory=dict)  # Reason of the rejected and kept rows -> rows
     flags: dict[str, int] = field(default_factory=dict)  # Reason -> rows of data/ that carry the flag
@@ -61,7 +62,7 @@ class UnitSummary:
 
     def check(self) -> None:
         """Raises AccountingError unless every planned row of the unit is accounted for exactly once."""
-        total = self.fused + self.kept + self.rejected + self.removed + self.unreadable + sum(self.filtered.values())
+        total = self.fused + self.kept + self.rejected + self.removed + self.unreadable + self.settled + sum(self.filtered.values())
         if total != self.stop - self.start:
             raise AccountingError(
                 f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.stop - self.start} rows planned, {total} accounted for"
@@ -95,6 +96,7 @@ def summarise(batch: UnitBatch, part: pa.Table) -> UnitSummary:
         kept=outcomes.pop(str(Outcome.KEPT), 0),
         rejected=outcomes.pop(str(Outcome.REJECTED), 0),
         unreadable=sum(stop - start for start, stop, _ in unreadable),
+        settled=batch.apart.settled,
         unreadable_errors=tuple(f"{unit.path}:{start}-{stop}: {error}" for start, stop, error in unreadable),
         filtered=dict(sorted(batch.apart.filtered.items())),
         reasons=dict(sorted(reasons.items())),

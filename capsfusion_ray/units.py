@@ -25,10 +25,11 @@ class Apart:
 
     filtered: dict[str, int] = field(default_factory=dict)
     unreadable: tuple[tuple[int, int, str], ...] = ()  # start, stop, error
+    settled: int = 0  # rows that stand in the dataset and are not retried
 
     @property
     def rows(self) -> int:
-        return sum(self.filtered.values()) + sum(stop - start for start, stop, _ in self.unreadable)
+        return sum(self.filtered.values()) + sum(stop - start for start, stop, _ in self.unreadable) + self.settled
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,4 @@ class UnitBatch:
             table = reader.read_all()
         unit, apart, spent = (json.loads(row[name][0].as_py()) for name in ("unit", "apart", "spent"))
         unreadable = tuple((start, stop, error) for start, stop, error in apart["unreadable"])
-        return cls(WorkUnit(**unit), table, Apart(apart["filtered"], unreadable), spent)
+        return cls(WorkUnit(**unit), table, Apart(apart["filtered"], unreadable, apart["settled"]), spent)

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 FLOORS = [
     ("words", ["rows", "errors", "config"]),
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units"]),
-    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "compact", "verify", "stages"]),
+    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "run"]),
-    ("after", ["report", "showcase", "metrics", "evaluate", "train", "doorway"]),
+    ("after", ["takedown", "report", "showcase", "metrics", "evaluate", "train", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
 RAY_ROOMS = {"pipeline", "cluster", "compactor", "train"}

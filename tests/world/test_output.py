@@ -8,53 +8,18 @@ import pyarrow.dataset as ds
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from outputs import FIELDS, OUTCOMES, DiesAt, part_of, run_of, units_of
 
 from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig, VerifyConfig
 from capsfusion_ray.errors import AccountingError, ConfigError
-from capsfusion_ray.manifest import MANIFEST, assemble
-from capsfusion_ray.parts import commit, committed, part_schema, read_summaries, summarise
-from capsfusion_ray.plan import Plan, PlannedShard
+from capsfusion_ray.manifest import MANIFEST
+from capsfusion_ray.parts import commit, committed, read_summaries, summarise
+from capsfusion_ray.plan import Plan
 from capsfusion_ray.planfile import read_plans, write_plan
-from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.units import UnitBatch
 from capsfusion_ray.verify import verify
-
-FIELDS = (("lang", "string"),)
-OUTCOMES = ("fused", "kept", "rejected")
-
-
-def part_of(unit, outcomes):
-    rows = [
-        {
-            "image_url": f"u{i}", "laion_2b": "raw", "laion_coco": "synthetic", "capsfusion": f"caption {i}",
-            "row_id": f"{unit.path}:{unit.start + i}", "flags": [], "lang": "en" if i % 2 else None, "outcome": outcome,
-            "reason": None if outcome == "fused" else "cut_off", "detail": "", "prompt_tokens": 9, "output_tokens": 4,
-        }
-        for i, outcome in enumerate(outcomes)
-    ]  # fmt: skip
-    return pa.Table.from_pylist(rows, schema=part_schema(FIELDS))
-
-
-def run_of(store, units, outcomes, output, filtered=0):
-    """Commit and compact `units`, each with `outcomes` and `filtered` rows left out; the published manifest."""
-    groups = sorted({unit.group for unit in units})
-    plan = Plan(1, {"k": "v"}, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
-    write_plan(store, plan)
-    for unit in units:
-        table = part_of(unit, outcomes)
-        batch = UnitBatch(unit, table, Apart({"punsafe": filtered} if filtered else {}))
-        assert commit(store, table, summarise(batch, table))
-    assert committed(store) == {unit.id for unit in units}
-    entries = [compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, output) for g in groups]
-    manifest = assemble([plan], entries, [{"revision": 1}])
-    store.put(MANIFEST, manifest.to_bytes())
-    return manifest
-
-
-def units_of(count, rows, groups=2):
-    return [WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}") for i in range(count)]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -95,7 +60,7 @@ def test_compaction_repeated_after_a_kill_writes_the_same_bytes(tmp_path):
             commit(store, table, summarise(UnitBatch(unit, table), table))
         if kill:
             with pytest.raises(KeyboardInterrupt):
-                compact_group(_DiesAt(store, kill), "g00000", 1, units, FIELDS, output)
+                compact_group(DiesAt(store, kill), "g00000", 1, units, FIELDS, output)
             assert committed(store), "parts stand until the group's entry does"
         compact_group(store, "g00000", 1, units, FIELDS, output)
         return {p.name: p.read_bytes() for p in (folder / "data").rglob("*.parquet")}
@@ -104,22 +69,6 @@ def test_compaction_repeated_after_a_kill_writes_the_same_bytes(tmp_path):
     assert len(calm) == 3
     for write in (1, 2, 3):
         assert files(tmp_path / f"killed{write}", kill=write) == calm
-
-
-class _DiesAt:
-    """A store whose n-th put ends the process that called it."""
-
-    def __init__(self, store, at):
-        self._store, self._left = store, at
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def put(self, path, data):
-        self._left -= 1
-        if not self._left:
-            raise KeyboardInterrupt
-        self._store.put(path, data)
 
 
 def test_the_first_commit_wins(tmp_path):

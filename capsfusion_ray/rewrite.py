@@ -1,0 +1,211 @@
+"""A new edition of a group's files: rejected rows that a retry fused move over, removed rows go. Nothing else is touched.
+
+New files first, then the group's entry; the manifest by compare-and-swap (publish), and only then the old files
+(sweep). A step repeated after a kill writes the same bytes again. Knows the store; no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capsfusion_ray.compact import check_group
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.errors import AccountingError, ConfigError
+from capsfusion_ray.files import NULL_PARTITION, FileSet
+from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups
+from capsfusion_ray.parts import UnitSummary, read_part
+from capsfusion_ray.planfile import RUN_DIR, read_plans
+from capsfusion_ray.rows import FLAGS, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit
+from capsfusion_ray.storage import Store
+
+_OURS = re.compile(r"(?:data|rejected)/.*/part-[re]\d{3}[\w-]*\.parquet")
+
+
+@dataclass(frozen=True)
+class Rewriter:
+    """What every rewriting of one revision shares. `fields`: the plan's extra columns."""
+
+    store: Store
+    edition: int
+    fields: tuple[tuple[str, str], ...]
+    output: OutputConfig
+
+    @property
+    def stamp(self) -> str:
+        return f"e{self.edition:03d}"
+
+    def merge_retried(self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]) -> GroupEntry:
+        """Move what a retry made of the rows rejected for `reasons`; its parts lie in `retried`. The new entry."""
+        again = {unit.id: unit for unit in units}
+        new_parts = {unit.id: read_part(retried, unit) for unit in units}
+        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        summaries = {unit.id: unit for unit in entry.units}
+        kept_rejects: dict[str, list[pa.Table]] = {}
+        for file in entry.files:
+            if file.kind == "rejected":
+                for unit_id, rows in self.rows_of(file):
+                    going = pc.is_in(rows[REASON], pa.array(list(reasons), pa.string()))
+                    if unit_id not in again:
+                        going = pa.array([False] * rows.num_rows)
+                    else:
+                        summaries[unit_id] = _without(summaries[unit_id], rows.filter(going), removed=False)
+                    kept_rejects.setdefault(unit_id, []).append(rows.filter(pc.invert(going)))
+        for unit in entry.units:
+            still = kept_rejects.get(unit.id, [])
+            if unit.id in again:
+                part, summary = new_parts[unit.id]
+                rejected = pc.equal(part[OUTCOME], str(Outcome.REJECTED))
+                files.write("data", unit.id, part.filter(pc.invert(rejected)))
+                still = [*still, part.filter(rejected)]
+                summaries[unit.id] = _with(summaries[unit.id], summary)
+            if still:
+                columns = [name for name in still[0].column_names if all(name in table.column_names for table in still)]
+                files.write("rejected", unit.id, _in_row_order([table.select(columns) for table in still]))
+        untouched = [file for file in entry.files if file.kind == "data"]
+        return self._new_entry(entry, summaries, (*untouched, *files.close()))
+
+    def remove(self, entry: GroupEntry, is_removed: Callable[[pa.Table], pa.Array]) -> GroupEntry | None:
+        """Rewrite the files that hold a row for which `is_removed` says true; None where there is none."""
+        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        summaries = {unit.id: unit for unit in entry.units}
+        untouched: list[FileEntry] = []
+        for file in entry.files:
+            pieces = [(unit_id, rows, pc.fill_null(is_removed(rows), False)) for unit_id, rows in self.rows_of(file)]
+            if not any(pc.any(going).as_py() for _, _, going in pieces):
+                untouched.append(file)
+                continue
+            for unit_id, rows, going in pieces:
+                summaries[unit_id] = _without(summaries[unit_id], rows.filter(going), removed=True)
+                files.write(file.kind, unit_id, rows.filter(pc.invert(going)))
+        if len(untouched) == len(entry.files):
+            return None
+        return self._new_entry(entry, summaries, (*untouched, *files.close()))
+
+    def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
+        """(unit id, its rows) of one file, in order, with the partition's column back in place."""
+        table = pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None)
+        if self.output.partition_by != "shard":
+            table = table.append_column(self.output.partition_by, self._partition_value(file.path, table.num_rows))
+        out, at = [], 0
+        for unit_id, rows in file.units:
+            out.append((unit_id, table.slice(at, rows)))
+            at += rows
+        return out
+
+    def _partition_value(self, path: str, rows: int) -> pa.Array:
+        value = path.split("/")[1].partition("=")[2]
+        type_ = pa.type_for_alias(dict(self.fields)[self.output.partition_by])
+        return pa.array([None if value == NULL_PARTITION else unquote(value)] * rows, pa.string()).cast(type_)
+
+    def _new_entry(self, old: GroupEntry, summaries: dict[str, UnitSummary], files: Sequence[FileEntry]) -> GroupEntry:
+        entry = dataclasses.replace(old, units=tuple(summaries.values()), files=tuple(files), edition=self.edition)
+        for unit in entry.units:
+            unit.check()
+        check_group(entry)
+        self.store.put(entry.path, entry.to_bytes())
+        return entry
+
+
+def _in_row_order(tables: list[pa.Table]) -> pa.Table:
+    table = pa.concat_tables(tables, promote_options="default")
+    numbers = [int(row_id.rpartition(":")[2]) for row_id in table[ROW_ID].to_pylist()]
+    return table.take(pa.array(sorted(range(len(numbers)), key=numbers.__getitem__), pa.int64()))
+
+
+def _without(unit: UnitSummary, rows: pa.Table, removed: bool) -> UnitSummary:
+    """The summary less `rows`, which are all of data/ or all of rejected/; counted as removed, or to be counted anew."""
+    if rows.num_rows == 0:
+        return unit
+    reasons, flags = Counter(unit.reasons), Counter(unit.flags)
+    change: dict[str, Any] = {"removed": unit.removed + rows.num_rows} if removed else {}
+    if REASON in rows.column_names:
+        reasons.subtract(reason for reason in rows[REASON].to_pylist() if reason)
+        change["rejected"] = unit.rejected - rows.num_rows
+    else:
+        kept = [row[1] for row in rows[FLAGS].to_pylist() if row and row[0] == str(Outcome.KEPT)]
+        reasons.subtract(kept)
+        flags.subtract(flag for row in rows[FLAGS].to_pylist() for flag in row or ())
+        change |= {"kept": unit.kept - len(kept), "fused": unit.fused - (rows.num_rows - len(kept))}
+    return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **change)
+
+
+def _with(unit: UnitSummary, more: UnitSummary) -> UnitSummary:
+    """The summary with what a retry of some of its rows came to."""
+    sums = {name: getattr(unit, name) + getattr(more, name) for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s")}
+    reasons, flags = Counter(unit.reasons) + Counter(more.reasons), Counter(unit.flags) + Counter(more.flags)
+    return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **sums)
+
+
+def _positive(counts: Counter[str]) -> dict[str, int]:
+    if any(n < 0 for n in counts.values()):
+        raise AccountingError(f"more rows than there were: {dict(counts)}")
+    return {name: n for name, n in sorted(counts.items()) if n}
+
+
+def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any]) -> Manifest:
+    """Swap in the manifest of the last editions. Raises AccountingError where it changed meanwhile."""
+    manifest = assemble(read_plans(store), read_groups(store), [*before.revisions, revision])
+    if store.put_if_match(MANIFEST, manifest.to_bytes(), etag) is None:
+        raise AccountingError(f"{store.url(MANIFEST)}: changed under this run by another driver; run the same command again")
+    return manifest
+
+
+def sweep(store: Store, manifest: Manifest) -> int:
+    """Remove the files of earlier editions, and of editions that never came to be; how many. The lease must be held."""
+    held = {file.path for file in manifest.files}
+    stale = [file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held]
+    stale = [path for path in stale if _OURS.fullmatch(path)]
+    store.delete(stale)
+    return len(stale)
+
+
+# ------------------------------------------------------------------------------------- one revision, begun and finished
+
+
+def record_path(edition: int) -> str:
+    return f"{RUN_DIR}/revision-e{edition:03d}.json"
+
+
+def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
+    """The edition to write: the one that a killed run of this very `record` began, or the next one, noted as begun.
+
+    Raises ConfigError where another revision was begun and not finished.
+    """
+    edition = len(manifest.revisions) + 1
+    text = json.dumps(record, sort_keys=True, indent=1).encode()
+    if not store.put_if_absent(record_path(edition), text):
+        begun = json.loads(store.get(record_path(edition)))
+        if begun != json.loads(text):
+            raise ConfigError(f"{store.root}: a {begun['kind']} was begun and not finished; run it again first ({_short(begun)})")
+    return edition
+
+
+def sweep_if_idle(store: Store, manifest: Manifest) -> None:
+    """Finish what a kill between the manifest and the removal of the old files left."""
+    if not store.exists(record_path(len(manifest.revisions) + 1)):
+        sweep(store, manifest)
+
+
+def refuse_unfinished(store: Store, manifest: Manifest | None) -> None:
+    """Raises ConfigError where a retry or takedown was begun and not finished: its new files stand in the dataset."""
+    path = record_path(len(manifest.revisions) + 1) if manifest else ""
+    if path and store.exists(path):
+        begun = json.loads(store.get(path))
+        raise ConfigError(f"{store.root}: a {begun['kind']} was begun and not finished; run it again first ({_short(begun)})")
+
+
+def _short(record: dict[str, Any]) -> str:
+    text = ", ".join(f"{key}={value}" for key, value in record.items() if key not in ("kind", "settings"))
+    return text if len(text) <= 200 else text[:199] + "…"

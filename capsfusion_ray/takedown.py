@@ -1,0 +1,132 @@
+"""Take rows out of a finished output, and leave no text of them in it: jobs/takedown.py. Knows the store; no Ray.
+
+Only files that hold such a row are written anew. The accounting keeps the rows, as `removed`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.errors import ConfigError, SourceError
+from capsfusion_ray.lease import Lease
+from capsfusion_ray.manifest import MANIFEST, Manifest, read_groups
+from capsfusion_ray.planfile import read_plans
+from capsfusion_ray.report import REPORT, ReportConfig, report
+from capsfusion_ray.rewrite import Rewriter, begin, publish, sweep, sweep_if_idle
+from capsfusion_ray.rows import ROW_ID, URL
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+THREADS = 4  # each holds one file in memory
+
+
+@dataclass(frozen=True)
+class TakedownConfig:
+    """jobs/takedown.py: a row goes if any of these says so."""
+
+    output: OutputConfig = field(default_factory=OutputConfig)
+    urls: str = ""  # a text file, plain or .gz: one image_url a line
+    row_ids: str = ""  # a text file, plain or .gz: one row_id a line
+    above: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a larger value go, e.g. {punsafe: 0.3}
+    below: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a smaller value go
+    takeover: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.urls or self.row_ids or self.above or self.below):
+            raise ConfigError("nothing to take down: give urls=<file>, row_ids=<file>, above={column: value} or below={column: value}")
+
+
+def takedown(cfg: TakedownConfig) -> dict[str, Any]:
+    """Remove the rows, publish the new manifest, remove the old files. The same command again resumes."""
+    began = time.monotonic()
+    if not cfg.output.path:
+        raise ConfigError("output.path: missing; give output.path=<a finished output>")
+    store = Store(cfg.output.path, cfg.output.storage)
+    with Lease(store, cfg.takeover) as lease:
+        found = store.get_with_etag(MANIFEST)
+        if found is None:
+            raise ConfigError(f"output.path={cfg.output.path}: no manifest.json; finish the run first, then take rows out of it")
+        manifest, etag = Manifest.from_bytes(found[0]), found[1]
+        plans = read_plans(store)
+        output = _as_begun(cfg.output, manifest)
+        criteria, is_removed = _criteria(cfg, dict(plans[0].fields))
+        sweep_if_idle(store, manifest)
+        edition = begin(store, manifest, {"kind": "takedown", **criteria})
+        rewriter = Rewriter(store, edition, plans[0].fields, output)
+
+        def rewrite(entry: Any) -> bool:
+            lease.check()
+            return entry.edition == edition or rewriter.remove(entry, is_removed) is not None
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            changed = sum(pool.map(rewrite, read_groups(store)))
+        lease.check()
+        record = {"revision": edition, "kind": "takedown", "groups": changed, **criteria}
+        after = publish(store, manifest, etag, record)
+        swept = sweep(store, after)
+        if store.exists(REPORT):  # its sample may show a removed row
+            report(ReportConfig(output))
+    removed = after.counts.removed - manifest.counts.removed
+    log.info("%d rows removed, %d groups rewritten, %d old files deleted", removed, changed, swept)
+    return {
+        "removed": removed,
+        "groups_rewritten": changed,
+        "files_deleted": swept,
+        "seconds": round(time.monotonic() - began, 2),
+        "output": cfg.output.path,
+    }
+
+
+def _as_begun(output: OutputConfig, manifest: Manifest) -> OutputConfig:
+    """How the output was cut into files when it was begun: a rewrite must not cut it otherwise."""
+    cut = {key.partition(".")[2]: value for key, value in manifest.base.items() if key.startswith("output.")}
+    return OutputConfig(output.path, storage=output.storage, **cut)
+
+
+def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array]]:
+    """What is noted of the criteria (hashes, no URLs: what is removed leaves no trace), and the test of a table's rows."""
+    urls, row_ids = _lines(cfg.urls, "urls"), _lines(cfg.row_ids, "row_ids")
+    for name in (*cfg.above, *cfg.below):
+        if name not in fields:
+            raise ConfigError(f"above/below: {name} is no column of this output; it has {sorted(fields)}")
+    noted: dict[str, Any] = {"above": dict(cfg.above), "below": dict(cfg.below)}
+    for name, values in (("urls", urls), ("row_ids", row_ids)):
+        if values:
+            noted[name] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
+
+    def is_removed(rows: pa.Table) -> pa.Array:
+        tests = [pc.is_in(rows[column], pa.array(values, pa.string())) for column, values in ((URL, urls), (ROW_ID, row_ids)) if values]
+        tests += [pc.fill_null(pc.greater(rows[name].cast(pa.float64()), value), False) for name, value in cfg.above.items()]
+        tests += [pc.fill_null(pc.less(rows[name].cast(pa.float64()), value), False) for name, value in cfg.below.items()]
+        together = tests[0]
+        for test in tests[1:]:
+            together = pc.or_(together, test)
+        return together
+
+    return noted, is_removed
+
+
+def _lines(path: str, key: str) -> list[str]:
+    if not path:
+        return []
+    try:
+        data = Path(path).read_bytes()
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(f"{key}={path}: cannot be read as lines of text ({error})") from None
+    values = sorted({line.strip() for line in text.splitlines() if line.strip()})
+    if not values:
+        raise SourceError(f"{key}={path}: no line in it")
+    return values

@@ -1,0 +1,67 @@
+"""Small finished outputs, made without an engine, and a store that dies."""
+
+import pyarrow as pa
+
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.parts import commit, committed, part_schema, summarise
+from capsfusion_ray.plan import Plan, PlannedShard
+from capsfusion_ray.planfile import write_plan
+from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.units import Apart, UnitBatch
+
+FIELDS = (("lang", "string"),)
+OUTCOMES = ("fused", "kept", "rejected")
+
+
+def part_of(unit, outcomes):
+    rows = [
+        {
+            "image_url": f"u{i}", "laion_2b": "raw", "laion_coco": "synthetic", "capsfusion": f"caption {i}",
+            "row_id": f"{unit.path}:{unit.start + i}", "flags": ["kept", "cut_off"] if outcome == "kept" else [], "lang": "en" if i % 2 else None, "outcome": outcome,
+            "reason": None if outcome == "fused" else "cut_off", "detail": "", "prompt_tokens": 9, "output_tokens": 4,
+        }
+        for i, outcome in enumerate(outcomes)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=part_schema(FIELDS))
+
+
+def run_of(store, units, outcomes, output, filtered=0):
+    """Commit and compact `units`, each with `outcomes` and `filtered` rows left out; the published manifest."""
+    groups = sorted({unit.group for unit in units})
+    base = {f"output.{key}": getattr(output, key) for key in ("target_file_mb", "target_file_rows", "partition_by")}
+    plan = Plan(1, {"k": "v"} | base, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    write_plan(store, plan)
+    for unit in units:
+        table = part_of(unit, outcomes)
+        batch = UnitBatch(unit, table, Apart({"punsafe": filtered} if filtered else {}))
+        assert commit(store, table, summarise(batch, table))
+    assert committed(store) == {unit.id for unit in units}
+    entries = [compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, output) for g in groups]
+    manifest = assemble([plan], entries, [{"revision": 1}])
+    store.put(MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def units_of(count, rows, groups=2):
+    return [WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}") for i in range(count)]
+
+
+class DiesAt:
+    """A store whose n-th write or deletion ends the process that asked for it."""
+
+    def __init__(self, store, at):
+        self._store, self._left = store, at
+
+    def __getattr__(self, name):
+        method = getattr(self._store, name)
+        return self._counted(method) if name in ("put", "put_if_absent", "put_if_match", "delete") else method
+
+    def _counted(self, method):
+        def call(*args):
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+            return method(*args)
+
+        return call
