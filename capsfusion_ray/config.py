@@ -241,6 +241,7 @@ class FuseConfig:
     gates: GatesConfig = field(default_factory=GatesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    retry: str = ""  # fuse rejected rows again with these settings: `rejected`, or reasons separated by commas
     takeover: bool = False  # stop a driver that is at work on the same output, and go on in its place
 
 

@@ -63,6 +63,12 @@ class Pool:
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
     """Fuse and commit every unit; their summaries in the order of commit. Raises what a stage raised."""
+    groups = spans(units, {path: shard.row_groups for path, shard in shards.items()})
+    return run_batches(job, pool, UnitSource(job, groups, shards), len(groups))
+
+
+def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> Iterator[UnitSummary]:
+    """The graph, whatever its units are read from."""
     context = DataContext.get_current()
     context.target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
     context.execution_options.preserve_order = False
@@ -71,11 +77,10 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
     context.print_on_execution_start = False
     # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
     tasks = TaskPoolStrategy(size=pool.max_actors)
-    groups = spans(units, {path: shard.row_groups for path, shard in shards.items()})
     dataset = (
         ray.data.read_datasource(
-            UnitSource(job, groups, shards),
-            override_num_blocks=len(groups),
+            source,
+            override_num_blocks=read_tasks,
             num_cpus=READ_CPUS,
             compute=tasks,
         )

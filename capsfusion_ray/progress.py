@@ -83,7 +83,7 @@ class Progress:
             self.save()
 
     def _count(self, summary: UnitSummary) -> None:
-        self.rows += summary.stop - summary.start
+        self.rows += summary.stop - summary.start - summary.settled
         self.rejected += summary.rejected
         self.units_done += 1
 

@@ -72,7 +72,7 @@ class Rewriter:
                 summaries[unit.id] = _with(summaries[unit.id], summary)
             if still:
                 columns = [name for name in still[0].column_names if all(name in table.column_names for table in still)]
-                files.write("rejected", unit.id, _in_row_order([table.select(columns) for table in still]))
+                files.write("rejected", unit.id, in_row_order([table.select(columns) for table in still]))
         untouched = [file for file in entry.files if file.kind == "data"]
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
 
@@ -118,7 +118,8 @@ class Rewriter:
         return entry
 
 
-def _in_row_order(tables: list[pa.Table]) -> pa.Table:
+def in_row_order(tables: list[pa.Table]) -> pa.Table:
+    """One unit's rows of several tables, in the order of the input."""
     table = pa.concat_tables(tables, promote_options="default")
     numbers = [int(row_id.rpartition(":")[2]) for row_id in table[ROW_ID].to_pylist()]
     return table.take(pa.array(sorted(range(len(numbers)), key=numbers.__getitem__), pa.int64()))
@@ -163,8 +164,9 @@ def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any])
 
 
 def sweep(store: Store, manifest: Manifest) -> int:
-    """Remove the files of earlier editions, and of editions that never came to be; how many. The lease must be held."""
-    held = {file.path for file in manifest.files}
+    """Remove the files of earlier editions; how many. The lease must be held, and no revision be begun."""
+    # An extension on its way has files that no manifest knows yet, but its groups do.
+    held = {file.path for held_by in (manifest, *read_groups(store)) for file in held_by.files}
     stale = [file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held]
     stale = [path for path in stale if _OURS.fullmatch(path)]
     store.delete(stale)

@@ -26,6 +26,8 @@ from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_pla
 from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.retry import clean, open_retry, reasons_of, run_retry
+from capsfusion_ray.rewrite import refuse_unfinished
 from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
@@ -213,6 +215,8 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
     began = time.monotonic()
     _exit_on_sigterm()
     found = survey(cfg)
+    if cfg.retry:
+        reasons_of(cfg.retry)  # a wrong name is said here, before any cluster
     store = Store(cfg.output.path, cfg.output.storage)
     store.check_writable(RUN_DIR)
     if not store.conditional_put:
@@ -228,6 +232,11 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)
         engine = cluster.settle_engine(engine, pool, resources)
         cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
+        if cfg.retry:
+            return _retry(cfg, found, store, pool, lease, began)
+        refuse_unfinished(store, before := read_manifest(store))
+        if before:
+            clean(store, before)  # what a retry that was killed after its manifest left
         run = _open_run(cfg, found, store, engine.device)
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
@@ -236,7 +245,24 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
     finally:
         cluster.disconnect()
     seconds = time.monotonic() - began
-    return totals(manifest.counts, cfg, len(run.units), resumed, seconds, run)
+    fresh = manifest.counts.done if not resumed else sum(unit.rows for unit in run.pending)
+    return totals(manifest.counts, cfg, len(run.units), resumed, seconds, fresh)
+
+
+def _retry(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
+    plans = read_plans(store)
+    settings = {key: value for key, value in base_of(cfg, found.model).items() if key.startswith(("prompt", "engine", "decode", "gates"))}
+    retry = open_retry(store, cfg.retry, settings, plans, cfg.output)
+    manifest = read_manifest(store)
+    units = sum(len(plan.units) for plan in plans)
+    if retry is None and manifest:
+        log.info("nothing is left to do: the last revision of %s is this very retry", cfg.output.path)
+        return totals(manifest.counts, cfg, units, units, time.monotonic() - began, 0)
+    assert retry  # open_retry raised where there is no manifest
+    fields = plans[0].fields
+    job = Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, store, lease.id)
+    counts = run_retry(retry, job, pool, lease)
+    return totals(counts, cfg, units, units - len(retry.units), time.monotonic() - began, retry.rows)
 
 
 def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
@@ -294,7 +320,8 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) ->
 def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float) -> Manifest:
     """Assemble the manifest and swap it in, last."""
     revisions = list(before.revisions) if before else []
-    for plan in run.plans[len(revisions) :]:
+    planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
+    for plan in run.plans[planned:]:
         kind = "extension" if plan.revision > 1 else "base"
         revisions.append({"revision": plan.revision, "kind": kind, "units": len(plan.units), "rows": plan.rows, "seconds": seconds})
     manifest = assemble(run.plans, entries, revisions)
@@ -304,9 +331,8 @@ def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, secon
     return manifest
 
 
-def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, run: Run) -> dict[str, Any]:
-    """The last line on stdout."""
-    fresh = counts.done if not resumed else sum(unit.rows for unit in run.pending)
+def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:
+    """The last line on stdout. `fresh`: rows that this process worked on."""
     return {
         "rows": {name: getattr(counts, name) for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")},
         "rejects": counts.reasons,

@@ -13,11 +13,11 @@ FLOORS = [
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units"]),
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
-    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "run"]),
+    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "retry", "run"]),
     ("after", ["takedown", "report", "showcase", "metrics", "evaluate", "train", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
-RAY_ROOMS = {"pipeline", "cluster", "compactor", "train"}
+RAY_ROOMS = {"pipeline", "retry", "cluster", "compactor", "train"}
 TORCH_ROOMS = {"engines", "train", "evaluate", "actors"}  # actors asks torch for the device's name
 
 

@@ -64,7 +64,7 @@ def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver
 
     output = tmp_path / "out"
     kills = 0
-    for _ in range(3):
+    for _ in range(2):
         process = driver.start("fuse", *args, f"output.path={output}")
         units = output / "_units"
         seen = len(list(units.glob("*.parquet"))) if units.is_dir() else 0

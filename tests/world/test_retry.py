@@ -1,0 +1,190 @@
+"""Rejects fused again under other settings: merged without touching the rest, wherever it is killed. Without Ray."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from outputs import DiesAt
+
+from capsfusion_ray import retry as retry_module
+from capsfusion_ray import sources
+from capsfusion_ray.actors import FusionActor
+from capsfusion_ray.attempts import AttemptLog
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.config import FuseConfig, VerifyConfig, load
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.parts import commit
+from capsfusion_ray.pipeline import Job, Pool
+from capsfusion_ray.plan import make_plan
+from capsfusion_ray.planfile import read_plans, write_plan
+from capsfusion_ray.prompt import TEMPLATE
+from capsfusion_ray.retry import open_retry, reasons_of, rejects, run_retry
+from capsfusion_ray.rewrite import Rewriter, refuse_unfinished
+from capsfusion_ray.rows import PAIR_FIELDS
+from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.verify import verify
+
+LEASE = SimpleNamespace(check=lambda: None)
+POOL = Pool(1, 1, 1.0, 0.0, 1)
+
+
+def config(path, *more):
+    return load(FuseConfig, [
+        f"input.path={path / 'in'}", f"output.path={path / 'out'}", "engine.kind=echo", "source.passthrough=[lang]",
+        "output.target_file_rows=10", *more,
+    ])  # fmt: skip
+
+
+STRICT = ("gates.concatenation={action: reject, threshold: 0.9}",)
+
+
+def actor_of(cfg, store):
+    return FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, "run"))
+
+
+def finished(path, partition_by="shard"):
+    """24 rows in two shards; every other one is rejected as a concatenation, and one caption is null."""
+    (path / "in").mkdir(parents=True)
+    for shard in "ab":
+        rows = [
+            {
+                "url": f"https://example.com/{shard}{i}.jpg",
+                # The gate lets a caption pass that the length limit cut: only short raw captions are pasted whole.
+                "raw": None if i == 5 else f"Cape {shard.upper()} No. {i}" if i % 2 else f"Cape {shard.upper()} " + "long " * 90,
+                "synthetic": "A white lighthouse stands on a rocky coast.",
+                "lang": "en" if i % 3 else None,
+            }
+            for i in range(12)
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), path / "in" / f"{shard}.parquet")
+    cfg = config(path, *STRICT, f"output.partition_by={partition_by}")
+    shards = sources.discover(cfg.input, cfg.source)
+    schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
+    fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
+    plan = make_plan(shards, {}, 6, fields)
+    store = Store(cfg.output.path)
+    write_plan(store, plan)
+    actor = actor_of(cfg, store)
+    for unit in plan.units:
+        shard = next(shard for shard in shards if shard.path == unit.path)
+        table = sources.read_rows(shard, unit.start, unit.stop, sources.ReadSpec(schema, cfg.source, cfg.filter)).table
+        batch = actor(UnitBatch(unit, admit(table, cfg.gates), Apart()).pack())
+        commit(store, *judge_unit(UnitBatch.unpack(batch), fields, cfg.gates))
+    groups = sorted({unit.group for unit in plan.units})
+    entries = [compact_group(store, g, 1, [u for u in plan.units if u.group == g], fields, cfg.output) for g in groups]
+    manifest = assemble([plan], entries, [{"revision": 1, "kind": "base"}])
+    store.put(MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def retry_of(path, store, *more, reasons="rejected", partition_by="shard"):
+    """One `retry=…` command; None where nothing is left to do."""
+    cfg = config(path, *more, f"output.partition_by={partition_by}")
+    settings = {"gates": json.loads(json.dumps(more))}
+    retry = open_retry(store, reasons, settings, read_plans(store), cfg.output)
+    if retry is None:
+        return None
+    job = Job(None, cfg.gates, cfg.engine, cfg.decode, TEMPLATE, retry.plans[0].fields, store, "run")
+    return run_retry(retry, job, POOL, LEASE)
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    """The graph's stages one after the other, in this process."""
+
+    def run_batches(job, pool, source, tasks):
+        actor = actor_of(SimpleNamespace(engine=job.engine, decode=job.decode), job.output)
+        rewriter = Rewriter(source._retry.store, source._retry.edition, source._retry.plans[0].fields, source._retry.output)
+        for entry, units in source._groups:
+            for batch in rejects(rewriter, entry, units, source._retry.reasons, job.gates):
+                part, summary = judge_unit(UnitBatch.unpack(actor(batch.pack())), job.fields, job.gates)
+                commit(job.output, part, summary)
+                yield summary
+
+    monkeypatch.setattr(retry_module, "run_batches", run_batches)
+
+
+def rows_of(path, folder):
+    files = (path / "out" / folder).rglob("*.parquet")
+    return {row["row_id"]: row for file in files for row in pq.read_table(file, partitioning=None).to_pylist()}
+
+
+@pytest.mark.parametrize("partition_by", ["shard", "lang"])
+def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition_by):
+    before = finished(tmp_path, partition_by)
+    rejected = before.counts.reasons["concatenation"]
+    assert rejected > 4
+    assert before.counts.reasons["null_caption"] == 2
+    data = {p: p.read_bytes() for p in (tmp_path / "out" / "data").rglob("*.parquet")}
+    fused_before = rows_of(tmp_path, "data")
+
+    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), partition_by=partition_by)
+    assert counts.fused == before.counts.fused + rejected
+    assert counts.reasons["null_caption"] == 2, "no setting mends a missing caption"
+    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
+    now = rows_of(tmp_path, "data")
+    assert fused_before.items() <= now.items()
+    assert len(now) == counts.fused
+    assert {row["reason"] for row in rows_of(tmp_path, "rejected").values()} == {"null_caption"}
+    assert not [p for p in (tmp_path / "out" / "_retry").rglob("*") if p.is_file()]
+    totals = verify(VerifyConfig(config(tmp_path).output, deep=True))
+    assert totals["rows"]["planned"] == 24
+
+    assert retry_of(tmp_path, Store(str(tmp_path / "out")), partition_by=partition_by) is None, "nothing is left to do"
+
+
+def test_a_retry_that_changes_nothing_keeps_every_reject(tmp_path):
+    before = finished(tmp_path)
+    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), *STRICT, reasons="concatenation")
+    assert counts.reasons == before.counts.reasons
+    assert counts.fused == before.counts.fused
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+
+
+def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
+    finished(tmp_path / "calm")
+    retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")))
+    want = rows_of(tmp_path / "calm", "data")
+    kills = 0
+    for at in range(1, 60, 2):
+        path = tmp_path / f"killed{at}"
+        finished(path)
+        store = Store(str(path / "out"))
+        try:
+            retry_of(path, DiesAt(store, at))
+        except KeyboardInterrupt:
+            kills += 1
+        else:
+            break
+        retry_of(path, store)
+        verify(VerifyConfig(config(path).output, deep=True))
+        assert rows_of(path, "data") == want
+    assert kills >= 3
+
+
+def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):
+    manifest = finished(tmp_path)
+    store = Store(str(tmp_path / "out"))
+    monkeypatch.setattr(retry_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        retry_of(tmp_path, store)
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        retry_of(tmp_path, store, *STRICT)
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        refuse_unfinished(store, manifest)
+
+
+@pytest.mark.parametrize("wrong", ["", "invalid_utf8", "repetitions", "repetition;cut_off"])
+def test_reasons_that_do_not_exist_or_cannot_be_mended_are_refused(wrong):
+    with pytest.raises(ConfigError, match="must be 'rejected', or some of"):
+        reasons_of(wrong)
+
+
+def test_an_unfinished_output_cannot_be_retried(tmp_path):
+    with pytest.raises(ConfigError, match="needs a finished output"):
+        open_retry(Store(str(tmp_path)), "rejected", {}, [], config(tmp_path).output)
