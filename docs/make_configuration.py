@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import FuseConfig, VerifyConfig, describe, unwrap_optional
+from capsfusion_ray.report import ReportConfig
+from capsfusion_ray.takedown import TakedownConfig
 from capsfusion_ray.train.config import TrainConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -23,6 +25,8 @@ the default below; `null` means that the program decides, as the last column say
 JOBS = (
     ("jobs/fuse.py and jobs/plan.py", FuseConfig),
     ("jobs/verify.py", VerifyConfig),
+    ("jobs/report.py", ReportConfig),
+    ("jobs/takedown.py", TakedownConfig),
     ("jobs/train.py", TrainConfig),
 )
 
