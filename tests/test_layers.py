@@ -14,7 +14,7 @@ FLOORS = [
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "retry", "run"]),
-    ("after", ["takedown", "report", "showcase", "metrics", "evaluate", "train", "doorway"]),
+    ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
 RAY_ROOMS = {"pipeline", "retry", "cluster", "compactor", "train"}
