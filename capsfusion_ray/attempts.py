@@ -56,7 +56,7 @@ def following(before: Attempt | None, run: str, rows: int) -> Attempt:
 
 def _replaced(attempt: Attempt, by: tuple[Range, ...]) -> tuple[Range, ...]:
     """The ranges, with the one on trial replaced."""
-    at = attempt.ranges.index(attempt.trying)  # type: ignore[arg-type]  # only called with one on trial
+    at = attempt.ranges.index(attempt.trying)  # only called with one on trial
     return (*attempt.ranges[:at], *by, *attempt.ranges[at + 1 :])
 
 

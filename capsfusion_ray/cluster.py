@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._private import services
-from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
+from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port  # type: ignore[attr-defined]  # compiled
 
 from capsfusion_ray.config import ClusterConfig, EngineConfig
 from capsfusion_ray.errors import ClusterError, ConfigError

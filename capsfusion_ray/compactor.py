@@ -91,7 +91,7 @@ class Compactor:
             log.debug("compacted %s: %d files", key, len(self._entries[key].files))
 
 
-@ray.remote(num_cpus=COMPACT_CPUS)  # type: ignore[untyped-decorator]
+@ray.remote(num_cpus=COMPACT_CPUS)
 def _compact(
     store: Store, group: str, revision: int, units: list[WorkUnit], fields: tuple[tuple[str, str], ...], output: OutputConfig
 ) -> GroupEntry:

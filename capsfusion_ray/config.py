@@ -354,7 +354,7 @@ def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
 
 def _refuse_unknown(part: DictConfig, valid: dict[str, str], where: str, prefix: str = "") -> None:
     for name in part:
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         if key not in valid:
             leaves = [k for k, want in valid.items() if want != "section"]
             near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)

@@ -114,7 +114,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         yield UnitSummary.parse(json.loads(row["summary"]))
 
 
-class UnitSource(Datasource):  # type: ignore[misc]  # ray.data is untyped
+class UnitSource(Datasource):
     """One ReadTask a span: units that share a row group or a stream file are decoded together, once."""
 
     def __init__(self, job: Job, groups: Sequence[Sequence[WorkUnit]], shards: dict[str, Shard]) -> None:

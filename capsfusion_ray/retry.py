@@ -143,7 +143,7 @@ def clean(store: Store, manifest: Manifest) -> None:
     store.delete([file.path for file in store.list(RETRY_DIR)])
 
 
-class RejectSource(Datasource):  # type: ignore[misc]  # ray.data is untyped
+class RejectSource(Datasource):
     """One ReadTask a group: its rejected files are read once, and its units' rejects come out as unit batches."""
 
     def __init__(self, job: Job, retry: Retry, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> None:

@@ -166,7 +166,7 @@ def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any])
 def sweep(store: Store, manifest: Manifest) -> int:
     """Remove the files of earlier editions; how many. The lease must be held, and no revision be begun."""
     # An extension on its way has files that no manifest knows yet, but its groups do.
-    held = {file.path for held_by in (manifest, *read_groups(store)) for file in held_by.files}
+    held = {file.path for file in manifest.files} | {file.path for entry in read_groups(store) for file in entry.files}
     stale = [file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held]
     stale = [path for path in stale if _OURS.fullmatch(path)]
     store.delete(stale)

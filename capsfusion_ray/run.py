@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -132,7 +132,7 @@ def estimate(cfg: FuseConfig) -> dict[str, Any]:
     found = survey(cfg)
     store = Store(cfg.output.path, cfg.output.storage)
     has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
-    device = "cuda" if has_gpu else "cpu"
+    device: Literal["cuda", "cpu"] = "cuda" if has_gpu else "cpu"
     engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
     dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
     cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)

@@ -24,6 +24,7 @@ MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
 ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
 PROGRESS = "progress.json"
+FOLDERS: tuple[str, ...] = ("data", "rejected")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def state_of(store: Store) -> State | None:
     manifest = read_manifest(store)
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
         counts, units, shards = manifest.counts, manifest.units, manifest.unreadable_shards
-        revisions, folders = manifest.revisions, ("data", "rejected")
+        revisions, folders = manifest.revisions, FOLDERS
     else:
         entries = read_groups(store)
         compacted = {unit.id for entry in entries for unit in entry.units}
@@ -76,7 +77,7 @@ def state_of(store: Store) -> State | None:
         units = (*(unit for entry in entries for unit in entry.units), *parts)
         counts = count(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
-        revisions, folders = (), ("data", "rejected", UNITS_DIR)
+        revisions, folders = (), (*FOLDERS, UNITS_DIR)
     devices = Counter(unit.device for unit in units if unit.device)
     return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), progress, folders)
 

@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state: dict[str, Any] = self.state[p]
@@ -52,7 +52,7 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Muon (where muon_lr > 0) for 2-D parameters that are not embeddings; AdamW for all others."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    tables |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
+    tables |= {id(p) for p in model.get_output_embeddings().parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and id(p) not in tables] if muon_lr > 0 else []
     chosen = {id(p) for p in matrices}

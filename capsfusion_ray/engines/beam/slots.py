@@ -27,14 +27,15 @@ class SlotPlan:
 
 def row_bytes(weights: Weights, columns: int) -> int:
     """Keys and values of one row."""
-    element = torch.finfo(weights.dtype).bits // 8
+    element: int = torch.finfo(weights.dtype).bits // 8
     return 2 * len(weights.layers) * weights.kv_heads * weights.head_size * columns * element
 
 
 def workspace_bytes(weights: Weights, plan: SearchPlan, columns: int) -> int:
     """What a decode step needs for one row beside its cache: three float32 tensors each of logits and of scores."""
     heads = weights.kv_heads * weights.group
-    return 3 * 4 * plan.num_beams * (weights.head.shape[0] + heads * columns)
+    columns_in_all: int = weights.head.shape[0] + heads * columns
+    return 3 * 4 * plan.num_beams * columns_in_all
 
 
 def plan_slots(
