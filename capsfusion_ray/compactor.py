@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import ray
 
@@ -22,7 +22,8 @@ MAX_RUNNING = 8  # each holds one output file in memory
 class Compactor:
     """Knows which units of which group are still to come. Use as a context: leaving it waits for no task.
 
-    `may_write` raises where this driver may no longer compact: see lease.py.
+    `stale`: units whose part outlived their group's entry, because a compaction was killed before its last step or a
+    second attempt came late; these parts go first. `may_write` raises where this driver may no longer compact: see lease.py.
     """
 
     def __init__(
@@ -31,9 +32,10 @@ class Compactor:
         plans: Sequence[Plan],
         entries: Sequence[GroupEntry],
         output: OutputConfig,
+        stale: Collection[str],
         may_write: Callable[[], None],
     ) -> None:
-        self._store, self._output, self._may_write = store, output, may_write
+        self._store, self._output, self._stale, self._may_write = store, output, stale, may_write
         self._fields = plans[0].fields
         self._entries = {(entry.revision, entry.group): entry for entry in entries}
         self._units: dict[tuple[int, str], list[WorkUnit]] = {}
@@ -48,9 +50,7 @@ class Compactor:
         self.done: set[str] = set()
 
     def __enter__(self) -> Compactor:
-        # Parts that outlived their group's entry: a compaction killed before its last step, or a late second attempt.
-        for key in self._entries:
-            remove_parts(self._store, self._units[key])
+        remove_parts(self._store, [unit for units in self._units.values() for unit in units if unit.id in self._stale])
         return self
 
     def __exit__(self, *_: object) -> None:

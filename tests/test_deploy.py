@@ -1,0 +1,32 @@
+"""What is sent to a cluster: one line, a small upload, the same packages."""
+
+import runpy
+import tomllib
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_pip_environment_holds_the_dependencies_of_the_package():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pip = yaml.safe_load((ROOT / "deploy/runtime_env_pip.yaml").read_text())["pip"]
+    assert pip == [name for name in wanted if not name.startswith("ray[")], "Ray comes with the cluster"
+
+
+def test_both_environments_upload_the_job_and_leave_the_rest_at_home():
+    files = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "deploy").glob("runtime_env*.yaml"))]
+    assert files[0]["excludes"] == files[1]["excludes"]
+    for folder in ("jobs", "capsfusion_ray", "conf", "examples", "models"):
+        assert f"/{folder}/" not in files[0]["excludes"]
+    for excluded in files[0]["excludes"]:
+        assert (ROOT / excluded.strip("/")).exists(), f"{excluded}: excluded and not there"
+
+
+def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole():
+    command = runpy.run_path(str(ROOT / "deploy/submit.py"))["command"]
+    line = command("http://head:8265", "deploy/runtime_env.yaml", "fuse-1", ["jobs/fuse.py", "filter={max_punsafe: 0.5}"])
+    assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
+    assert line[line.index("--") + 1 :] == ["python", "jobs/fuse.py", "'filter={max_punsafe: 0.5}'"]
+    assert not any(part.startswith("--entrypoint-num") for part in line), "a head node has no CPU or GPU to give"
