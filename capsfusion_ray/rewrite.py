@@ -30,7 +30,7 @@ from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.rows import FLAGS, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit
 from capsfusion_ray.storage import Store
 
-_OURS = re.compile(r"(?:data|rejected)/.*/part-[re]\d{3}[\w-]*\.parquet")
+_OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-(?P<group>g\d+))?-\d{5}\.parquet")
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,22 @@ def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any])
 
 
 def sweep(store: Store, manifest: Manifest) -> int:
-    """Remove the files of earlier editions; how many. The lease must be held, and no revision be begun."""
-    # An extension on its way has files that no manifest knows yet, but its groups do.
-    held = {file.path for file in manifest.files} | {file.path for entry in read_groups(store) for file in entry.files}
-    stale = [file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held]
-    stale = [path for path in stale if _OURS.fullmatch(path)]
+    """Remove the files of earlier editions; how many. The lease must be held, and no revision be begun.
+
+    Files of a group without an entry stay: they may be written this moment, by a driver that does not know yet that it
+    lost its lease, and its entry would name them.
+    """
+    entries = read_groups(store)
+    held = {file.path for file in manifest.files} | {file.path for entry in entries for file in entry.files}
+    compacted = {(entry.revision, entry.group) for entry in entries}
+    stale = []
+    for path in (file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held):
+        name = _OURS.fullmatch(path)
+        if name is None:
+            continue
+        number, group = int(name["number"]), name["group"] or name["shard"]
+        if (number, group) in compacted if name["kind"] == "r" else number <= len(manifest.revisions):
+            stale.append(path)
     store.delete(stale)
     return len(stale)
 

@@ -11,6 +11,7 @@ from capsfusion_ray import takedown as takedown_module
 from capsfusion_ray.config import OutputConfig, VerifyConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.manifest import read_manifest
+from capsfusion_ray.rewrite import sweep
 from capsfusion_ray.storage import Store
 from capsfusion_ray.takedown import TakedownConfig, takedown
 from capsfusion_ray.verify import verify
@@ -99,3 +100,16 @@ def test_another_takedown_waits_for_the_one_that_was_killed(tmp_path, monkeypatc
         takedown(TakedownConfig(output, row_ids=listed(tmp_path / "b", ["s0.parquet:1"])))
     assert takedown(TakedownConfig(output, row_ids=str(tmp_path / "a")))["removed"] == 1
     assert read_manifest(Store(output.path)).revisions[-1]["kind"] == "takedown"
+
+
+def test_the_sweep_leaves_what_may_be_written_this_moment(tmp_path):
+    """A driver that lost its lease may be compacting: its files have no entry yet, and its entry will name them."""
+    output = finished(tmp_path / "out")
+    for name in ("data/shard=g00007/part-r002-00000.parquet", "data/lang=en/part-r002-g00007-00000.parquet", "data/notes.txt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"")
+    stale = tmp_path / "out" / "data/shard=g00000/part-r001-00099.parquet"
+    stale.write_bytes(b"")
+    assert sweep(Store(output.path), read_manifest(Store(output.path))) == 1
+    assert not stale.exists()
+    assert (tmp_path / "out" / "data/shard=g00007/part-r002-00000.parquet").exists()
