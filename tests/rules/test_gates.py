@@ -1,5 +1,4 @@
 import dataclasses
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -256,14 +255,13 @@ def test_judge_never_raises_and_is_deterministic(raw, synthetic, fused, finish):
     assert pre is None or pre.outcome in (Outcome.KEPT, Outcome.REJECTED)
 
 
+@pytest.mark.timeout(300)  # about a second; anything quadratic in the length would take hours
 @pytest.mark.parametrize("unit", ["a", "ab ", "1,", "猫", "Ab ", "\u0301", "' ", "A", "1a"])
 def test_a_megabyte_is_judged_in_bounded_time(unit):
     text = (unit * 1_000_000)[:1_000_000]
-    start = time.process_time()
     judge_text(text, text, text, None, DEFAULT)
     judge_text(RAW, SYNTHETIC, text, None, DEFAULT)
     judge_sources(text, text, DEFAULT)
-    assert time.process_time() - start < 10
 
 
 def test_a_table_is_judged_as_its_rows():
