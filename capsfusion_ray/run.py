@@ -296,9 +296,11 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) ->
     read = read_spec(cfg, fields)
     job = Job(read, cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, run.store, lease.id)
     shards = {shard.path: shard for shard in found.shards}
-    in_parts = [unit for unit in run.units if unit.id in run.in_parts and unit.id not in run.compacted]
+    compacted = run.compacted
+    waiting = run.in_parts - compacted
+    in_parts = [unit for unit in run.units if unit.id in waiting]
     progress = Progress(run.store, run.planned_rows, len(run.units), pool.max_actors, sys.stderr)
-    with progress, Compactor(run.store, run.plans, run.entries, cfg.output, run.in_parts & run.compacted, lease.check) as compactor:
+    with progress, Compactor(run.store, run.plans, run.entries, cfg.output, run.in_parts & compacted, lease.check) as compactor:
         for summary in [unit for entry in run.entries for unit in entry.units] + read_summaries(run.store, in_parts):
             progress.resumed(summary)
         for unit in in_parts:
