@@ -1,0 +1,88 @@
+"""Render a kustomization without kustomize: python deploy/kuberay/render.py deploy/kuberay/overlays/spot > spot.yaml
+
+Knows the part of kustomize that the overlays use, and refuses the rest: `resources` (files, and folders with a
+kustomization), `images` by name, and `patches` that are RFC 6902 lists with a target of kind and name. `kubectl apply -k`
+gives the same objects, in an order of its own; a test compares where kubectl is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonpatch import JsonPatch
+
+KNOWN = {"apiVersion", "kind", "resources", "images", "patches"}
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, as kustomize does: the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(
+                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: {key!r} stands twice; remove one"
+                )
+        return super().construct_mapping(node, deep)
+
+
+def render(folder: Path) -> list[dict[str, Any]]:
+    """The Kubernetes objects of `folder`/kustomization.yaml. Raises ValueError for what it does not know or cannot find."""
+    path = folder / "kustomization.yaml"
+    (wanted,) = load(path)
+    if unknown := sorted(wanted.keys() - KNOWN):
+        raise ValueError(
+            f"{path}: {unknown[0]!r} is more than this renderer knows ({', '.join(sorted(KNOWN))}); use kubectl kustomize"
+        )
+    objects: list[dict[str, Any]] = []
+    for resource in wanted["resources"]:
+        place = folder / resource
+        objects += render(place) if place.is_dir() else load(place)
+    names = [_name(each) for each in objects]
+    if double := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{path}: {sorted(double)[0]} comes from two files; take one out")
+    for patch in wanted.get("patches", []):
+        target = patch["target"]["kind"], patch["target"]["name"]
+        if patch.keys() != {"target", "patch"} or patch["target"].keys() != {"kind", "name"} or target not in names:
+            raise ValueError(f"{path}: a patch of {target} is not an inline RFC 6902 list for one of {names}")
+        (steps,) = yaml.load_all(patch["patch"], StrictLoader)
+        objects[names.index(target)] = JsonPatch(steps).apply(objects[names.index(target)])
+    for image in wanted.get("images", []):
+        for each in objects:
+            _set_image(each, image["name"], f"{image['newName']}:{image['newTag']}")
+    return objects
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The documents of a YAML file. An anchor's aliases become copies: a patch of one must not change the other."""
+    with path.open(encoding="utf-8") as file:
+        return [
+            json.loads(json.dumps(document)) for document in yaml.load_all(file, StrictLoader) if document is not None
+        ]
+
+
+def _name(each: dict[str, Any]) -> tuple[str, str]:
+    return each["kind"], each["metadata"]["name"]
+
+
+def _set_image(node: Any, name: str, image: str) -> None:
+    """In every list of containers, as kustomize does, which looks into kinds that it does not know."""
+    if isinstance(node, list):
+        for item in node:
+            _set_image(item, name, image)
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("containers", "initContainers") and isinstance(value, list):
+                for container in value:
+                    if container.get("image") == name:
+                        container["image"] = image
+            _set_image(value, name, image)
+
+
+if __name__ == "__main__":
+    yaml.safe_dump_all(render(Path(sys.argv[1])), sys.stdout, sort_keys=False, width=120)
