@@ -10,10 +10,11 @@ unit. What no retry can mend (bucket absent, credentials, a read-only folder) is
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -46,18 +47,21 @@ class Store:
         self.root = _normal_root(root)
         self.options = dict(options or {})
         self._backend: Backend | None = None
+        self._connecting = threading.Lock()
 
     def __repr__(self) -> str:
         shown = {k: "***" if k in SECRET_OPTIONS else v for k, v in self.options.items()}
         return f"Store({self.root!r}, {shown})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "options": self.options, "_backend": None}
+    def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, str]]]:
+        return Store, (self.root, self.options)
 
     @property
     def backend(self) -> Backend:
         if self._backend is None:
-            self._backend = _connect(self.root, self.options)
+            with self._connecting:  # one of many threads: each S3 client costs a second of CPU
+                if self._backend is None:
+                    self._backend = _connect(self.root, self.options)
         return self._backend
 
     @property
@@ -136,14 +140,16 @@ class Store:
         Catches stores that ignore `If-None-Match`, on which two drivers would overwrite each other's commits.
         """
         path = f"{folder}/probe-{uuid.uuid4().hex}" if folder else f"probe-{uuid.uuid4().hex}"
+        # A refused or failed first write leaves as it is: the deletion's own error would hide why.
+        first = self.put_if_absent(path, b"1")
         try:
-            first, second = self.put_if_absent(path, b"1"), self.put_if_absent(path, b"2")
-            if self.conditional_put and not (first and not second):
-                raise StoreRefused(
-                    f"{self.url(path)}: the store ignores If-None-Match; use one that has conditional writes"
-                )
+            second = self.put_if_absent(path, b"2")
         finally:
             self.delete([path])
+        if self.conditional_put and not (first and not second):
+            raise StoreRefused(
+                f"{self.url(path)}: the store ignores If-None-Match; use one that has conditional writes"
+            )
 
     def _call(self, action: str, path: str, work: Callable[[], T]) -> T:
         try:

@@ -52,8 +52,19 @@ class WatchedFile:
         self._explain = explain
 
     def read(self, size: int = -1) -> bytes:
+        """`size` bytes, or what is left; an answer that came short is completed, or a reader would see a damaged file."""
         try:
-            return bytes(self._file.read(size))
+            if self._file.size is None:
+                return bytes(self._file.read(size))
+            left = max(self._file.size - self._file.tell(), 0)
+            wanted = left if size < 0 else min(size, left)
+            data = bytes(self._file.read(wanted))
+            while len(data) < wanted:
+                more = bytes(self._file.read(wanted - len(data)))
+                if not more:
+                    raise OSError(f"{len(data)} of {wanted} bytes came")
+                data += more
+            return data
         except Exception as error:
             raise self._explain(error) from error
 
@@ -96,6 +107,14 @@ def other_error(error: Exception, action: str, url: str) -> Exception:
     if number in (errno.ENOTDIR, errno.EISDIR):
         return StoreRefused(
             f"{url}: cannot {action} it: {os.strerror(number)}; part of the path is a file, or the whole a folder"
+        )
+    if number == errno.ENAMETOOLONG:
+        return StoreRefused(
+            f"{url}: cannot {action} it: {os.strerror(number)}; a shorter output path or partition value will do"
+        )
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"{url}: cannot {action} it: {os.strerror(number)}; free some, and the same command goes on"
         )
     if isinstance(error, (ImportError, ValueError)) and "://" in url:
         return StoreRefused(f"{url}: fsspec cannot open this kind of URL: {error}")

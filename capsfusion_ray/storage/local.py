@@ -61,7 +61,10 @@ class LocalBackend:
             try:
                 os.link(temporary, self.root / path)
             except FileExistsError:
-                return digest(data) if self.get(path)[0] == data else None
+                try:
+                    return digest(data) if self.get(path)[0] == data else None
+                except FileNotFoundError:  # deleted since: it was there first all the same
+                    return None
         return digest(data)
 
     def put_if_match(self, path: str, data: bytes, etag: str) -> str | None:

@@ -13,6 +13,7 @@ from capsfusion_ray.storage.base import StoredFile, StoreRefused, other_error
 S3_CONNECT_TIMEOUT_S = 5  # a healthy store answers in milliseconds; a dead address should cost seconds, not minutes
 S3_READ_TIMEOUT_S = 20  # between two packets, not for a whole object: a stalled connection is dropped and tried again
 S3_ATTEMPTS = 5  # of botocore; s3fs repeats them 5 times: 25 requests in about 40 s got 20 of 20 through at 30% 503s
+SHORT_ATTEMPTS = 5  # an object that came shorter than its size: a proxy or gateway cut it, and framed it as whole
 CONFLICT_ATTEMPTS = 6  # 409 to a conditional PUT: another writer is at it this moment; S3 asks for a repeat
 
 S3_OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "anon", "profile")
@@ -42,6 +43,8 @@ class S3Backend:
                 "response_checksum_validation": "when_required",
             },
             use_listings_cache=False,  # other processes write here; a cached listing would hide commits
+            # One GET an object. In pieces, s3fs leaves zeros where a piece comes short, and does not repeat a cut one.
+            max_concurrency=1,
         )
 
     def _key(self, path: str) -> str:
@@ -74,12 +77,16 @@ class S3Backend:
         return self._head(path) is not None
 
     def get(self, path: str) -> tuple[bytes, str]:
-        before = self._head(path)
+        before, short = self._head(path), 0
         while before is not None:
             data = self.fs.cat_file(f"{self.bucket}/{self._key(path)}")
             after = self._head(path)
             if before == after:  # not replaced in between: bytes and etag belong together
-                return data, before[1]
+                if len(data) == before[0]:
+                    return data, before[1]
+                short += 1
+                if short == SHORT_ATTEMPTS:
+                    raise OSError(f"{len(data)} of its {before[0]} bytes came, {short} times")
             before = after
         raise FileNotFoundError(path)
 
@@ -115,7 +122,10 @@ class S3Backend:
         head = self._head(path)
         if head is None or head[0] != len(data):
             return None
-        stored, etag = self.get(path)
+        try:
+            stored, etag = self.get(path)
+        except FileNotFoundError:  # deleted since: it was there first all the same
+            return None
         return etag if stored == data else None
 
     def delete(self, path: str) -> None:
