@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-job lint fuse plan verify show report takedown submit resume status stop configuration clean
+.PHONY: help setup demo test test-job lint fuse plan label verify show report takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 
 # What was seen to pass. Written, and to be moved here when it was seen to its end: tests/engines, tests/train,
 # tests/job but for its kill test, which passes and has a target of its own: on a starved machine it takes 20 minutes.
-TESTS := tests/test_layers.py tests/test_docs.py tests/test_skips.py tests/rules tests/world tests/test_deploy.py tests/after
+TESTS := tests/test_layers.py tests/test_docs.py tests/test_skips.py tests/rules tests/world tests/test_deploy.py tests/test_manifests.py tests/after
 
 test: setup ## the tests that need nothing but pip
 	$(BIN)/python -m pytest -m 'not gpu' $(TESTS) $(ARGS)
@@ -55,6 +55,9 @@ fuse: setup ## run the job here: make fuse ARGS="input.path=… output.path=…"
 
 plan: setup ## what it would take and cost, nothing written: make plan ARGS="…"
 	$(BIN)/python jobs/plan.py $(ARGS)
+
+label: setup ## teacher labels through an API: make label ARGS="input.path=… output.path=… engine.api.url=… engine.api.model=…"
+	$(BIN)/python jobs/label.py $(ARGS)
 
 verify: setup ## prove that no row was lost: make verify ARGS="output.path=…"
 	$(BIN)/python jobs/verify.py $(ARGS)
@@ -81,6 +84,11 @@ status: setup ## the jobs of that cluster
 
 stop: setup ## stop a job by its id; what is committed stays: make stop RAY_ADDRESS=… JOB=fuse-…
 	env -u RAY_ADDRESS $(BIN)/ray job stop --address $(RAY_ADDRESS) $(JOB)
+
+manifests: setup ## render deploy/kuberay into out/manifests, one file an overlay
+	@mkdir -p out/manifests
+	@for o in deploy/kuberay/overlays/*; do $(BIN)/python deploy/kuberay/render.py $$o > out/manifests/$$(basename $$o).yaml || exit 1; done
+	@ls out/manifests/*.yaml
 
 configuration: setup ## write docs/configuration.md from the typed configs
 	$(BIN)/python docs/make_configuration.py

@@ -20,7 +20,7 @@ import pyarrow as pa
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.errors import EngineError, RowError
+from capsfusion_ray.errors import CapsFusionError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -39,6 +39,7 @@ class _Request:
     prompts: list[Prompt]
     generations: dict[str, Generation] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
+    stopped: CapsFusionError | None = None
 
 
 class _Company:
@@ -84,7 +85,7 @@ class FusionActor:
 
     def __init__(self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        if engine.kind != "echo":
+        if engine.kind not in ("echo", "api"):
             engine = dataclasses.replace(engine, model=locate(engine.model))
         self._engine: Engine = build_engine(engine, decode)
         self._prompts = PromptBuilder(template, self._engine.encode, engine.max_prompt_tokens)
@@ -145,20 +146,39 @@ class FusionActor:
         request = _Request(prompts)
         self._requests.put(request)
         request.done.wait()
+        if request.stopped:
+            raise request.stopped
         return request.generations
 
     def _drive(self) -> None:
         """The engine thread: submit what has come, step, hand out what has finished."""
         owner: dict[str, _Request] = {}
+        stopped: CapsFusionError | None = None
         try:
             while True:
                 self._step_began = None
-                while not self._engine.unfinished or not self._requests.empty():
+                while stopped or not self._engine.unfinished or not self._requests.empty():
                     request = self._requests.get()  # blocks only while the engine has nothing to do
+                    if stopped:
+                        request.stopped = stopped
+                        request.done.set()
+                        continue
                     owner |= dict.fromkeys((prompt.id for prompt in request.prompts), request)
                     self._engine.submit(request.prompts)
                 self._step_began = time.monotonic()
-                for generation in self._engine.step():
+                try:
+                    finished = self._engine.step()
+                except CapsFusionError as error:
+                    if isinstance(error, EngineError):
+                        raise
+                    # A refused key, a cap that is reached: no row and no process is at fault, and no other actor would fare
+                    # better. The units raise it, and the run ends with it.
+                    stopped, finished = error, []
+                    for request in owner.values():
+                        request.stopped = stopped
+                        request.done.set()
+                    owner.clear()
+                for generation in finished:
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation
                     if len(request.generations) == len(request.prompts):
@@ -185,6 +205,8 @@ class FusionActor:
 def _device_name(engine: EngineConfig) -> str:
     if engine.kind == "echo":
         return "none"
+    if engine.kind == "api":
+        return engine.api.model
     import torch
 
     if torch.cuda.is_available() and engine.device != "cpu":

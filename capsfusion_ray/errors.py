@@ -10,6 +10,7 @@
     ├── StorageError          the store failed after the client's own retries; the unit is retried
     ├── ClusterError          no Ray cluster to run on; the same command again
     ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
+    ├── CostCapReached        the money given for an API is spent; a higher cap goes on
     └── AccountingError       rows lost or doubled: a bug or damage; the run stops, never retried
 
 Every class takes one message argument, so that it survives pickling between Ray processes. A message names the
@@ -59,3 +60,7 @@ class LeaseLost(CapsFusionError):
 
 class AccountingError(CapsFusionError):
     """planned != fused + kept + rejected + filtered + removed + unreadable."""
+
+
+class CostCapReached(CapsFusionError):
+    """As much as engine.api.max_dollars allows is spent; what is committed is kept, and a higher cap goes on."""

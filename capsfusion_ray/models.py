@@ -57,6 +57,9 @@ def inspect(engine: EngineConfig) -> ModelInfo:
     """Raises ConfigError for a folder that is no model and a hub id that cannot be resolved."""
     if engine.kind == "echo":
         return ModelInfo(TEMPLATE, "echo", False, None, {})
+    if engine.kind == "api":
+        Template.parse(template := engine.api.prompt or TEMPLATE)
+        return ModelInfo(template, f"api:{engine.api.model}", False, None, {})
     where = locate(engine.model)
     folder = Path(where)
     if not folder.is_dir():

@@ -17,10 +17,12 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
+from ray.exceptions import RayTaskError
 
 from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.errors import CapsFusionError
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
 from capsfusion_ray.rows import WorkUnit
@@ -73,6 +75,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
     context.target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False  # progress.py counts captions, from commits
     context.print_on_execution_start = False
     # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
@@ -110,8 +113,13 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
             num_cpus=COMMIT_CPUS,
         )
     )
-    for row in dataset.iter_rows():
-        yield UnitSummary.parse(json.loads(row["summary"]))
+    try:
+        for row in dataset.iter_rows():
+            yield UnitSummary.parse(json.loads(row["summary"]))
+    except RayTaskError as error:
+        if isinstance(error.cause, CapsFusionError):  # what a stage raised on purpose; the doorway says it in one line
+            raise error.cause from None
+        raise
 
 
 class UnitSource(Datasource):

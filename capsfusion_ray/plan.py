@@ -27,6 +27,8 @@ GUESSED_CAPTIONS_PER_S = {
     ("beam", "cpu"): 10.0,
     ("transformers", "cuda"): 1.5,
     ("transformers", "cpu"): 1.5,
+    ("api", "cuda"): 10.0,  # 32 requests in flight of 3 s each
+    ("api", "cpu"): 10.0,
     ("echo", "cuda"): 20_000.0,
     ("echo", "cpu"): 20_000.0,
 }

@@ -1,4 +1,4 @@
-"""A new edition of a group's files: rejected rows that a retry fused move over, removed rows go. Nothing else is touched.
+"""A new edition of a group's files: retried rejects move over, removed rows go, lost units return. Nothing else is touched.
 
 New files first, then the group's entry; the manifest by compare-and-swap (publish), and only then the old files
 (sweep). A step repeated after a kill writes the same bytes again. Knows the store; no Ray.
@@ -91,6 +91,31 @@ class Rewriter:
                 files.write(file.kind, unit_id, rows.filter(pc.invert(going)))
         if len(untouched) == len(entry.files):
             return None
+        return self._new_entry(entry, summaries, (*untouched, *files.close()))
+
+    def replace(self, entry: GroupEntry, parts: Store, units: Sequence[WorkUnit]) -> GroupEntry:
+        """Write every file anew that holds a row of `units`, whose recomputed parts lie in `parts`. The new entry.
+
+        Files that hold none of them stay; those that hold other units' rows too must be readable, or these be recomputed.
+        """
+        again = {unit.id: unit for unit in units}
+        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        untouched = [file for file in entry.files if not any(unit_id in again for unit_id, _ in file.units)]
+        carried: dict[str, list[tuple[str, pa.Table]]] = {}
+        for file in entry.files:
+            if file not in untouched and any(unit_id not in again for unit_id, _ in file.units):
+                for unit_id, rows in self.rows_of(file):
+                    carried.setdefault(unit_id, []).append((file.kind, rows))
+        summaries = {unit.id: unit for unit in entry.units}
+        for unit_id in summaries:
+            if unit_id in again:
+                part, summaries[unit_id] = read_part(parts, again[unit_id])
+                rejected = pc.equal(part[OUTCOME], str(Outcome.REJECTED))
+                files.write("data", unit_id, part.filter(pc.invert(rejected)))
+                files.write("rejected", unit_id, part.filter(rejected))
+            else:
+                for kind, rows in carried.get(unit_id, ()):
+                    files.write(kind, unit_id, rows)
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
 
     def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
@@ -199,9 +224,9 @@ def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
     edition = len(manifest.revisions) + 1
     text = json.dumps(record, sort_keys=True, indent=1).encode()
     if not store.put_if_absent(record_path(edition), text):
-        begun = json.loads(store.get(record_path(edition)))
-        if begun != json.loads(text):
-            raise ConfigError(f"{store.root}: a {begun['kind']} was begun and not finished; run it again first ({_short(begun)})")
+        other = json.loads(store.get(record_path(edition)))
+        if other != json.loads(text):
+            raise ConfigError(f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)})")
     return edition
 
 
@@ -212,11 +237,17 @@ def sweep_if_idle(store: Store, manifest: Manifest) -> None:
 
 
 def refuse_unfinished(store: Store, manifest: Manifest | None) -> None:
-    """Raises ConfigError where a retry or takedown was begun and not finished: its new files stand in the dataset."""
-    path = record_path(len(manifest.revisions) + 1) if manifest else ""
-    if path and store.exists(path):
-        begun = json.loads(store.get(path))
-        raise ConfigError(f"{store.root}: a {begun['kind']} was begun and not finished; run it again first ({_short(begun)})")
+    """Raises ConfigError where a retry, takedown or repair was begun and not finished: its new files stand in the dataset."""
+    record = begun(store, manifest) if manifest else None
+    if record:
+        raise ConfigError(f"{store.root}: a {record['kind']} was begun and not finished; run it again first ({_short(record)})")
+
+
+def begun(store: Store, manifest: Manifest) -> dict[str, Any] | None:
+    """The record of the revision that was begun and not finished, if there is one."""
+    path = record_path(len(manifest.revisions) + 1)
+    record: dict[str, Any] | None = json.loads(store.get(path)) if store.exists(path) else None
+    return record
 
 
 def _short(record: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_pla
 from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.repair import open_repair, run_repair
 from capsfusion_ray.retry import clean, open_retry, reasons_of, run_retry
 from capsfusion_ray.rewrite import refuse_unfinished
 from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
@@ -52,6 +53,10 @@ def survey(cfg: FuseConfig) -> Survey:
     for key, value in (("input.path", cfg.input.path), ("output.path", cfg.output.path)):
         if not value:
             raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
+    if cfg.engine.kind == "api":
+        from capsfusion_ray.engines.api import check
+
+        check(cfg.engine.api, cfg.decode)
     model = models.inspect(cfg.engine)
     shards = tuple(sources.discover(cfg.input, cfg.source))
     for shard in shards:
@@ -88,6 +93,8 @@ def base_of(cfg: FuseConfig, model: ModelInfo) -> dict[str, Any]:
         "engine": {key: plain["engine"][key] for key in ("kind", "dtype", "max_prompt_tokens")},
         "output": {key: plain["output"][key] for key in ("target_file_mb", "target_file_rows", "partition_by")},
     }
+    if cfg.engine.kind == "api":
+        keep["engine.api"] = {key: plain["engine"]["api"][key] for key in ("model", "chat", "temperature", "request")}
     for section, values in keep.items():
         base |= {f"{section}.{key}": value for key, value in values.items()}
     return base
@@ -168,7 +175,7 @@ def _sample_tokens(cfg: FuseConfig, found: Survey) -> tuple[float, float]:
     pairs = [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
     if not pairs:
         return 0.0, 0.0
-    if cfg.engine.kind == "echo":
+    if cfg.engine.kind in ("echo", "api"):  # no tokenizer here: words
         words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
         return words + len(found.model.template.split()), words
     from transformers import AutoTokenizer
@@ -234,13 +241,15 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
         if cfg.retry:
             return _retry(cfg, found, store, pool, lease, began)
+        if cfg.repair:
+            return _repair(cfg, found, store, pool, lease, began)
         refuse_unfinished(store, before := read_manifest(store))
         if before:
             clean(store, before)  # what a retry that was killed after its manifest left
         run = _open_run(cfg, found, store, engine.device)
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
-        _refuse_lost_input(run, found)
+        _refuse_lost_input(run.pending, found)
         manifest = _work(cfg, found, run, pool, lease)
     finally:
         cluster.disconnect()
@@ -259,10 +268,29 @@ def _retry(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Leas
         log.info("nothing is left to do: the last revision of %s is this very retry", cfg.output.path)
         return totals(manifest.counts, cfg, units, units, time.monotonic() - began, 0)
     assert retry  # open_retry raised where there is no manifest
-    fields = plans[0].fields
-    job = Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, store, lease.id)
+    job = _job(cfg, found, plans[0].fields, store, lease)
     counts = run_retry(retry, job, pool, lease)
     return totals(counts, cfg, units, units - len(retry.units), time.monotonic() - began, retry.rows)
+
+
+def _repair(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
+    plans = read_plans(store)
+    repair = open_repair(store, plans, cfg.output)
+    units = sum(len(plan.units) for plan in plans)
+    manifest = read_manifest(store)
+    if repair is None and manifest:
+        log.info("nothing to repair: every file of %s is as its manifest says", cfg.output.path)
+        return totals(manifest.counts, cfg, units, units, time.monotonic() - began, 0)
+    assert repair  # open_repair raised where there is no manifest
+    next_plan(cfg, found, cfg.engine.device, plans)  # refuses other settings than those of the output
+    _refuse_lost_input(repair.units, found)
+    job = _job(cfg, found, plans[0].fields, store, lease)
+    counts = run_repair(repair, job, pool, {shard.path: shard for shard in found.shards}, lease)
+    return totals(counts, cfg, units, units - len(repair.units), time.monotonic() - began, repair.rows)
+
+
+def _job(cfg: FuseConfig, found: Survey, fields: tuple[tuple[str, str], ...], store: Store, lease: Lease) -> Job:
+    return Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, store, lease.id)
 
 
 def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
@@ -278,11 +306,11 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
     return Run(store, plans, entries, committed(store))
 
 
-def _refuse_lost_input(run: Run, found: Survey) -> None:
+def _refuse_lost_input(units: Sequence[WorkUnit], found: Survey) -> None:
     readable = {shard.path for shard in found.shards if not shard.error}
-    gone = sorted({unit.path for unit in run.pending} - readable)
+    gone = sorted({unit.path for unit in units} - readable)
     if gone:
-        raise SourceError(f"{gone[0]}: planned, not finished, and no longer readable ({len(gone)} such shards); restore it")
+        raise SourceError(f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it")
 
 
 def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) -> Manifest:
@@ -292,9 +320,7 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) ->
     if before and not pending and len(before.units) == len(run.units):
         log.info("nothing is left to do: %s holds all %d planned rows", cfg.output.path, run.planned_rows)
         return before
-    fields = run.plans[0].fields
-    read = read_spec(cfg, fields)
-    job = Job(read, cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, run.store, lease.id)
+    job = _job(cfg, found, run.plans[0].fields, run.store, lease)
     shards = {shard.path: shard for shard in found.shards}
     compacted = run.compacted
     waiting = run.in_parts - compacted

@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -102,25 +102,46 @@ def _count_problems(manifest: Manifest) -> Iterator[str]:
         yield str(error)
 
 
+def damage(store: Store, files: Sequence[FileEntry]) -> dict[str, str]:
+    """Path -> what is wrong, of every file that is missing or holds other bytes than the manifest says. Reads them all."""
+
+    def wrong(file: FileEntry) -> str:
+        data = _bytes_of(store, file)
+        return "missing" if data is None else _checksum_problem(file, data)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return {file.path: what for file, what in zip(files, pool.map(wrong, files), strict=True) if what}
+
+
+def _bytes_of(store: Store, file: FileEntry) -> bytes | None:
+    try:
+        return store.get(file.path)
+    except FileNotFoundError:
+        return None
+
+
+def _checksum_problem(file: FileEntry, data: bytes) -> str:
+    digest = hashlib.sha256(data).hexdigest()
+    return "" if digest == file.sha256 else f"checksum {digest[:12]}…, the manifest says {file.sha256[:12]}…"
+
+
 def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     listed = {file.path: file.size for folder in ("data", "rejected") for file in store.list(folder)}
     for file in manifest.files:
         size = listed.pop(file.path, None)
         if size is None:
-            yield f"{file.path}: missing"
+            yield f"{file.path}: missing; the fuse command with repair=true recomputes its units"
         elif size != file.bytes:
             yield f"{file.path}: {size} bytes, the manifest says {file.bytes}"
     yield from (f"{path}: not in the manifest, yet readers of the folder see it" for path in listed)
 
 
 def _file_problems(store: Store, file: FileEntry, units: dict[str, WorkUnit], deep: bool) -> list[str]:
-    try:
-        data = store.get(file.path)
-    except FileNotFoundError:
+    data = _bytes_of(store, file)
+    if data is None:
         return []  # named by the listing
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != file.sha256:
-        return [f"{file.path}: checksum {digest[:12]}…, the manifest says {file.sha256[:12]}…"]
+    if wrong := _checksum_problem(file, data):
+        return [f"{file.path}: {wrong}; the fuse command with repair=true recomputes its units"]
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     if rows != file.rows or rows != sum(n for _, n in file.units):
         return [f"{file.path}: {rows} rows, the manifest says {file.rows}"]

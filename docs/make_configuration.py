@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import FuseConfig, VerifyConfig, describe, unwrap_optional
+from capsfusion_ray.label import LabelConfig
 from capsfusion_ray.report import ReportConfig
 from capsfusion_ray.takedown import TakedownConfig
 from capsfusion_ray.train.config import TrainConfig
@@ -24,6 +25,7 @@ the default below; `null` means that the program decides, as the last column say
 """
 JOBS = (
     ("jobs/fuse.py and jobs/plan.py", FuseConfig),
+    ("jobs/label.py", LabelConfig),
     ("jobs/verify.py", VerifyConfig),
     ("jobs/report.py", ReportConfig),
     ("jobs/takedown.py", TakedownConfig),

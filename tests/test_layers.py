@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 # Lower floors first; a module may import its own floor's packages' insides and every floor below, never one above.
 FLOORS = [
     ("words", ["rows", "errors", "config"]),
-    ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units"]),
+    ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing"]),
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
-    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "retry", "run"]),
-    ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "doorway"]),
+    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "retry", "repair", "run", "pair"]),
+    ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "label", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
-RAY_ROOMS = {"pipeline", "retry", "cluster", "compactor", "train"}
+RAY_ROOMS = {"pipeline", "retry", "pair", "cluster", "compactor", "train"}
 TORCH_ROOMS = {"engines", "train", "evaluate", "actors"}  # actors asks torch for the device's name
 
 

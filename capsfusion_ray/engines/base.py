@@ -13,6 +13,7 @@ ENGINES = {
     "beam": "capsfusion_ray.engines.beam.engine:BeamEngine",
     "transformers": "capsfusion_ray.engines.transformers:TransformersEngine",
     "echo": "capsfusion_ray.engines.echo:EchoEngine",
+    "api": "capsfusion_ray.engines.api:ApiEngine",
 }
 
 

@@ -19,9 +19,9 @@ from capsfusion_ray.train.loop import CURVE, fit, run_folder
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Train, or go on where a killed run stopped, and return the last row of the learning curve."""
-    if not Path(cfg.data.path).is_file():
+    if not cfg.data.path or not Path(cfg.data.path).exists():
         raise ConfigError(
-            f"data.path={cfg.data.path!r}: no such file; give a JSON, JSON lines or Parquet file of triples"
+            f"data.path={cfg.data.path!r}: not there; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
         )
     if not cfg.output.path:
         raise ConfigError("output.path is empty; give the folder that the model is to be saved in")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray import prompt
@@ -29,6 +30,8 @@ CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"
 TOKENIZER = "tokenizer"  # a folder: trained once, read back when a killed run goes on
 VALIDATION_BATCH = 64  # sequences
+_FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": _FUSED}
 
 Report = Callable[[dict[str, float]], None]
 
@@ -139,7 +142,8 @@ class Loss(nn.Module):
         """Mean cross-entropy over the tokens with a weight, by weight."""
         ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
         scored_N = (weights_BL > 0).flatten().nonzero()[:, 0]
-        with torch.autocast(device.type, torch.bfloat16):
+        # On CPUs the backward pass of torch's fused attention takes far longer than that of plain matrix products.
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_ATTENTION[device.type]):
             hidden_BLD = self.model.model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state
             # Logits only where they count: the table has more columns than all other layers together.
             logits_NV = self.model.lm_head(hidden_BLD.flatten(0, 1).index_select(0, scored_N))

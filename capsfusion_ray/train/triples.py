@@ -6,10 +6,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from capsfusion_ray.errors import SourceError
+from capsfusion_ray.rows import FLAGS
+from capsfusion_ray.stages import KEPT
 from capsfusion_ray.train.config import TripleConfig
 
 # The teacher's faults that a student must not learn: 3.6% of the published fused captions talk about the instruction.
@@ -33,8 +36,11 @@ class Triple:
 def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
     """Training triples without the faulty ones, and the validation triples as they are."""
     path = Path(cfg.path)
-    if path.suffix == ".parquet":
-        rows = pq.read_table(path, columns=[cfg.raw, cfg.synthetic, cfg.fused]).to_pylist()
+    if path.is_dir():  # an output of jobs/label.py or jobs/fuse.py, or a folder of Parquet files
+        files = sorted((path / "data" if (path / "data").is_dir() else path).rglob("*.parquet"))
+        rows = [row for file in files for row in _read_parquet(file, cfg)]
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path, cfg)
     elif path.suffix == ".json":
         rows = json.loads(path.read_text(encoding="utf-8"))
     else:
@@ -51,6 +57,17 @@ def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
         )
     cut = len(triples) - cfg.validation_rows
     return [triple for triple in triples[:cut] if is_sound(triple)], triples[cut:]
+
+
+def _read_parquet(path: Path, cfg: TripleConfig) -> list[dict[str, Any]]:
+    """Rows of one file; those that kept one source as it is are no fused captions."""
+    names = pq.read_schema(path).names
+    missing = [name for name in (cfg.raw, cfg.synthetic, cfg.fused) if name not in names]
+    if missing:
+        raise SourceError(f"{path}: no columns {missing}; it has {names}; set data.raw, data.synthetic and data.fused")
+    flags = [FLAGS] if FLAGS in names else []
+    rows = pq.ParquetFile(path).read(columns=[cfg.raw, cfg.synthetic, cfg.fused, *flags]).to_pylist()
+    return [row for row in rows if KEPT not in (row.get(FLAGS) or ())]
 
 
 def is_sound(triple: Triple) -> bool:

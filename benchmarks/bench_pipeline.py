@@ -1,0 +1,259 @@
+"""Rows a second and peak memory of the whole job with engine.kind=echo, beside a bare pyarrow loop over the same rows.
+
+    python benchmarks/bench_pipeline.py [--rows 1e6,1e7] [--work DIR] [--actors 1] [--json FILE] [--keep] [fuse settings, key=value]
+
+For each size a synthetic corpus is made (make_corpus.py), read and written once by a bare loop (the columns that the job uses,
+zstd, a batch at a time), and fused by `python jobs/fuse.py`, as a user would. A thread samples the resident memory of the job's
+process tree: the driver, Ray's workers (the sum, and the largest one) and Ray's own processes. `private` leaves out shared
+pages, which are the object store seen from every worker and the libraries. Needs psutil, and Linux for `private`. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import make_corpus
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE_S = 1.0  # a look walks every process of the machine
+SHARD_ROWS = 200_000  # on average
+COLUMNS = (
+    "URL",
+    "TEXT",
+    "top_caption",
+    "WIDTH",
+    "HEIGHT",
+    "similarity",
+    "hash",
+    "pwatermark",
+    "punsafe",
+)  # what preset laion_coco reads
+PIPELINE_BEGINS = "units to fuse"  # words of the job's log: survey, Ray's start and the plan are done
+BARE = """
+import sys, pyarrow.dataset as ds, pyarrow.parquet as pq
+source, target, *columns = sys.argv[1:]
+rows, writer = 0, None
+for fragment in ds.dataset(source).get_fragments():
+    for batch in pq.ParquetFile(fragment.path).iter_batches(16_384, columns=columns):
+        writer = writer or pq.ParquetWriter(target, batch.schema, compression="zstd")
+        rows += batch.num_rows
+        writer.write_batch(batch.cast(writer.schema))
+writer.close()
+print(rows)
+"""
+
+
+class TreeMemory(threading.Thread):
+    """Peaks of the memory of a process and all its descendants, in bytes, by role."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._root = psutil.Process(pid)
+        self._over = threading.Event()
+        self.peaks: dict[str, int] = defaultdict(int)
+        self.samples = 0
+
+    def run(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self._sample()
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def _sample(self) -> None:
+        now: dict[str, int] = defaultdict(int)
+        try:
+            tree = [self._root, *self._root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return
+        for process in tree:
+            try:
+                memory, role = process.memory_info(), "driver" if process == self._root else role_of(process)
+            except psutil.Error:
+                continue  # it ended, or is ending
+            now[role] += memory.rss
+            private = memory.rss - getattr(memory, "shared", 0)
+            now[f"{role}_private"] += private
+            if role == "workers":
+                now["largest_worker"] = max(now["largest_worker"], memory.rss)
+                now["largest_worker_private"] = max(now["largest_worker_private"], private)
+        self.samples += 1
+        for name, value in now.items():
+            self.peaks[name] = max(self.peaks[name], value)
+
+
+def role_of(process: psutil.Process) -> str:
+    """Ray names its workers after what they run: `ray::FusionActor`, `ray::IDLE`, ..."""
+    title = " ".join(process.cmdline()[:2])
+    return "workers" if title.startswith("ray::") or "default_worker.py" in title else "ray"
+
+
+@contextmanager
+def watched(process: subprocess.Popen[str], timeout_s: float) -> Iterator[TreeMemory]:
+    """Sample a process while it runs; whatever happens, it and its descendants are gone afterwards."""
+    memory = TreeMemory(process.pid)
+    late = threading.Timer(timeout_s, end_tree, (process.pid,))
+    memory.start()
+    late.start()
+    try:
+        yield memory
+    finally:
+        late.cancel()
+        memory.stop()
+        if process.poll() is None:
+            end_tree(process.pid)
+
+
+def end_tree(pid: int) -> None:
+    try:
+        root = psutil.Process(pid)
+        tree = [*root.children(recursive=True), root]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def bare_loop(corpus: Path, work: Path, timeout_s: float) -> dict[str, object]:
+    began = time.monotonic()
+    command = [sys.executable, "-c", BARE, str(corpus), str(work / "bare.parquet"), *COLUMNS]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with watched(process, timeout_s) as memory:
+        out, _ = process.communicate()
+    seconds = time.monotonic() - began
+    (work / "bare.parquet").unlink(missing_ok=True)
+    if process.returncode:
+        raise SystemExit(f"the bare loop ended with exit code {process.returncode}")
+    return figures("bare loop", int(out), seconds, memory)
+
+
+def fuse(corpus: Path, output: Path, actors: int, settings: list[str], timeout_s: float) -> dict[str, object]:
+    command = [
+        sys.executable,
+        "jobs/fuse.py",
+        "source.preset=laion_coco",
+        f"input.path={corpus}",
+        f"output.path={output}",
+    ]
+    command += ["engine.kind=echo", "cluster.gpus_per_actor=0", f"cluster.max_actors={actors}", *settings]
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")} | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    assert process.stderr
+    seen: dict[str, float] = {}
+    log: list[str] = []
+    listener = threading.Thread(target=follow, args=(process.stderr, began, seen, log), daemon=True)
+    with watched(process, timeout_s) as memory:
+        listener.start()
+        out = process.stdout.read()
+        process.wait()
+        listener.join()
+    seconds = time.monotonic() - began
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with exit code {process.returncode}:\n{''.join(log[-40:])}")
+    totals = json.loads(out.splitlines()[-1])
+    # From the first actor's start to the end of compaction: what grows with the rows.
+    steady = seconds - seen.get("pipeline", 0.0)
+    stages = {"ray_and_plan_s": round(seen.get("pipeline", 0.0), 1), "pipeline_and_compaction_s": round(steady, 1)}
+    found = figures("fuse, echo", totals["rows"]["planned"], seconds, memory)
+    return found | {
+        "stages": stages,
+        "rows_per_s_without_start": round(totals["rows"]["planned"] / steady),
+        "outcome": totals["rows"],
+    }
+
+
+def follow(stream: IO[str], began: float, seen: dict[str, float], log: list[str]) -> None:
+    for line in stream:
+        log.append(line)
+        sys.stderr.write(line)
+        if PIPELINE_BEGINS in line:
+            seen.setdefault("pipeline", time.monotonic() - began)
+
+
+def figures(what: str, rows: int, seconds: float, memory: TreeMemory) -> dict[str, object]:
+    peaks = {name: round(value / 1e6) for name, value in sorted(memory.peaks.items())}
+    return {
+        "what": what,
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "rows_per_s": round(rows / seconds),
+        "peak_mb": peaks,
+        "samples": memory.samples,
+    }
+
+
+def table(results: list[dict[str, object]]) -> str:
+    columns = ("driver", "driver_private", "workers", "workers_private", "largest_worker_private", "ray")
+    head = (
+        f"{'':12} {'rows':>11} {'seconds':>8} {'rows/s':>9}"
+        + "".join(f" {name.replace('_', ' '):>24}" for name in columns)
+        + "   (peak MB)"
+    )
+    lines = [head]
+    for found in results:
+        peaks = found["peak_mb"]
+        assert isinstance(peaks, dict)
+        figures_ = f"{found['what']:12} {found['rows']:>11,} {found['seconds']:>8} {found['rows_per_s']:>9,}"
+        lines.append(figures_ + "".join(f" {peaks.get(name, 0):>24,}" for name in columns))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="1e6,1e7", help="sizes, separated by commas")
+    parser.add_argument(
+        "--work", type=Path, help="a folder for corpus and output, emptied per size; default: a temporary one"
+    )
+    parser.add_argument("--actors", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--keep", action="store_true", help="leave corpus and output in --work")
+    parser.add_argument("--timeout-s", type=float, default=24 * 3600.0, help="of one run")
+    parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py, e.g. unit.rows=20000")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="bench_pipeline_"))
+    results: list[dict[str, object]] = []
+    for rows in (int(float(size)) for size in options.rows.split(",")):
+        folder = work / str(rows)
+        shutil.rmtree(folder, ignore_errors=True)
+        made = make_corpus.make(folder / "corpus", rows, max(rows // SHARD_ROWS, min(rows, 4)), options.seed)
+        print(f"made {rows:,} rows in {made['seconds']} s", file=sys.stderr)
+        results.append(bare_loop(folder / "corpus", folder, options.timeout_s))
+        results.append(fuse(folder / "corpus", folder / "output", options.actors, options.settings, options.timeout_s))
+        if not options.keep:
+            shutil.rmtree(folder)
+    print(table(results))
+    found = {"cpus": os.cpu_count(), "settings": options.settings, "actors": options.actors, "results": results}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""YAML fragments and `key=value` words -> one frozen config, parsed once, at the door; and back to plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from capsfusion_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], argv: typing.Sequence[str]) -> T:
+    """Merge YAML fragments left to right, then `key=value` overrides, into one frozen config.
+
+    Raises ConfigError for a missing file, an unknown key (naming the nearest valid one) or a value of the wrong type.
+    """
+    merged: DictConfig = OmegaConf.create({})
+    valid = _keys(schema)
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            raise ConfigError(f"{argument}: there are no flags; give YAML files first, then key=value (see docs/configuration.md)")
+        if equals:
+            part = _parse_override(key, value, valid)
+        elif argument.endswith((".yaml", ".yml")):
+            part = _read_yaml(argument)
+        else:
+            raise ConfigError(f"{argument}: neither a .yaml file nor key=value")
+        _refuse_unknown(part, valid, argument)
+        merged = typing.cast(DictConfig, OmegaConf.merge(merged, part))
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        built = OmegaConf.to_object(typed)
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        first_line = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{key}: {first_line}; it wants {valid.get(key, 'another type')}") from None
+    return typing.cast(T, built)
+
+
+def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
+    # A value of a text field is taken literally: a caption column named `null` or a path with `[` must not become YAML.
+    if valid.get(key, "").startswith("str"):
+        part = OmegaConf.create({})
+        OmegaConf.update(part, key, value)
+        return part
+    try:
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+    except Exception as error:  # omegaconf lets the YAML parser's own exceptions through
+        raise ConfigError(f"{key}={value}: not a YAML value ({str(error).splitlines()[0]})") from None
+
+
+def _read_yaml(path: str) -> DictConfig:
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, [str(p) for p in Path("conf").rglob("*.yaml")], n=1, cutoff=0.4)
+        raise ConfigError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        part = OmegaConf.load(path)
+    except Exception as error:  # YAML's own exceptions
+        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(part, DictConfig):
+        raise ConfigError(f"{path}: the top level must be key: value pairs")
+    return part
+
+
+def unwrap_optional(hint: Any) -> Any:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        inner = [a for a in typing.get_args(hint) if a is not type(None)]
+        return inner[0] if len(inner) == 1 else hint
+    return hint
+
+
+def describe(hint: Any) -> str:
+    optional = hint is not unwrap_optional(hint)
+    inner = unwrap_optional(hint)
+    if typing.get_origin(inner) is Literal:
+        text = "one of " + ", ".join(str(a) for a in typing.get_args(inner))
+    else:
+        text = getattr(inner, "__name__", str(inner)) if not typing.get_args(inner) else str(inner)
+    return f"{text} or null" if optional else text
+
+
+def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
+    """Every dotted key of a schema -> what it wants; sections map to 'section', free-form dicts to 'mapping'."""
+    keys: dict[str, str] = {}
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        hint = unwrap_optional(hints[f.name])
+        if dataclasses.is_dataclass(hint):
+            keys[prefix + f.name] = "section"
+            keys |= _keys(hint, f"{prefix}{f.name}.")
+        elif typing.get_origin(hint) is dict:
+            keys[prefix + f.name] = "mapping"
+        else:
+            keys[prefix + f.name] = describe(hints[f.name])
+    return keys
+
+
+def _refuse_unknown(part: DictConfig, valid: dict[str, str], where: str, prefix: str = "") -> None:
+    for name in part:
+        key = f"{prefix}{name!s}"
+        if key not in valid:
+            leaves = [k for k, want in valid.items() if want != "section"]
+            near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.5)
+            if not near:  # a right name in the wrong section: kind=echo -> engine.kind
+                near = [k for k in leaves if k.rsplit(".", 1)[-1] == str(name)][:1]
+            hint = f"did you mean {near[0]}?" if near else f"valid here: {', '.join(sorted(leaves)[:12])} …"
+            raise ConfigError(f"{where}: unknown key {key}; {hint}")
+        value = part._get_node(name)
+        if valid[key] == "section":
+            if not isinstance(value, DictConfig):
+                raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as {_first_below(key, valid)}")
+            _refuse_unknown(value, valid, where, key + ".")
+
+
+def _first_below(key: str, valid: dict[str, str]) -> str:
+    return next(k for k in valid if k.startswith(key + "."))
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain nested dicts, secrets (`*secret*`, `*key*`, `*token*` of storage options) masked."""
+
+    def masked(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {k: masked(v, f"{name}.{k}") for k, v in value.items()}
+        secret = ".storage." in name and any(word in name.rsplit(".", 1)[-1].lower() for word in ("secret", "key", "token", "password"))
+        return "***" if secret and value else value
+
+    return {k: masked(v, k) for k, v in dataclasses.asdict(config).items()}
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config, as saved with the output; secrets masked."""
+    return OmegaConf.to_yaml(OmegaConf.create(as_dict(config)))
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """A short stable hash of JSON-able values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,79 @@
+"""A whole finished run with the echo engine: shards, plan, actor, commits, compaction, manifest. Without Ray."""
+
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from capsfusion_ray import sources
+from capsfusion_ray.actors import FusionActor
+from capsfusion_ray.attempts import AttemptLog
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.config import FuseConfig, load
+from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.parts import commit
+from capsfusion_ray.pipeline import Pool
+from capsfusion_ray.plan import make_plan
+from capsfusion_ray.planfile import write_plan
+from capsfusion_ray.prompt import TEMPLATE
+from capsfusion_ray.rows import PAIR_FIELDS
+from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+
+LEASE = SimpleNamespace(check=lambda: None)
+POOL = Pool(1, 1, 1.0, 0.0, 1)
+
+
+def config(path, *more):
+    return load(FuseConfig, [
+        f"input.path={path / 'in'}", f"output.path={path / 'out'}", "engine.kind=echo", "source.passthrough=[lang]",
+        "output.target_file_rows=10", *more,
+    ])  # fmt: skip
+
+
+STRICT = ("gates.concatenation={action: reject, threshold: 0.9}",)
+
+
+def actor_of(cfg, store):
+    return FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, "run"))
+
+
+def finished(path, partition_by="shard"):
+    """24 rows in two shards; every other one is rejected as a concatenation, and one caption is null."""
+    (path / "in").mkdir(parents=True)
+    for shard in "ab":
+        rows = [
+            {
+                "url": f"https://example.com/{shard}{i}.jpg",
+                # The gate lets a caption pass that the length limit cut: only short raw captions are pasted whole.
+                "raw": None if i == 5 else f"Cape {shard.upper()} No. {i}" if i % 2 else f"Cape {shard.upper()} " + "long " * 90,
+                "synthetic": "A white lighthouse stands on a rocky coast.",
+                "lang": "en" if i % 3 else None,
+            }
+            for i in range(12)
+        ]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), path / "in" / f"{shard}.parquet")
+    cfg = config(path, *STRICT, f"output.partition_by={partition_by}")
+    shards = sources.discover(cfg.input, cfg.source)
+    schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
+    fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
+    plan = make_plan(shards, {}, 6, fields)
+    store = Store(cfg.output.path)
+    write_plan(store, plan)
+    actor = actor_of(cfg, store)
+    for unit in plan.units:
+        shard = next(shard for shard in shards if shard.path == unit.path)
+        table = sources.read_rows(shard, unit.start, unit.stop, sources.ReadSpec(schema, cfg.source, cfg.filter)).table
+        batch = actor(UnitBatch(unit, admit(table, cfg.gates), Apart()).pack())
+        commit(store, *judge_unit(UnitBatch.unpack(batch), fields, cfg.gates))
+    groups = sorted({unit.group for unit in plan.units})
+    entries = [compact_group(store, g, 1, [u for u in plan.units if u.group == g], fields, cfg.output) for g in groups]
+    manifest = assemble([plan], entries, [{"revision": 1, "kind": "base"}])
+    store.put(MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def rows_of(path, folder):
+    files = (path / "out" / folder).rglob("*.parquet")
+    return {row["row_id"]: row for file in files for row in pq.read_table(file, partitioning=None).to_pylist()}
