@@ -117,7 +117,7 @@ def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, 
     finished(tmp_path)
     want = rows_of(tmp_path, "data")
     store = Store(str(tmp_path / "out"))
-    first, second = [file for file in read_manifest(store).files if file.kind == "data"][::3][:2]
+    first, *_, second = [file for file in read_manifest(store).files if file.kind == "data"]
     flip_a_byte(tmp_path / "out" / first.path)
     with monkeypatch.context() as patched:
         patched.setattr(repair_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
