@@ -133,7 +133,7 @@ def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, 
 def test_rows_that_were_taken_down_do_not_come_back(tmp_path):
     finished(tmp_path)
     gone = tmp_path / "gone.txt"
-    gone.write_text("\n".join(row_id for row_id in rows_of(tmp_path, "data") if row_id.endswith(":1")))
+    gone.write_text("\n".join(row_id for row_id in sorted(rows_of(tmp_path, "data"))[:2]))
     takedown(TakedownConfig(config(tmp_path).output, row_ids=str(gone)))
     store = Store(str(tmp_path / "out"))
     entry = next(file for file in read_manifest(store).files if file.kind == "data")
