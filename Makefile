@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-job lint fuse plan label verify show report takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-job test-system lint fuse plan label verify show report takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,16 @@ test: setup ## the tests that need nothing but pip
 
 test-job: setup ## SIGKILL the driver of a real Ray run, twice, and compare with an undisturbed one: minutes
 	$(BIN)/python -m pytest tests/job/test_fuse_job.py::test_killed_drivers_lose_nothing_and_double_nothing $(ARGS)
+
+# What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
+SUDO ?=
+/usr/bin/chromium:
+	$(SUDO) apt-get update -qq
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+
+test-system: setup /usr/bin/chromium ## the tests that need system packages, which it installs by apt: the report in a browser
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev,system]'
+	$(BIN)/python -m pytest tests/system $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

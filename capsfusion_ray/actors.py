@@ -171,7 +171,7 @@ class FusionActor:
                 except CapsFusionError as error:
                     if isinstance(error, EngineError):
                         raise
-                    # A refused key, a cap that is reached: no row and no process is at fault, and no other actor would fare
+                    # A refused key, a server that is gone, a cap that is reached: no row and no process is at fault, and no other actor would fare
                     # better. The units raise it, and the run ends with it.
                     stopped, finished = error, []
                     for request in owner.values():

@@ -10,6 +10,7 @@
     ├── StorageError          the store failed after the client's own retries; the unit is retried
     ├── ClusterError          no Ray cluster to run on; the same command again
     ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
+    ├── EndpointDown          an API gave no good answer for long; the run stops, the same command goes on
     ├── CostCapReached        the money given for an API is spent; a higher cap goes on
     └── AccountingError       rows lost or doubled: a bug or damage; the run stops, never retried
 
@@ -60,6 +61,10 @@ class LeaseLost(CapsFusionError):
 
 class AccountingError(CapsFusionError):
     """planned != fused + kept + rejected + filtered + removed + unreadable."""
+
+
+class EndpointDown(CapsFusionError):
+    """An API gave no good answer for engine.api.gone_s. No row and no process is at fault: the run ends with it."""
 
 
 class CostCapReached(CapsFusionError):

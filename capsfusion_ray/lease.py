@@ -82,11 +82,12 @@ def _started(pid: int) -> str:
 class Lease:
     """Held while used as a context. `takeover`: take it from a living holder, who will stop before its next compaction.
 
-    Raises ConfigError from `with` where another driver is at work, after at most `ttl_s` seconds of watching it.
+    A living holder is waited for up to `wait_s` seconds, counted from `with`; then that raises ConfigError. To tell that
+    it lives takes up to `ttl_s` seconds more.
     """
 
-    def __init__(self, store: Store, takeover: bool = False, ttl_s: float = TTL_S) -> None:
-        self._store, self._takeover, self._ttl_s = store, takeover, ttl_s
+    def __init__(self, store: Store, takeover: bool = False, wait_s: float = 0.0, ttl_s: float = TTL_S) -> None:
+        self._store, self._takeover, self._wait_s, self._ttl_s = store, takeover, wait_s, ttl_s
         self._holder = Holder.me()
         self._etag = ""
         self._lost = ""
@@ -118,15 +119,26 @@ class Lease:
             raise LeaseLost(f"{self._store.url(LEASE)}: {self._lost}; this driver stops, everything committed is kept")
 
     def _acquire(self) -> None:
+        patience = time.monotonic() + self._wait_s
         while True:
             found = self._store.get_with_etag(LEASE)
-            if found is not None and not self._takeover and not Holder.from_bytes(found[0]).over:
-                self._watch(*found)
-            if self._put(self._holder, found[1] if found else None):
+            held = found is not None and not self._takeover and not Holder.from_bytes(found[0]).over
+            if found is not None and held and self._alive(*found):
+                self._refuse_or_wait(Holder.from_bytes(found[0]), patience - time.monotonic())
+            elif self._put(self._holder, found[1] if found else None):
                 return
 
-    def _watch(self, data: bytes, etag: str) -> None:
-        """Return when the lease has run out or was given up; raise if its holder shows a sign of life."""
+    def _refuse_or_wait(self, holder: Holder, left_s: float) -> None:
+        if left_s > 0:
+            log.info("%s: waiting %.0f s more for the driver on %s, pid %d", self._store.root, left_s, holder.host, holder.pid)
+            return
+        raise ConfigError(
+            f"{self._store.root}: another driver is at work on this output ({holder.host}, pid {holder.pid}, since "
+            f"{holder.since}); wait for it (lease_wait_s=600 does), or give takeover=true to stop it"
+        )
+
+    def _alive(self, data: bytes, etag: str) -> bool:
+        """False once the lease was given up or not renewed for its time; True at its holder's first sign of life."""
         holder = Holder.from_bytes(data)
         log.info("%s is held by %s, pid %d; watching it for %.0f s", self._store.url(LEASE), holder.host, holder.pid, self._ttl_s)
         until = time.monotonic() + self._ttl_s
@@ -134,12 +146,8 @@ class Lease:
             time.sleep(self._ttl_s / _WATCHES_PER_TTL)
             now = self._store.get_with_etag(LEASE)
             if now is None or now[1] != etag:
-                if now is None or Holder.from_bytes(now[0]).over:
-                    return
-                raise ConfigError(
-                    f"{self._store.root}: another driver is at work on this output ({holder.host}, pid {holder.pid}, since "
-                    f"{holder.since}); wait for it, or give takeover=true to stop it"
-                )
+                return now is not None and not Holder.from_bytes(now[0]).over
+        return False
 
     def _put(self, holder: Holder, etag: str | None) -> bool:
         new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)

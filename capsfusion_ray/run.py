@@ -228,7 +228,7 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
     store.check_writable(RUN_DIR)
     if not store.conditional_put:
         log.warning("%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path)
-    with Lease(store, cfg.takeover) as lease:
+    with Lease(store, cfg.takeover, cfg.lease_wait_s) as lease:
         return _fuse(cfg, found, store, lease, began)
 
 

@@ -338,7 +338,8 @@ def test_the_entrypoint_is_a_command_of_this_repository_for_the_cluster_it_runs_
     cfg = load(FuseConfig, arguments)  # raises for a config file, a key or a value that is not there
     assert cfg.input.path
     assert cfg.output.path
-    assert not cfg.takeover, "an attempt waits for the lease of the one before"
+    assert cfg.lease_wait_s >= 300, "an attempt may overlap with the one before: it waits for its lease"
+    assert not cfg.takeover
     (group,) = cluster_of(job)["workerGroupSpecs"]
     gpus = int(pods_of(job)[1]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
     if gpus:

@@ -269,6 +269,7 @@ class FuseConfig:
     retry: str = ""  # fuse rejected rows again with these settings: `rejected`, or reasons separated by commas
     repair: bool = False  # recompute the units of damaged or missing files of a finished output
     takeover: bool = False  # stop a driver that is at work on the same output, and go on in its place
+    lease_wait_s: float = 0.0  # wait so long for such a driver to end, instead of refusing at once: attempts may overlap
 
     def __post_init__(self) -> None:
         _check(not (self.retry and self.repair), "repair", self.repair, "false beside retry: give one, then the other")

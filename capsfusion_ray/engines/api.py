@@ -22,7 +22,7 @@ import aiohttp
 
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig
 from capsfusion_ray.engines import openai
-from capsfusion_ray.errors import CapsFusionError, ConfigError, CostCapReached, EngineError
+from capsfusion_ray.errors import CapsFusionError, ConfigError, CostCapReached, EndpointDown
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class ApiEngine:
     A row is tried again after 408, 409, 425, 429, 5xx, resets, time-outs and unreadable answers. step() raises, once what
     was in flight has come back and has been handed out:
     ConfigError where the server wants another key, URL or model, or refuses row after row;
-    EngineError where it gave no good answer for engine.api.gone_s;
+    EndpointDown where it gave no good answer for engine.api.gone_s;
     CostCapReached where this engine has spent engine.api.max_dollars. It counts every answer that tells its tokens, at the
     full price (a cached prompt may cost less), and cannot count tries without an answer, which a server may bill all the
     same. Nothing is sent after the cap is reached; it is overrun by what is in flight then.
@@ -223,7 +223,7 @@ class ApiEngine:
             log.warning("%s: %s; trying again", self._url, why)
         if now - self._silent_since >= self._api.gone_s:
             self._stop(
-                EngineError(
+                EndpointDown(
                     f"{self._url}: no good answer for engine.api.gone_s={self._api.gone_s:g} seconds, last: {why}; mend the server "
                     "and give the same command again"
                 )

@@ -20,7 +20,7 @@ from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesConfig, as_dict, to_yaml
 from capsfusion_ray.engines import api, openai
 from capsfusion_ray.engines.base import build_engine
-from capsfusion_ray.errors import ConfigError, CostCapReached, EngineError
+from capsfusion_ray.errors import ConfigError, CostCapReached, EndpointDown
 from capsfusion_ray.prompt import TEMPLATE
 from capsfusion_ray.rows import FUSED, ROW_ID, FinishReason, Prompt, WorkUnit
 from capsfusion_ray.stages import ERROR, FINISH, admit
@@ -275,14 +275,14 @@ def test_a_server_that_is_back_in_time_costs_no_row(teacher):
     assert_good(run(engine), 12)
 
 
-def test_a_server_that_is_gone_kills_the_engine_after_the_time_given(teacher):
+def test_a_server_that_is_gone_stops_the_engine_after_the_time_given(teacher):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     engine = engine_for(teacher, url=f"http://127.0.0.1:{port}/v1", gone_s=0.5)
     engine.submit(prompts(5))
     began = time.monotonic()
-    with pytest.raises(EngineError, match=r"no good answer for engine.api.gone_s=0.5 seconds.*Connect"):
+    with pytest.raises(EndpointDown, match=r"no good answer for engine.api.gone_s=0.5 seconds.*Connect"):
         run(engine)
     assert time.monotonic() - began >= 0.5
 

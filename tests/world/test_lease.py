@@ -1,14 +1,17 @@
 """One driver at a time: who gets the lease, who is refused, and who learns that it lost it."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from capsfusion_ray import lease as lease_module
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.lease import LEASE, Holder, Lease
 from capsfusion_ray.storage import Store
@@ -24,6 +27,25 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(store):
         first.check()
     with Lease(store, ttl_s=TTL_S):  # given up: no waiting
         pass
+
+
+@pytest.mark.parametrize("ends", ["released", "silent"])
+def test_a_driver_with_patience_follows_a_living_one_when_it_ends(store, monkeypatch, caplog, ends):
+    there = Holder("them", "far.example", 1, "another machine", "1", "2026-01-01T00:00:00Z")
+    store.put(LEASE, there.to_bytes())
+    beats = iter([1, 2, 3])
+
+    def meanwhile(_seconds):
+        beat = next(beats, None)
+        if beat or ends == "released":
+            store.put(LEASE, dataclasses.replace(there, beat=beat or 4, released=not beat).to_bytes())
+
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, gmtime=time.gmtime, sleep=meanwhile)
+    monkeypatch.setattr(lease_module, "time", clock)
+    caplog.set_level("INFO")
+    with Lease(store, wait_s=600, ttl_s=TTL_S) as second:
+        second.check()
+    assert caplog.text.count("s more for the driver on far.example, pid 1") == 3
 
 
 def test_takeover_stops_the_first(store):

@@ -1,0 +1,108 @@
+"""The report in a real Chromium: it searches, filters, changes its theme, fits a phone, and asks the network for nothing."""
+
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from echo_run import finished
+from playwright.sync_api import sync_playwright
+
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.report import REPORT, ReportConfig, report
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
+PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
+HOSTILE = "Cape C </script><img src=https://example.com/x.png onerror=alert(1)> No. 77"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS, timeout=300_000)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """The report of a finished run of 24 rows, one of them hostile."""
+    path = tmp_path_factory.mktemp("run")
+    manifest = finished(path)
+    a_file = next(path / "out" / file.path for file in manifest.files if file.kind == "data")
+    table = pq.read_table(a_file, partitioning=None)
+    captions = [HOSTILE, *table["capsfusion"].to_pylist()[1:]]
+    at = table.column_names.index("capsfusion")
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(captions, table.schema.field(at).type)), a_file)
+    report(ReportConfig(OutputConfig(str(path / "out"))))
+    return path / "out" / REPORT
+
+
+@pytest.fixture(params=[(PHONE, "dark"), (DESKTOP, "light")], ids=lambda p: f"{p[0]['width']}-{p[1]}")
+def page(browser, output: Path, request):
+    """The opened page. Fails the test at its end for any message on the console, any error and any request."""
+    size, scheme = request.param
+    context = browser.new_context(viewport=size, color_scheme=scheme)
+    context.set_default_timeout(120_000)
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda seen: None if seen.url.startswith(("file:", "data:")) else trouble.append(f"request: {seen.url}"))
+    page.goto(output.as_uri())
+    page.scheme = scheme
+    yield page
+    context.close()
+    assert not trouble
+
+
+def found(page) -> list[int]:
+    """(rows that match, rows in the sample)"""
+    return [int(n) for n in re.findall(r"\d+", page.inner_text("#found"))]
+
+
+def test_search_narrows_the_captions_and_hostile_text_stays_text(page):
+    some, everything = found(page)
+    assert some == everything == page.locator("article").count() == 24
+    page.fill("#search", "CAPE C </SCRIPT><IMG")
+    assert found(page) == [1, 24]
+    assert HOSTILE in page.inner_text("article .fused")
+    assert page.locator("article img").count() == 0
+    page.fill("#search", "no such words anywhere")
+    assert found(page) == [0, 24]
+    assert page.locator("article").count() == 0
+
+
+def test_a_filter_shows_one_gate_and_all_brings_the_others_back(page):
+    buttons = page.locator("#filters button")
+    labels = buttons.all_inner_texts()
+    assert labels[0] == "all 24"
+    name, count = next(label for label in labels if label.startswith("concatenation")).split()
+    page.get_by_role("button", name=f"{name} {count}").click()
+    assert found(page) == [int(count), 24]
+    assert {tags.split("\n")[0] for tags in page.locator("article .tags").all_inner_texts()} == {name}
+    buttons.first.click()
+    assert found(page) == [24, 24]
+
+
+def test_the_theme_follows_the_system_and_the_button(page):
+    def ground():
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    def brightness():
+        return sum(int(n) for n in re.findall(r"\d+", ground())[:3])
+
+    assert (brightness() < 3 * 128) == (page.scheme == "dark")
+    before = ground()
+    page.click("#theme")
+    assert (brightness() < 3 * 128) == (page.scheme == "light")
+    page.click("#theme")
+    assert ground() == before
+
+
+def test_the_page_is_no_wider_than_its_window(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.inner_text("#totals .closes").startswith("closes: 24 planned = ")
