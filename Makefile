@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-job test-system lint fuse plan label verify show report takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-job test-system train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,15 @@ test-system: setup /usr/bin/chromium ## the tests that need system packages, whi
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev,system]'
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
+# The published example triples; they are not part of the project.
+TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
+train-tiny: setup ## train the embedded model anew: make train-tiny TRIPLES=…json ARGS="output.path=…"; hours on a CPU, resumes
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev,train]'
+	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
+
+evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
+	$(BIN)/python jobs/evaluate.py $(ARGS)
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -65,6 +74,9 @@ fuse: setup ## run the job here: make fuse ARGS="input.path=… output.path=…"
 
 plan: setup ## what it would take and cost, nothing written: make plan ARGS="…"
 	$(BIN)/python jobs/plan.py $(ARGS)
+
+pair: setup ## join raw and synthetic captions of two tables: make pair ARGS="raw.path=… synthetic.path=… output.path=…"
+	$(BIN)/python jobs/pair.py $(ARGS)
 
 label: setup ## teacher labels through an API: make label ARGS="input.path=… output.path=… engine.api.url=… engine.api.model=…"
 	$(BIN)/python jobs/label.py $(ARGS)
@@ -77,6 +89,9 @@ show: setup ## fused captions in colour, in the terminal: make show ARGS="output
 
 report: setup ## the page on an output, finished or running: make report ARGS="output.path=…"
 	$(BIN)/python jobs/report.py $(ARGS)
+
+export: setup ## a folder for the Hugging Face hub and img2dataset: make export ARGS="output.path=… to=…"
+	$(BIN)/python jobs/export.py $(ARGS)
 
 takedown: setup ## take rows out of an output: make takedown ARGS="output.path=… urls=gone.txt"
 	$(BIN)/python jobs/takedown.py $(ARGS)

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import FuseConfig, VerifyConfig, describe, unwrap_optional
+from capsfusion_ray.evaluate import EvaluateConfig
+from capsfusion_ray.export import ExportConfig
 from capsfusion_ray.label import LabelConfig
+from capsfusion_ray.pair import PairConfig
 from capsfusion_ray.report import ReportConfig
 from capsfusion_ray.takedown import TakedownConfig
 from capsfusion_ray.train.config import TrainConfig
@@ -25,11 +28,14 @@ the default below; `null` means that the program decides, as the last column say
 """
 JOBS = (
     ("jobs/fuse.py and jobs/plan.py", FuseConfig),
+    ("jobs/pair.py", PairConfig),
     ("jobs/label.py", LabelConfig),
     ("jobs/verify.py", VerifyConfig),
     ("jobs/report.py", ReportConfig),
     ("jobs/takedown.py", TakedownConfig),
+    ("jobs/export.py", ExportConfig),
     ("jobs/train.py", TrainConfig),
+    ("jobs/evaluate.py", EvaluateConfig),
 )
 
 

@@ -348,7 +348,8 @@ def test_the_entrypoint_is_a_command_of_this_repository_for_the_cluster_it_runs_
         assert cfg.cluster.min_actors <= gpus * max(group["minReplicas"], 1)
         assert cfg.source.preset == "laion_coco"
     else:
-        assert cfg.engine.kind == "echo"
+        assert cfg.engine.kind == "beam"
+        assert not cfg.engine.model, "the embedded one: the smoke test fetches nothing"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

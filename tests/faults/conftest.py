@@ -18,12 +18,11 @@ from typing import Any
 
 import boto3
 import pytest
-from proxy import FaultProxy, Faults
+from proxy import PAGE_KEYS, FaultProxy, Faults
 
 from capsfusion_ray.storage import Store
 
 ROOT_KEYS = {"key": "rootkey", "secret": "rootsecret"}
-PAGE_KEYS = 20  # of a listing, instead of 1,000: a store may page as finely as it likes
 
 
 @functools.cache

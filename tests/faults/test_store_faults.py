@@ -14,8 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import PAGE_KEYS
-from proxy import KINDS, FaultProxy, Faults
+from proxy import KINDS, PAGE_KEYS, FaultProxy, Faults
 
 from capsfusion_ray import sources
 from capsfusion_ray.actors import FusionActor
