@@ -122,9 +122,9 @@ class Lease:
         patience = time.monotonic() + self._wait_s
         while True:
             found = self._store.get_with_etag(LEASE)
-            held = found is not None and not self._takeover and not Holder.from_bytes(found[0]).over
-            if found is not None and held and self._alive(*found):
-                self._refuse_or_wait(Holder.from_bytes(found[0]), patience - time.monotonic())
+            holder = self._living_holder(*found) if found and not self._takeover else None
+            if holder is not None:
+                self._refuse_or_wait(holder, patience - time.monotonic())
             elif self._put(self._holder, found[1] if found else None):
                 return
 
@@ -137,17 +137,23 @@ class Lease:
             f"{holder.since}); wait for it (lease_wait_s=600 does), or give takeover=true to stop it"
         )
 
-    def _alive(self, data: bytes, etag: str) -> bool:
-        """False once the lease was given up or not renewed for its time; True at its holder's first sign of life."""
+    def _living_holder(self, data: bytes, etag: str) -> Holder | None:
+        """The holder at its first sign of life; None once the lease was given up or not renewed for its time.
+
+        Silence is counted in looks as well as in seconds: when this very process was stopped or starved, the time that
+        passed says nothing about the holder.
+        """
         holder = Holder.from_bytes(data)
+        if holder.over:
+            return None
         log.info("%s is held by %s, pid %d; watching it for %.0f s", self._store.url(LEASE), holder.host, holder.pid, self._ttl_s)
-        until = time.monotonic() + self._ttl_s
-        while time.monotonic() < until:
+        until, looks = time.monotonic() + self._ttl_s, 0
+        while time.monotonic() < until or looks < _WATCHES_PER_TTL:
             time.sleep(self._ttl_s / _WATCHES_PER_TTL)
-            now = self._store.get_with_etag(LEASE)
+            now, looks = self._store.get_with_etag(LEASE), looks + 1
             if now is None or now[1] != etag:
-                return now is not None and not Holder.from_bytes(now[0]).over
-        return False
+                return None if now is None or Holder.from_bytes(now[0]).over else holder
+        return None
 
     def _put(self, holder: Holder, etag: str | None) -> bool:
         new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)
