@@ -23,11 +23,12 @@ setup: $(VENV)/.done ## make .venv with everything pinned in constraints.txt
 # uv installs what pip would, many times faster: it shares files between environments instead of copying 2 GB. It is
 # told the folders of wheels that pip is configured with, so that a CPU build of torch at hand is the one taken.
 WHEELS = $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || echo $$PIP_FIND_LINKS)
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	@touch $@
 
 demo: setup ## fuse the bundled captions on this machine, verify the result, and show some
@@ -53,13 +54,13 @@ SUDO ?=
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
 
 test-system: setup /usr/bin/chromium ## the tests that need system packages, which it installs by apt: the report in a browser
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev,system]'
+	$(INSTALL) -e '.[dev,system]'
 	$(BIN)/python -m pytest tests/system $(ARGS)
 
 # The published example triples; they are not part of the project.
 TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
 train-tiny: setup ## train the embedded model anew: make train-tiny TRIPLES=…json ARGS="output.path=…"; hours on a CPU, resumes
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(addprefix --find-links ,$(WHEELS)) -c constraints.txt -e '.[dev,train]'
+	$(INSTALL) -e '.[dev,train]'
 	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"

@@ -41,6 +41,10 @@ class _Request:
     done: threading.Event = field(default_factory=threading.Event)
     stopped: CapsFusionError | None = None
 
+    def stop(self, error: CapsFusionError) -> None:
+        self.stopped = error
+        self.done.set()
+
 
 class _Company:
     """Units in flight share the engine, and a death of its process. A unit on trial has the engine to itself."""
@@ -85,7 +89,7 @@ class FusionActor:
 
     def __init__(self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        if engine.kind not in ("echo", "api"):
+        if engine.loads_model:
             engine = dataclasses.replace(engine, model=locate(engine.model))
         self._engine: Engine = build_engine(engine, decode)
         self._prompts = PromptBuilder(template, self._engine.encode, engine.max_prompt_tokens)
@@ -160,23 +164,21 @@ class FusionActor:
                 while stopped or not self._engine.unfinished or not self._requests.empty():
                     request = self._requests.get()  # blocks only while the engine has nothing to do
                     if stopped:
-                        request.stopped = stopped
-                        request.done.set()
+                        request.stop(stopped)
                         continue
                     owner |= dict.fromkeys((prompt.id for prompt in request.prompts), request)
                     self._engine.submit(request.prompts)
                 self._step_began = time.monotonic()
                 try:
                     finished = self._engine.step()
+                except EngineError:
+                    raise
                 except CapsFusionError as error:
-                    if isinstance(error, EngineError):
-                        raise
-                    # A refused key, a server that is gone, a cap that is reached: no row and no process is at fault, and no other actor would fare
-                    # better. The units raise it, and the run ends with it.
+                    # A refused key, a server that is gone, a cap that is reached: no row and no process is at fault,
+                    # and no other actor would fare better. The units raise it, and the run ends with it.
                     stopped, finished = error, []
                     for request in owner.values():
-                        request.stopped = stopped
-                        request.done.set()
+                        request.stop(error)
                     owner.clear()
                 for generation in finished:
                     request = owner.pop(generation.id)

@@ -113,7 +113,7 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
     """How many actors, and what each asks for. Raises ConfigError for a pool that this cluster cannot hold."""
     gpus = cluster.gpus_per_actor
     if gpus is None:
-        gpus = 0.0 if engine.device == "cpu" or engine.kind in ("echo", "api") or not resources.gpus else 1.0
+        gpus = 0.0 if engine.device == "cpu" or not engine.loads_model or not resources.gpus else 1.0
     if gpus and resources.here and resources.gpus < gpus * cluster.min_actors:
         raise ConfigError(
             f"cluster.gpus_per_actor={gpus} with cluster.min_actors={cluster.min_actors}: this machine has {resources.gpus:g} "

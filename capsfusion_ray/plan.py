@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import fingerprint
-from capsfusion_ray.errors import AccountingError, PlanChanged
+from capsfusion_ray.errors import AccountingError, PlanChanged, SourceError
 from capsfusion_ray.rows import WorkUnit
 
 PLAN_VERSION = 1
@@ -242,6 +242,13 @@ def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> Non
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+def refuse_lost_input(units: Sequence[WorkUnit], shards: Sequence[Shard]) -> None:
+    """Raises SourceError where a shard that holds rows of `units` is gone or no longer readable."""
+    gone = sorted({unit.path for unit in units} - {shard.path for shard in shards if not shard.error})
+    if gone:
+        raise SourceError(f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it")
 
 
 def spans(units: Iterable[WorkUnit], row_groups: dict[str, Sequence[int]]) -> list[list[WorkUnit]]:

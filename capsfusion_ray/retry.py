@@ -1,15 +1,10 @@
 """Fuse rejected rows again, with other settings, and merge what comes of them into the dataset: retry=rejected.
 
-A retry is a revision: its units are the units that hold such rejects, its parts lie apart under `_retry/`, and the
-merge writes a new edition of each group that it changes. No other file is touched and no row is renumbered.
+A retry is a revision whose units are those that hold such rejects; only the rejects among their rows are fused again.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +16,19 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from capsfusion_ray.config import GatesConfig, OutputConfig
-from capsfusion_ray.errors import AccountingError, ConfigError
-from capsfusion_ray.lease import Lease
-from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, read_groups
-from capsfusion_ray.parts import committed, read_summaries
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.manifest import GroupEntry
+from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.pipeline import Job, Pool, run_batches
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.presets import INVALID
-from capsfusion_ray.progress import Progress
-from capsfusion_ray.rewrite import Rewriter, begin, in_row_order, publish, sweep
+from capsfusion_ray.revision import Revision, clean, finished
+from capsfusion_ray.rewrite import Rewriter, begin, in_row_order
 from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit
 from capsfusion_ray.stages import admit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
 
-log = logging.getLogger(__name__)
-RETRY_DIR = "_retry"
 # What another model or setting cannot mend: the text itself could not be read.
 FINAL = frozenset((Reason.INVALID_UTF8, Reason.UNPARSABLE))
 
@@ -53,37 +45,23 @@ def reasons_of(retry: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Retry:
-    """One retry of one finished output."""
+class Retry(Revision):
+    """One retry of one finished output. `reasons`: rows that were rejected for one of these are fused again."""
 
-    store: Store
-    plans: Sequence[Plan]
-    manifest: Manifest
-    etag: str
-    edition: int
     reasons: tuple[str, ...]
-    settings: dict[str, Any]
-    output: OutputConfig
 
     @property
-    def parts(self) -> Store:
-        """Where the retried units' parts lie; gone once they are merged."""
-        return Store(f"{self.store.root}/{RETRY_DIR}/e{self.edition:03d}", self.store.options)
-
-    @property
-    def _rejects(self) -> dict[str, int]:
-        """Unit id -> how many rows at most are fused again. A kept row has a reason too, so it may be fewer."""
+    def unit_rows(self) -> dict[str, int]:
+        # A kept row has a reason too, so it may be fewer.
         counts = {unit.id: min(unit.rejected, sum(unit.reasons.get(r, 0) for r in self.reasons)) for unit in self.manifest.units}
         return {unit_id: rows for unit_id, rows in counts.items() if rows}
 
-    @property
-    def units(self) -> list[WorkUnit]:
-        held = self._rejects
-        return [unit for plan in self.plans for unit in plan.units if unit.id in held]
+    def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
+        source = RejectSource(job, self, entries, units)
+        return run_batches(job, pool, source, source.tasks)
 
-    @property
-    def rows(self) -> int:
-        return sum(self._rejects.values())
+    def merge(self, rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
+        return rewriter.merge_retried(entry, self.parts, units, self.reasons)
 
 
 def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig) -> Retry | None:
@@ -91,56 +69,15 @@ def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequen
 
     Raises ConfigError for an output that is not finished, or that another revision was begun on.
     """
-    found = store.get_with_etag(MANIFEST)
-    if found is None:
-        raise ConfigError(f"output.path={store.root}: retry={retry} needs a finished output; run the command without it first")
-    manifest, etag = Manifest.from_bytes(found[0]), found[1]
-    record = {"kind": "retry", "reasons": list(reasons_of(retry)), "settings": settings}
+    manifest, etag = finished(store, f"retry={retry}")
+    reasons = reasons_of(retry)
+    record = {"kind": "retry", "reasons": list(reasons), "settings": settings}
     last = manifest.revisions[-1]
     if all(last.get(key) == value for key, value in record.items()):
         clean(store, manifest)  # it may have been killed after its manifest
         return None
     edition = begin(store, manifest, record)
-    return Retry(store, plans, manifest, etag, edition, reasons_of(retry), settings, output)
-
-
-def run_retry(retry: Retry, job: Job, pool: Pool, lease: Lease) -> Counts:
-    """Fuse what is left of the retry, merge group by group, publish, sweep. The new totals."""
-    began = time.monotonic()
-    job = dataclasses.replace(job, output=retry.parts)
-    done = committed(retry.parts)
-    pending = [unit for unit in retry.units if unit.id not in done]
-    log.info("retry: up to %d rejects in %d units, %d units left", retry.rows, len(retry.units), len(pending))
-    entries = read_groups(retry.store)
-    progress = Progress(retry.parts, retry.rows, len(retry.units), pool.max_actors, sys.stderr)
-    with progress:
-        for summary in read_summaries(retry.parts, [unit for unit in retry.units if unit.id in done]):
-            progress.resumed(summary)
-        if pending:
-            source = RejectSource(job, retry, entries, pending)
-            for summary in run_batches(job, pool, source, source.tasks):
-                progress.committed(summary)
-    missing = {unit.id for unit in pending} - committed(retry.parts)
-    if missing:
-        raise AccountingError(f"{len(missing)} units of the retry ended without a commit; run the same command again")
-    rewriter = Rewriter(retry.store, retry.edition, retry.plans[0].fields, retry.output)
-    for entry in entries:
-        held = {unit.id for unit in entry.units}
-        units = [unit for unit in retry.units if unit.id in held]
-        if units and entry.edition != retry.edition:
-            lease.check()
-            rewriter.merge_retried(entry, retry.parts, units, retry.reasons)
-    lease.check()
-    record = {"revision": retry.edition, "kind": "retry", "reasons": list(retry.reasons), "settings": retry.settings}
-    manifest = publish(retry.store, retry.manifest, retry.etag, record | {"seconds": round(time.monotonic() - began, 1)})
-    clean(retry.store, manifest)
-    return manifest.counts
-
-
-def clean(store: Store, manifest: Manifest) -> None:
-    """Remove earlier editions' files and merged parts. The lease must be held, and no revision be begun."""
-    sweep(store, manifest)
-    store.delete([file.path for file in store.list(RETRY_DIR)])
+    return Retry(store, plans, manifest, etag, edition, output, record, reasons)
 
 
 class RejectSource(Datasource):
@@ -164,11 +101,10 @@ class RejectSource(Datasource):
         return sum(file.bytes for entry, _ in self._groups for file in entry.files if file.kind == "rejected")
 
     def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        rewriter = Rewriter(self._retry.store, self._retry.edition, self._retry.plans[0].fields, self._retry.output)
         tasks = []
         for entry, units in self._groups:
             metadata = BlockMetadata(num_rows=len(units), size_bytes=None, input_files=None, exec_stats=None)
-            read = _reader(rewriter, entry, units, self._retry.reasons, self._job.gates)
+            read = _reader(self._retry.rewriter, entry, units, self._retry.reasons, self._job.gates)
             tasks.append(ReadTask(read, metadata))
         return tasks
 

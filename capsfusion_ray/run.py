@@ -22,12 +22,13 @@ from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, asse
 from capsfusion_ray.models import ModelInfo
 from capsfusion_ray.parts import committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool, run_units
-from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan
+from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
 from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.prompt import PromptBuilder
-from capsfusion_ray.repair import open_repair, run_repair
-from capsfusion_ray.retry import clean, open_retry, reasons_of, run_retry
+from capsfusion_ray.repair import open_repair
+from capsfusion_ray.retry import open_retry, reasons_of
+from capsfusion_ray.revision import Revision, clean, run_revision
 from capsfusion_ray.rewrite import refuse_unfinished
 from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard
@@ -175,7 +176,7 @@ def _sample_tokens(cfg: FuseConfig, found: Survey) -> tuple[float, float]:
     pairs = [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
     if not pairs:
         return 0.0, 0.0
-    if cfg.engine.kind in ("echo", "api"):  # no tokenizer here: words
+    if not cfg.engine.loads_model:  # no tokenizer here: words
         words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
         return words + len(found.model.template.split()), words
     from transformers import AutoTokenizer
@@ -239,17 +240,15 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)
         engine = cluster.settle_engine(engine, pool, resources)
         cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
-        if cfg.retry:
-            return _retry(cfg, found, store, pool, lease, began)
-        if cfg.repair:
-            return _repair(cfg, found, store, pool, lease, began)
+        if cfg.retry or cfg.repair:
+            return _revise(cfg, found, store, pool, lease, began)
         refuse_unfinished(store, before := read_manifest(store))
         if before:
             clean(store, before)  # what a retry that was killed after its manifest left
         run = _open_run(cfg, found, store, engine.device)
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
-        _refuse_lost_input(run.pending, found)
+        refuse_lost_input(run.pending, found.shards)
         manifest = _work(cfg, found, run, pool, lease)
     finally:
         cluster.disconnect()
@@ -258,35 +257,29 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
     return totals(manifest.counts, cfg, len(run.units), resumed, seconds, fresh)
 
 
-def _retry(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
+def _revise(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
+    """The retry or the repair that is asked for."""
     plans = read_plans(store)
-    settings = {key: value for key, value in base_of(cfg, found.model).items() if key.startswith(("prompt", "engine", "decode", "gates"))}
-    retry = open_retry(store, cfg.retry, settings, plans, cfg.output)
-    manifest = read_manifest(store)
-    units = sum(len(plan.units) for plan in plans)
-    if retry is None and manifest:
-        log.info("nothing is left to do: the last revision of %s is this very retry", cfg.output.path)
-        return totals(manifest.counts, cfg, units, units, time.monotonic() - began, 0)
-    assert retry  # open_retry raised where there is no manifest
-    job = _job(cfg, found, plans[0].fields, store, lease)
-    counts = run_retry(retry, job, pool, lease)
-    return totals(counts, cfg, units, units - len(retry.units), time.monotonic() - began, retry.rows)
+    revision = _open_revision(cfg, found, store, plans)
+    units = [unit for plan in plans for unit in plan.units]
+    if revision:
+        job = _job(cfg, found, plans[0].fields, store, lease)
+        counts, again, rows = run_revision(revision, job, pool, lease), len(revision.units), revision.rows
+    else:
+        log.info("nothing is left to do: %s", "this very retry was done" if cfg.retry else "every file is as the manifest says")
+        manifest = read_manifest(store)
+        assert manifest  # opening a revision raises where there is none
+        counts, again, rows = manifest.counts, 0, 0
+    return totals(counts, cfg, len(units), len(units) - again, time.monotonic() - began, rows)
 
 
-def _repair(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
-    plans = read_plans(store)
-    repair = open_repair(store, plans, cfg.output)
-    units = sum(len(plan.units) for plan in plans)
-    manifest = read_manifest(store)
-    if repair is None and manifest:
-        log.info("nothing to repair: every file of %s is as its manifest says", cfg.output.path)
-        return totals(manifest.counts, cfg, units, units, time.monotonic() - began, 0)
-    assert repair  # open_repair raised where there is no manifest
-    next_plan(cfg, found, cfg.engine.device, plans)  # refuses other settings than those of the output
-    _refuse_lost_input(repair.units, found)
-    job = _job(cfg, found, plans[0].fields, store, lease)
-    counts = run_repair(repair, job, pool, {shard.path: shard for shard in found.shards}, lease)
-    return totals(counts, cfg, units, units - len(repair.units), time.monotonic() - began, repair.rows)
+def _open_revision(cfg: FuseConfig, found: Survey, store: Store, plans: list[Plan]) -> Revision | None:
+    if cfg.retry:
+        settings = {key: value for key, value in base_of(cfg, found.model).items() if key.startswith(("prompt", "engine", "decode", "gates"))}
+        return open_retry(store, cfg.retry, settings, plans, cfg.output)
+    if plans:
+        next_plan(cfg, found, cfg.engine.device, plans)  # refuses other settings than those of the output
+    return open_repair(store, plans, cfg.output, found.shards)
 
 
 def _job(cfg: FuseConfig, found: Survey, fields: tuple[tuple[str, str], ...], store: Store, lease: Lease) -> Job:
@@ -304,13 +297,6 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
         log.info("planned revision %d: %d rows in %d units", plan.revision, plan.rows, len(plan.units))
     entries = read_groups(store)
     return Run(store, plans, entries, committed(store))
-
-
-def _refuse_lost_input(units: Sequence[WorkUnit], found: Survey) -> None:
-    readable = {shard.path for shard in found.shards if not shard.error}
-    gone = sorted({unit.path for unit in units} - readable)
-    if gone:
-        raise SourceError(f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it")
 
 
 def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) -> Manifest:

@@ -26,6 +26,7 @@ from capsfusion_ray.rows import ROW_ID, WorkUnit
 from capsfusion_ray.storage import Store
 
 _READERS = 8
+_WAY_OUT = "the fuse command with repair=true recomputes its units"
 _MAX_PROBLEMS = 50  # named one by one; a broken disk would name every file
 
 
@@ -130,7 +131,7 @@ def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     for file in manifest.files:
         size = listed.pop(file.path, None)
         if size is None:
-            yield f"{file.path}: missing; the fuse command with repair=true recomputes its units"
+            yield f"{file.path}: missing; {_WAY_OUT}"
         elif size != file.bytes:
             yield f"{file.path}: {size} bytes, the manifest says {file.bytes}"
     yield from (f"{path}: not in the manifest, yet readers of the folder see it" for path in listed)
@@ -141,7 +142,7 @@ def _file_problems(store: Store, file: FileEntry, units: dict[str, WorkUnit], de
     if data is None:
         return []  # named by the listing
     if wrong := _checksum_problem(file, data):
-        return [f"{file.path}: {wrong}; the fuse command with repair=true recomputes its units"]
+        return [f"{file.path}: {wrong}; {_WAY_OUT}"]
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     if rows != file.rows or rows != sum(n for _, n in file.units):
         return [f"{file.path}: {rows} rows, the manifest says {file.rows}"]

@@ -13,7 +13,7 @@ FLOORS = [
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing"]),
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
-    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "retry", "repair", "run", "pair"]),
+    ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "revision", "retry", "repair", "run", "pair"]),
     ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "label", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}

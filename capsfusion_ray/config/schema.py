@@ -135,6 +135,11 @@ class EngineConfig:
         _check(self.stall_s > 0, "engine.stall_s", self.stall_s, "seconds above 0")
         _check(self.max_prompt_tokens >= 16, "engine.max_prompt_tokens", self.max_prompt_tokens, "at least 16")
 
+    @property
+    def loads_model(self) -> bool:
+        """Whether an actor holds a model and its tokenizer itself."""
+        return self.kind not in ("echo", "api")
+
 
 @dataclass(frozen=True)
 class DecodeConfig:

@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
+from moto_server import client, moto_server
+from moto_server import options as moto_server_options
 from proxy import PAGE_KEYS, FaultProxy, Faults
 
 from capsfusion_ray.storage import Store
-
-ROOT_KEYS = {"key": "rootkey", "secret": "rootsecret"}
-
-
-@functools.cache
-def client(service: str, endpoint: str) -> Any:
-    """boto3, not s3fs: an independent look at what is in the bucket."""
-    return boto3.client(
-        service,
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=ROOT_KEYS["key"],
-        aws_secret_access_key=ROOT_KEYS["secret"],
-    )
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its URL. Any credentials will do, until `guarded` asks for more."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
-    url = f"http://127.0.0.1:{port}"
-    with (tmp_path_factory.mktemp("moto") / "log.txt").open("wb") as log:
-        command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
-        )
-        try:
-            deadline = time.monotonic() + 500
-            while not _answers(port):
-                assert process.poll() is None, "moto did not start"
-                assert time.monotonic() < deadline, "moto does not answer"
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.kill()  # it holds nothing that is worth a farewell
-            process.wait()
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as s:
-        return s.connect_ex(("127.0.0.1", port)) == 0
+    settings = {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt", settings) as url:
+        yield url
 
 
 @pytest.fixture
@@ -75,7 +35,7 @@ def bucket(server: str) -> str:
 
 @pytest.fixture
 def options(server: str) -> dict[str, str]:
-    return {"endpoint_url": server, "region": "us-east-1", **ROOT_KEYS}
+    return moto_server_options(server)
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from outputs import DiesAt
 
 from capsfusion_ray import sources
 from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.compact import compact_group
-from capsfusion_ray.config import FuseConfig, load
+from capsfusion_ray.config import FuseConfig, VerifyConfig, load
 from capsfusion_ray.manifest import MANIFEST, assemble
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Pool
@@ -20,6 +21,7 @@ from capsfusion_ray.rows import PAIR_FIELDS
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.verify import verify
 
 LEASE = SimpleNamespace(check=lambda: None)
 POOL = Pool(1, 1, 1.0, 0.0, 1)
@@ -77,3 +79,25 @@ def finished(path, partition_by="shard"):
 def rows_of(path, folder):
     files = (path / "out" / folder).rglob("*.parquet")
     return {row["row_id"]: row for file in files for row in pq.read_table(file, partitioning=None).to_pylist()}
+
+
+def killed_at_every_write(folder, revise, want, prepare=lambda path: None):
+    """Kill `revise(output folder, store)` at its first, third, fifth … write, repeat it, and expect the rows `want`."""
+    kills = 0
+    for at in range(1, 60, 2):
+        path = folder / f"killed{at}"
+        finished(path)
+        prepare(path)
+        store = Store(str(path / "out"))
+        try:
+            revise(path, DiesAt(store, at))
+        except KeyboardInterrupt:
+            kills += 1
+        else:
+            break
+        revise(path, store)
+        verify(VerifyConfig(config(path).output, deep=True))
+        assert rows_of(path, "data") == want
+    else:
+        raise AssertionError("it never came to its end")
+    assert kills >= 3

@@ -1,77 +1,38 @@
-"""A real S3-compatible server for these tests: moto, as its own process, on 127.0.0.1."""
+"""The stores that these tests run against; S3 is a moto server."""
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
-from botocore.exceptions import BotoCoreError
+from moto_server import client, moto_server, options
 
 from capsfusion_ray.storage import Store
-
-CREDENTIALS = {"key": "demokey", "secret": "demosecret"}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    log = (tmp_path_factory.mktemp("moto") / "log.txt").open("wb")
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            boto_client(url).list_buckets()
-            break
-        except BotoCoreError:
-            assert server.poll() is None, "moto did not start"
-            assert time.monotonic() < deadline, "moto does not answer"
-            time.sleep(0.1)
-    yield url
-    server.kill()  # it holds nothing that outlives the tests; a starved machine takes minutes to end it politely
-    server.wait()
-    log.close()
-
-
-def boto_client(endpoint: str):
-    return boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=CREDENTIALS["key"],
-        aws_secret_access_key=CREDENTIALS["secret"],
-    )
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt", {}) as url:
+        yield url
 
 
 @pytest.fixture
-def s3_client(s3_endpoint: str):
-    """boto3, not s3fs: an independent look at what is in the bucket."""
-    return boto_client(s3_endpoint)
+def s3_client(s3_endpoint: str) -> Any:
+    return client("s3", s3_endpoint)
 
 
 @pytest.fixture
 def s3_options(s3_endpoint: str) -> dict[str, str]:
-    return {"endpoint_url": s3_endpoint, "region": "us-east-1", **CREDENTIALS}
+    return options(s3_endpoint)
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str) -> str:
+def bucket(s3_client: Any) -> str:
     name = f"b-{uuid.uuid4().hex[:12]}"
-    boto_client(s3_endpoint).create_bucket(Bucket=name)
+    s3_client.create_bucket(Bucket=name)
     return name
 
 

@@ -1,19 +1,21 @@
 """Damaged and missing files are named, and their units alone recomputed, wherever the repair is killed. Without Ray."""
 
 import pytest
-from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, rows_of
-from outputs import DiesAt
+from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
 
 from capsfusion_ray import repair as repair_module
+from capsfusion_ray import revision as revision_module
 from capsfusion_ray import sources
 from capsfusion_ray.config import VerifyConfig
-from capsfusion_ray.errors import AccountingError, ConfigError
+from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.manifest import MANIFEST, read_manifest
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Job
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.repair import open_repair, run_repair
+from capsfusion_ray.repair import open_repair
+from capsfusion_ray.revision import run_revision
+from capsfusion_ray.rewrite import refuse_unfinished
 from capsfusion_ray.run import read_spec
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store
@@ -45,13 +47,13 @@ def repair_of(path, store, partition_by="shard"):
     """One `repair=true` command; None where nothing is left to do."""
     cfg = config(path, *STRICT, f"output.partition_by={partition_by}")
     plans = read_plans(store)
-    repair = open_repair(store, plans, cfg.output)
+    shards = sources.discover(cfg.input, cfg.source)
+    repair = open_repair(store, plans, cfg.output, shards)
     if repair is None:
         return None
     fields = plans[0].fields
     job = Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, TEMPLATE, fields, store, "run")
-    shards = {shard.path: shard for shard in sources.discover(cfg.input, cfg.source)}
-    return run_repair(repair, job, POOL, shards, LEASE)
+    return run_revision(repair, job, POOL, LEASE)
 
 
 def flip_a_byte(path):
@@ -94,23 +96,7 @@ def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, recomputed,
 
 def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
-    want = rows_of(tmp_path / "calm", "data")
-    kills = 0
-    for at in range(1, 40, 2):
-        path = tmp_path / f"killed{at}"
-        finished(path)
-        break_one(path, "corrupt")
-        store = Store(str(path / "out"))
-        try:
-            repair_of(path, DiesAt(store, at))
-        except KeyboardInterrupt:
-            kills += 1
-        else:
-            break
-        repair_of(path, store)
-        verify(VerifyConfig(config(path).output, deep=True))
-        assert rows_of(path, "data") == want
-    assert kills >= 3
+    killed_at_every_write(tmp_path, repair_of, rows_of(tmp_path / "calm", "data"), prepare=lambda path: break_one(path, "corrupt"))
 
 
 def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, monkeypatch):
@@ -120,7 +106,7 @@ def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, 
     first, *_, second = [file for file in read_manifest(store).files if file.kind == "data"]
     flip_a_byte(tmp_path / "out" / first.path)
     with monkeypatch.context() as patched:
-        patched.setattr(repair_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             repair_of(tmp_path, store)
     flip_a_byte(tmp_path / "out" / second.path)
@@ -144,6 +130,16 @@ def test_rows_that_were_taken_down_do_not_come_back(tmp_path):
     assert store.get(MANIFEST) == before
 
 
+def test_lost_input_is_named_before_the_repair_is_begun(tmp_path):
+    manifest = finished(tmp_path)
+    break_one(tmp_path, "missing")
+    (tmp_path / "in" / "a.parquet").unlink()
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(SourceError, match=r"a\.parquet: needed for units that are not done"):
+        repair_of(tmp_path, store)
+    refuse_unfinished(store, manifest)
+
+
 def test_an_unfinished_output_cannot_be_repaired(tmp_path):
     with pytest.raises(ConfigError, match="needs a finished output"):
-        open_repair(Store(str(tmp_path)), [], config(tmp_path).output)
+        open_repair(Store(str(tmp_path)), [], config(tmp_path).output, [])

@@ -4,18 +4,19 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, rows_of
-from outputs import DiesAt
+from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
 
 from capsfusion_ray import retry as retry_module
+from capsfusion_ray import revision as revision_module
 from capsfusion_ray.config import VerifyConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Job
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.retry import open_retry, reasons_of, rejects, run_retry
-from capsfusion_ray.rewrite import Rewriter, refuse_unfinished
+from capsfusion_ray.retry import open_retry, reasons_of, rejects
+from capsfusion_ray.revision import run_revision
+from capsfusion_ray.rewrite import refuse_unfinished
 from capsfusion_ray.stages import judge_unit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import UnitBatch
@@ -30,7 +31,7 @@ def retry_of(path, store, *more, reasons="rejected", partition_by="shard"):
     if retry is None:
         return None
     job = Job(None, cfg.gates, cfg.engine, cfg.decode, TEMPLATE, retry.plans[0].fields, store, "run")
-    return run_retry(retry, job, POOL, LEASE)
+    return run_revision(retry, job, POOL, LEASE)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +40,8 @@ def without_ray(monkeypatch):
 
     def run_batches(job, pool, source, tasks):
         actor = actor_of(SimpleNamespace(engine=job.engine, decode=job.decode), job.output)
-        rewriter = Rewriter(
-            source._retry.store, source._retry.edition, source._retry.plans[0].fields, source._retry.output
-        )
         for entry, units in source._groups:
-            for batch in rejects(rewriter, entry, units, source._retry.reasons, job.gates):
+            for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
                 part, summary = judge_unit(UnitBatch.unpack(actor(batch.pack())), job.fields, job.gates)
                 commit(job.output, part, summary)
                 yield summary
@@ -86,28 +84,13 @@ def test_a_retry_that_changes_nothing_keeps_every_reject(tmp_path):
 def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
     retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")))
-    want = rows_of(tmp_path / "calm", "data")
-    kills = 0
-    for at in range(1, 60, 2):
-        path = tmp_path / f"killed{at}"
-        finished(path)
-        store = Store(str(path / "out"))
-        try:
-            retry_of(path, DiesAt(store, at))
-        except KeyboardInterrupt:
-            kills += 1
-        else:
-            break
-        retry_of(path, store)
-        verify(VerifyConfig(config(path).output, deep=True))
-        assert rows_of(path, "data") == want
-    assert kills >= 3
+    killed_at_every_write(tmp_path, retry_of, rows_of(tmp_path / "calm", "data"))
 
 
 def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):
     manifest = finished(tmp_path)
     store = Store(str(tmp_path / "out"))
-    monkeypatch.setattr(retry_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         retry_of(tmp_path, store)
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):

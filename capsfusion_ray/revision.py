@@ -1,0 +1,119 @@
+"""A revision of a finished output: some rows fused again, apart, then merged group by group. See retry.py and repair.py.
+
+Its parts lie under `_retry/`, and the merge writes a new edition of each group that it changes. No other file is
+touched and no row is renumbered. A killed revision is finished by the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.errors import AccountingError, ConfigError
+from capsfusion_ray.lease import Lease
+from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, read_groups
+from capsfusion_ray.parts import UnitSummary, committed, read_summaries
+from capsfusion_ray.pipeline import Job, Pool
+from capsfusion_ray.plan import Plan
+from capsfusion_ray.progress import Progress
+from capsfusion_ray.rewrite import Rewriter, publish, sweep
+from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+PARTS_DIR = "_retry"
+
+
+@dataclass(frozen=True)
+class Revision(ABC):
+    """One revision that was begun on one finished output. `record`: what was noted then, its kind and its settings."""
+
+    store: Store
+    plans: Sequence[Plan]
+    manifest: Manifest
+    etag: str
+    edition: int
+    output: OutputConfig
+    record: dict[str, Any]
+
+    @property
+    @abstractmethod
+    def unit_rows(self) -> dict[str, int]:
+        """Unit id -> how many of its rows, at most, are fused again."""
+
+    @abstractmethod
+    def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
+        """Fuse the rows of `units` and commit them to `job.output`; the summary of each as it is committed."""
+
+    @abstractmethod
+    def merge(self, rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
+        """Write a new edition of one group, of which `units` were fused again."""
+
+    @property
+    def parts(self) -> Store:
+        """Where the units' parts lie; gone once they are merged."""
+        return Store(f"{self.store.root}/{PARTS_DIR}/e{self.edition:03d}", self.store.options)
+
+    @property
+    def units(self) -> list[WorkUnit]:
+        held = self.unit_rows
+        return [unit for plan in self.plans for unit in plan.units if unit.id in held]
+
+    @property
+    def rows(self) -> int:
+        return sum(self.unit_rows.values())
+
+    @property
+    def rewriter(self) -> Rewriter:
+        return Rewriter(self.store, self.edition, self.plans[0].fields, self.output)
+
+
+def finished(store: Store, asked: str) -> tuple[Manifest, str]:
+    """The manifest and its etag. Raises ConfigError for an output that is not finished; `asked`: the key that needs one."""
+    found = store.get_with_etag(MANIFEST)
+    if found is None:
+        raise ConfigError(f"output.path={store.root}: {asked} needs a finished output; run the command without it first")
+    return Manifest.from_bytes(found[0]), found[1]
+
+
+def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Counts:
+    """Fuse what is left of it, merge group by group, publish, sweep. The new totals."""
+    began = time.monotonic()
+    job = dataclasses.replace(job, output=revision.parts)
+    units, done = revision.units, committed(revision.parts)
+    pending = [unit for unit in units if unit.id not in done]
+    kind = revision.record["kind"]
+    log.info("%s: up to %d rows in %d units, %d units left", kind, revision.rows, len(units), len(pending))
+    entries = read_groups(revision.store)
+    with Progress(revision.parts, revision.rows, len(units), pool.max_actors, sys.stderr) as progress:
+        for summary in read_summaries(revision.parts, [unit for unit in units if unit.id in done]):
+            progress.resumed(summary)
+        for summary in revision.fuse(job, pool, entries, pending) if pending else ():
+            progress.committed(summary)
+    missing = {unit.id for unit in pending} - committed(revision.parts)
+    if missing:
+        raise AccountingError(f"{len(missing)} units of the {kind} ended without a commit; run the same command again")
+    for entry in entries:
+        held = {unit.id for unit in entry.units}
+        mine = [unit for unit in units if unit.id in held]
+        if mine and entry.edition != revision.edition:
+            lease.check()
+            revision.merge(revision.rewriter, entry, mine)
+    lease.check()
+    record = {"revision": revision.edition, **revision.record, "seconds": round(time.monotonic() - began, 1)}
+    manifest = publish(revision.store, revision.manifest, revision.etag, record)
+    clean(revision.store, manifest)
+    return manifest.counts
+
+
+def clean(store: Store, manifest: Manifest) -> None:
+    """Remove earlier editions' files and merged parts. The lease must be held, and no revision be begun."""
+    sweep(store, manifest)
+    store.delete([file.path for file in store.list(PARTS_DIR)])

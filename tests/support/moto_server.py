@@ -1,0 +1,59 @@
+"""A real S3-compatible server: moto, a process of its own, on 127.0.0.1. Any credentials will do."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+KEYS = {"key": "demokey", "secret": "demosecret"}
+
+
+@contextmanager
+def moto_server(log: Path, settings: Mapping[str, str]) -> Iterator[str]:
+    """Its URL. `settings`: environment variables of moto, such as MOTO_S3_DEFAULT_MAX_KEYS."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = int(s.getsockname()[1])
+    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **settings}) as process:
+        try:
+            deadline = time.monotonic() + 500
+            while not _answers(port):
+                assert process.poll() is None, f"moto did not start, see {log}"
+                assert time.monotonic() < deadline, "moto does not answer"
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()  # it holds nothing that outlives the tests; a starved machine takes minutes to end it politely
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+@functools.cache
+def client(service: str, endpoint: str) -> Any:
+    """boto3, not s3fs: an independent look at what is in the bucket."""
+    return boto3.client(
+        service,
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=KEYS["key"],
+        aws_secret_access_key=KEYS["secret"],
+    )
+
+
+def options(endpoint: str) -> dict[str, str]:
+    """What a Store needs to reach it."""
+    return {"endpoint_url": endpoint, "region": "us-east-1", **KEYS}
