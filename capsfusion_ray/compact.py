@@ -16,6 +16,7 @@ from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.files import FileSet
 from capsfusion_ray.manifest import GroupEntry, group_path
 from capsfusion_ray.parts import part_path, read_part
+from capsfusion_ray.repeats import Tally
 from capsfusion_ray.rows import OUTCOME, Outcome, WorkUnit
 from capsfusion_ray.storage import Store
 
@@ -38,14 +39,16 @@ def compact_group(
         remove_parts(store, units)
         return entry
     files = FileSet(store, group, f"r{revision:03d}", fields, output)
-    summaries = []
+    summaries, tally = [], Tally()
     for unit in units:
         table, summary = read_part(store, unit)
         summaries.append(summary)
         rejected = pc.equal(table[OUTCOME], str(Outcome.REJECTED))
-        files.write("data", unit.id, table.filter(pc.invert(rejected)))
+        data = table.filter(pc.invert(rejected))
+        tally.add(data)
+        files.write("data", unit.id, data)
         files.write("rejected", unit.id, table.filter(rejected))
-    entry = GroupEntry(group, revision, tuple(summaries), files.close())
+    entry = GroupEntry(group, revision, tuple(summaries), files.close(), repeats=tally.most_repeated())
     check_group(entry)
     if not store.put_if_absent(entry_path, entry.to_bytes()):
         entry = GroupEntry.from_bytes(store.get(entry_path))

@@ -44,6 +44,7 @@ class GroupEntry:
     """A compacted group of one plan: its units' summaries and the files that hold their rows.
 
     `edition` 0 is what compaction wrote; a retry or a takedown writes the next one, named as its revision of the dataset.
+    `repeats`: hashes of its most repeated captions, and how many pairs got each (see repeats.py).
     """
 
     group: str
@@ -51,6 +52,7 @@ class GroupEntry:
     units: tuple[UnitSummary, ...]
     files: tuple[FileEntry, ...]
     edition: int = 0
+    repeats: dict[str, int] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -63,7 +65,8 @@ class GroupEntry:
     def from_bytes(cls, data: bytes) -> GroupEntry:
         raw = json.loads(data)
         units = tuple(UnitSummary.parse(unit) for unit in raw["units"])
-        return cls(raw["group"], raw["revision"], units, tuple(FileEntry.parse(file) for file in raw["files"]), raw["edition"])
+        files = tuple(FileEntry.parse(file) for file in raw["files"])
+        return cls(raw["group"], raw["revision"], units, files, raw["edition"], raw["repeats"])
 
 
 def group_path(group: str, revision: int, edition: int = 0) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -21,16 +23,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capsfusion_ray.compact import check_group
-from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.files import NULL_PARTITION, FileSet
 from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups
 from capsfusion_ray.parts import UnitSummary, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
-from capsfusion_ray.rows import FLAGS, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit
+from capsfusion_ray.repeats import caption_key, holds, repeated
+from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, Reason, WorkUnit
 from capsfusion_ray.storage import Store
 
+log = logging.getLogger(__name__)
+THREADS = 4  # each holds one file in memory
 _OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-(?P<group>g\d+))?-\d{5}\.parquet")
+
+REPEATED = str(Reason.REPEATED_CAPTION)
+Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,58 @@ class Rewriter:
 
     def remove(self, entry: GroupEntry, is_removed: Callable[[pa.Table], pa.Array]) -> GroupEntry | None:
         """Rewrite the files that hold a row for which `is_removed` says true; None where there is none."""
+
+        def out(kind: str, rows: pa.Table, going: pa.Array, unit: UnitSummary) -> Change:
+            return {kind: rows.filter(pc.invert(going))}, _without(unit, rows.filter(going), removed=True)
+
+        return self._change(entry, is_removed, out)
+
+    def mark_repeated(self, entry: GroupEntry, captions: dict[str, int], reject: bool) -> GroupEntry | None:
+        """Flag or reject the rows that hold one of these captions (see repeats.py); None where none does, or all are marked."""
+
+        def unmarked(rows: pa.Table) -> pa.Array:
+            marked = pa.array([REPEATED in (flags or ()) for flags in rows[FLAGS].to_pylist()], pa.bool_())
+            return pc.and_not(holds(rows, captions), marked)
+
+        def flag(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
+            marks = zip(rows[FLAGS].to_pylist(), found.to_pylist(), strict=True)
+            flags = pa.array([[*(old or ()), REPEATED] if hit else old for old, hit in marks], pa.list_(pa.string()))
+            counts = _positive(Counter(unit.flags) + Counter({REPEATED: pc.sum(found).as_py() or 0}))
+            return {kind: rows.set_column(rows.schema.get_field_index(FLAGS), FLAGS, flags)}, dataclasses.replace(unit, flags=counts)
+
+        def out(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
+            going = rows.filter(found)
+            n = going.num_rows
+            details = [f"{captions[caption_key(text)]} pairs got this caption" for text in going[FUSED].to_pylist()]
+            rejects = going.append_column(REASON, pa.array([REPEATED] * n, pa.string())).append_column(DETAIL, pa.array(details, pa.string()))
+            summary = _without(unit, going, removed=False)
+            if n:
+                reasons = _positive(Counter(summary.reasons) + Counter({REPEATED: n}))
+                flags = _positive(Counter(summary.flags) + Counter(flag for row in going[FLAGS].to_pylist() for flag in row or ()))
+                summary = dataclasses.replace(summary, rejected=unit.rejected + n, reasons=reasons, flags=flags)
+            return {kind: rows.filter(pc.invert(found)), "rejected": rejects}, summary
+
+        return self._change(entry, unmarked, out if reject else flag)
+
+    def _change(
+        self,
+        entry: GroupEntry,
+        is_hit: Callable[[pa.Table], pa.Array],
+        change: Callable[[str, pa.Table, pa.Array, UnitSummary], Change],
+    ) -> GroupEntry | None:
+        """Rewrite the files that hold a row for which `is_hit` says true, a unit's rows at a time; None where there is none."""
         files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
         summaries = {unit.id: unit for unit in entry.units}
         untouched: list[FileEntry] = []
         for file in entry.files:
-            pieces = [(unit_id, rows, pc.fill_null(is_removed(rows), False)) for unit_id, rows in self.rows_of(file)]
-            if not any(pc.any(going).as_py() for _, _, going in pieces):
+            pieces = [(unit_id, rows, pc.fill_null(is_hit(rows), False)) for unit_id, rows in self.rows_of(file)]
+            if not any(pc.any(hits).as_py() for _, _, hits in pieces):
                 untouched.append(file)
                 continue
-            for unit_id, rows, going in pieces:
-                summaries[unit_id] = _without(summaries[unit_id], rows.filter(going), removed=True)
-                files.write(file.kind, unit_id, rows.filter(pc.invert(going)))
+            for unit_id, rows, hits in pieces:
+                tables, summaries[unit_id] = change(file.kind, rows, hits, summaries[unit_id])
+                for kind, table in tables.items():
+                    files.write(kind, unit_id, table)
         if len(untouched) == len(entry.files):
             return None
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
@@ -178,6 +227,28 @@ def _positive(counts: Counter[str]) -> dict[str, int]:
     if any(n < 0 for n in counts.values()):
         raise AccountingError(f"more rows than there were: {dict(counts)}")
     return {name: n for name, n in sorted(counts.items()) if n}
+
+
+def judge_repeats(rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateConfig, may_write: Callable[[], None]) -> list[GroupEntry]:
+    """Mark the captions that the whole run repeats too often; the entries, those of groups that hold one in a new edition.
+
+    Repeated after a kill it finds the same captions: what was marked still counts. `may_write`: see compactor.py.
+    """
+    if gate.action == "ignore":
+        return list(entries)
+    fused = sum(unit.fused + unit.reasons.get(REPEATED, 0) for entry in entries for unit in entry.units)
+    captions = repeated((entry.repeats for entry in entries), fused, gate.threshold)
+    if not captions:
+        return list(entries)
+    log.warning("captions that different pairs share, %d pairs or more: %d; action: %s", min(captions.values()), len(captions), gate.action)
+
+    def mark(entry: GroupEntry) -> GroupEntry:
+        may_write()
+        done = entry.edition == rewriter.edition
+        return entry if done else rewriter.mark_repeated(entry, captions, gate.action == "reject") or entry
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(mark, entries))
 
 
 def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any]) -> Manifest:

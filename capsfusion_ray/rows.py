@@ -87,6 +87,8 @@ class Reason(StrEnum):
     WRONG_SCRIPT = "wrong_script"
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
+    # after the run
+    REPEATED_CAPTION = "repeated_caption"  # too many different pairs got this very caption
 
 
 class FilterReason(StrEnum):

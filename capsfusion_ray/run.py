@@ -29,7 +29,7 @@ from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.repair import open_repair
 from capsfusion_ray.retry import open_retry, reasons_of
 from capsfusion_ray.revision import Revision, clean, run_revision
-from capsfusion_ray.rewrite import refuse_unfinished
+from capsfusion_ray.rewrite import Rewriter, judge_repeats, refuse_unfinished
 from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
@@ -327,8 +327,12 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) ->
             raise AccountingError(f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again")
         entries = compactor.finish()
         progress.save()
+    rewriter = Rewriter(run.store, len(before.revisions if before else ()) + 1, run.plans[0].fields, cfg.output)
+    entries = judge_repeats(rewriter, entries, cfg.gates.repeated_caption, lease.check)
     lease.check()
-    return _publish(run, entries, before, round(time.monotonic() - began, 1))
+    manifest = _publish(run, entries, before, round(time.monotonic() - began, 1))
+    clean(run.store, manifest)
+    return manifest
 
 
 def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float) -> Manifest:

@@ -24,12 +24,11 @@ from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import MANIFEST, Manifest, read_groups
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.report import REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import Rewriter, begin, publish, sweep, sweep_if_idle
+from capsfusion_ray.rewrite import THREADS, Rewriter, begin, publish, sweep, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
-THREADS = 4  # each holds one file in memory
 
 
 @dataclass(frozen=True)

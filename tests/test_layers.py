@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 # Lower floors first; a module may import its own floor's packages' insides and every floor below, never one above.
 FLOORS = [
     ("words", ["rows", "errors", "config"]),
-    ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing"]),
+    ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing", "repeats"]),
     ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "progress", "revision", "retry", "repair", "run", "pair"]),

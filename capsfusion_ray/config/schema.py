@@ -253,6 +253,8 @@ class GatesConfig:
     lost_entity: GateConfig = _gate("flag", 0.5)  # share of raw's names and numbers that are gone
     too_short: GateConfig = _gate("reject", 10, 3)  # words of the longer source per fused word
     too_long: GateConfig = _gate("reject", 8, 3)  # fused words per word of both sources
+    # over the whole run, once all of it is compacted
+    repeated_caption: GateConfig = _gate("flag", 0.001)  # share of the run's pairs that got this caption, 20 pairs at least
 
 
 # ------------------------------------------------------------------------------------------------ one schema a job

@@ -1,0 +1,143 @@
+"""One caption for too many pairs: counted by group, judged over the run, marked without breaking the accounting."""
+
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from outputs import FIELDS, DiesAt, part_of, units_of
+
+from capsfusion_ray.compact import compact_group
+from capsfusion_ray.config import GateConfig, OutputConfig, VerifyConfig
+from capsfusion_ray.manifest import MANIFEST, assemble, read_groups, read_manifest
+from capsfusion_ray.parts import commit, summarise
+from capsfusion_ray.plan import Plan, PlannedShard
+from capsfusion_ray.planfile import write_plan
+from capsfusion_ray.repeats import MIN_PAIRS, RECORDED, Tally, caption_key, repeated
+from capsfusion_ray.rewrite import Rewriter, judge_repeats, sweep
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.verify import verify
+
+LOST = "The product is shown in the image."
+OUTPUT = OutputConfig("", target_file_rows=10)
+
+
+def rows_of(captions, raws, kept=()):
+    return pa.table({
+        "laion_2b": pa.array(raws, pa.string()),
+        "laion_coco": pa.array(["s"] * len(captions), pa.string()),
+        "capsfusion": pa.array(captions, pa.string()),
+        "flags": pa.array([["kept", "boilerplate"] if i in kept else [] for i in range(len(captions))], pa.list_(pa.string())),
+    })  # fmt: skip
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=30), min_size=1, max_size=4))
+def test_the_sum_of_the_groups_is_the_count_of_different_pairs_in_each(groups):
+    notes, want = [], Counter()
+    for rows in groups:
+        tally = Tally()
+        tally.add(rows_of([c for c, _ in rows], [str(r) for _, r in rows]))
+        notes.append(tally.most_repeated())
+        want.update(caption for caption, _ in set(rows))
+    assert repeated(notes, 0, 0.5) == {caption_key(c): n for c, n in want.items() if n >= MIN_PAIRS}
+    total = Counter()
+    for note in notes:
+        total.update(note)
+    assert total == {caption_key(c): n for c, n in want.items()}
+
+
+def test_a_large_group_notes_its_most_repeated_and_a_small_run_knows_no_repeats():
+    tally = Tally()
+    captions = [f"c{i}" for i in range(3 * RECORDED)] + [LOST] * 7
+    tally.add(rows_of(captions, [str(i) for i in range(len(captions))]))
+    noted = tally.most_repeated()
+    assert len(noted) == RECORDED
+    assert noted[caption_key(LOST)] == 7
+    assert repeated([noted], 7, 0.001) == {}
+
+
+def test_kept_captions_do_not_count():
+    tally = Tally()
+    tally.add(rows_of([LOST, LOST, "other"], ["1", "2", "3"], kept={0, 1}))
+    assert set(tally.most_repeated()) == {caption_key("other")}
+
+
+def compacted(store):
+    """Six units of ten rows in two groups: every other fused row says the same of another picture."""
+    units = units_of(6, 10)
+    plan = Plan(1, {"k": "v"}, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    write_plan(store, plan)
+    for unit in units:
+        table = part_of(unit, ["fused"] * 8 + ["kept", "rejected"])
+        numbers = range(unit.start, unit.stop)
+        for name, values in (("laion_2b", [f"raw {n}" for n in numbers]), ("capsfusion", [LOST if n % 2 else f"c {n}" for n in numbers])):
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+        commit(store, table, summarise(UnitBatch(unit, table, Apart()), table))
+    entries = [compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, OUTPUT) for g in ("g00000", "g00001")]
+    return plan, entries
+
+
+def judged(store, plan, action):
+    """The end of a run: judge, publish, sweep."""
+    rewriter = Rewriter(store, 1, FIELDS, OUTPUT)
+    entries = judge_repeats(rewriter, read_groups(store), GateConfig(action, 0.001), lambda: None)
+    manifest = assemble([plan], entries, [{"revision": 1, "kind": "base"}])
+    store.put(MANIFEST, manifest.to_bytes())
+    sweep(store, manifest)
+    return manifest
+
+
+def read(root, kind):
+    files = (root / kind).rglob("*.parquet")
+    return {row["row_id"]: row for file in files for row in pq.read_table(file, partitioning=None).to_pylist()}
+
+
+@pytest.mark.parametrize("action", ["flag", "reject", "ignore"])
+def test_a_caption_of_too_many_pairs_is_marked(tmp_path, action):
+    store = Store(str(tmp_path))
+    plan, _ = compacted(store)
+    manifest = judged(store, plan, action)
+    verify(VerifyConfig(OutputConfig(str(tmp_path)), deep=True))
+    data, rejected = read(tmp_path, "data"), read(tmp_path, "rejected")
+    lost = 6 * 4
+    assert manifest.counts.flags.get("repeated_caption", 0) == (lost if action == "flag" else 0)
+    assert manifest.counts.reasons.get("repeated_caption", 0) == (lost if action == "reject" else 0)
+    assert (len(data), len(rejected)) == ((54 - lost, 6 + lost) if action == "reject" else (54, 6))
+    flagged = {row_id for row_id, row in data.items() if "repeated_caption" in row["flags"]}
+    assert len(flagged) == (lost if action == "flag" else 0)
+    assert all(data[row_id]["capsfusion"] == LOST for row_id in flagged)
+    if action == "reject":
+        assert Counter(row["reason"] for row in rejected.values())["repeated_caption"] == lost
+        assert {row["detail"] for row in rejected.values() if row["reason"] == "repeated_caption"} == {f"{lost} pairs got this caption"}
+
+
+@pytest.mark.parametrize("action", ["flag", "reject"])
+def test_killed_at_every_write_and_repeated_it_marks_the_same(tmp_path, action):
+    calm = Store(str(tmp_path / "calm"))
+    want = judged(calm, compacted(calm)[0], action)
+    for at in range(1, 30):
+        root = tmp_path / str(at)
+        store = Store(str(root))
+        plan, _ = compacted(store)
+        try:
+            judged(DiesAt(store, at), plan, action)
+        except KeyboardInterrupt:
+            assert judged(store, plan, action) == want
+            verify(VerifyConfig(OutputConfig(str(root)), deep=True))
+            assert read(root, "data") == read(tmp_path / "calm", "data")
+        else:
+            assert at > 4
+            return
+    raise AssertionError("it never came to its end")
+
+
+def test_judging_again_changes_nothing(tmp_path):
+    store = Store(str(tmp_path))
+    plan, _ = compacted(store)
+    first = judged(store, plan, "flag")
+    again = judge_repeats(Rewriter(store, 2, FIELDS, OUTPUT), read_groups(store), GateConfig("flag", 0.001), lambda: None)
+    assert all(entry.edition == 1 for entry in again)
+    assert read_manifest(store) == first
