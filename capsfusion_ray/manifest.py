@@ -180,7 +180,8 @@ def assemble(plans: Sequence[Plan], entries: Sequence[GroupEntry], revisions: Se
 
 def read_manifest(store: Store) -> Manifest | None:
     """The manifest of a finished output, or None before the first run ended."""
-    return Manifest.from_bytes(store.get(MANIFEST)) if store.exists(MANIFEST) else None
+    found = store.get_with_etag(MANIFEST)
+    return Manifest.from_bytes(found[0]) if found else None
 
 
 def read_groups(store: Store) -> list[GroupEntry]:

@@ -290,8 +290,11 @@ def record_path(edition: int) -> str:
 def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
     """The edition to write: the one that a killed run of this very `record` began, or the next one, noted as begun.
 
-    Raises ConfigError where another revision was begun and not finished.
+    Raises ConfigError where another revision, or an extension, was begun and not finished.
     """
+    left = {unit.id for plan in read_plans(store) for unit in plan.units} - {unit.id for unit in manifest.units}
+    if left:
+        raise ConfigError(f"{store.root}: {len(left)} units that its input gained are not fused yet; run the fuse command as before, then this one")
     edition = len(manifest.revisions) + 1
     text = json.dumps(record, sort_keys=True, indent=1).encode()
     if not store.put_if_absent(record_path(edition), text):

@@ -1,5 +1,7 @@
 """One self-contained page on an output, finished or running: counts, speed, lengths, diversity, and captions to read.
 
+With `beside.path` a page on two outputs of the same rows: figures beside each other, captions with their differences.
+
 Reads summaries and a bounded sample, however large the dataset is. `sample` draws the rows, `figures` computes, `page`
 writes the HTML.
 """
@@ -14,10 +16,11 @@ from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.report.figures import figures
 from capsfusion_ray.report.page import render
-from capsfusion_ray.report.sample import draw, state_of
+from capsfusion_ray.report.sample import State, draw, drawn_rows, state_of
 from capsfusion_ray.storage import Store
 
 REPORT = "report.html"
+COMPARISON = "comparison.html"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ReportConfig:
     """jobs/report.py"""
 
     output: OutputConfig = field(default_factory=OutputConfig)
+    beside: OutputConfig = field(default_factory=OutputConfig)  # another output of the same rows, to compare with
     rows_per_reason: int = 25  # captions to read, of each gate and of the ordinary ones tenfold
     price_per_gpu_hour: float = 2.5  # USD
 
@@ -34,23 +38,42 @@ class ReportConfig:
 
 
 def report(cfg: ReportConfig) -> dict[str, Any]:
-    """Write `<output>/report.html`; the figures that it shows. Raises ConfigError where there is no output of ours."""
+    """Write `<output>/report.html`, or comparison.html where there is a `beside.path`; the figures that it shows.
+
+    Raises ConfigError where there is no output of ours, or the two have no row in common.
+    """
     if not cfg.output.path:
         raise ConfigError("output.path: missing; give output.path=<an output of jobs/fuse.py>")
     began = time.monotonic()
-    store = Store(cfg.output.path, cfg.output.storage)
-    state = state_of(store)
-    if state is None:
-        raise ConfigError(f"output.path={cfg.output.path}: no plan in it, so this is no output of jobs/fuse.py")
-    sample = draw(store, state, cfg.rows_per_reason)
-    shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+    store, state = _opened(cfg.output, "output.path")
+    if cfg.beside.path:
+        other_store, other_state = _opened(cfg.beside, "beside.path")
+        others = {row.id: row for row in drawn_rows(other_store, other_state)}
+        sample = draw(store, state, cfg.rows_per_reason, others)
+        if not sample.shown:
+            raise ConfigError(f"beside.path={cfg.beside.path}: none of its rows drawn is one of {cfg.output.path}; give two outputs of one input")
+        shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+        both = [row.other for row in sample.measured if row.other]
+        shown["beside"] = {"path": cfg.beside.path, **figures(other_state, both, cfg.price_per_gpu_hour)}
+    else:
+        sample = draw(store, state, cfg.rows_per_reason)
+        shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
     page = render(cfg.output.path, shown, sample.shown).encode()
-    store.put(REPORT, page)
+    name = COMPARISON if cfg.beside.path else REPORT
+    store.put(name, page)
     return {
-        "report": store.url(REPORT),
+        "report": store.url(name),
         "finished": state.finished,
         "rows": shown["counts"],
         "sampled": len(sample.shown),
         "bytes": len(page),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _opened(output: OutputConfig, key: str) -> tuple[Store, State]:
+    store = Store(output.path, output.storage)
+    state = state_of(store)
+    if state is None:
+        raise ConfigError(f"{key}={output.path}: no plan in it, so this is no output of jobs/fuse.py")
+    return store, state

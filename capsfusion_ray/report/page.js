@@ -84,7 +84,7 @@ function cards() {
 }
 
 // ----------------------------------------------------------------------------------------------------------- rows
-const strata = (row) => (row.reason ? [row.reason] : row.flags.length ? row.flags : ["ordinary"]);
+const strata = (row) => row.strata;
 let filter = "", wanted = "", shown = SHOWN_AT_ONCE;
 function filters() {
   const counts = new Map();
@@ -104,19 +104,27 @@ function filters() {
 function matches(row) {
   if (filter && !strata(row).includes(filter)) return false;
   if (!wanted) return true;
-  return [row.id, row.raw, row.synthetic, row.fused.map((p) => p[0]).join(""), row.detail, row.url].some((text) => text.toLowerCase().includes(wanted));
+  const captions = [row, row.other].filter(Boolean).flatMap((r) => [r.fused.map((p) => p[0]).join(""), r.detail]);
+  return [row.id, row.raw, row.synthetic, row.url, ...captions].some((text) => text.toLowerCase().includes(wanted));
 }
 function caption(row) {
+  const source = (name, text) => make("p", { class: "source" }, make("span", { class: name }, name), make("span", { dir: "auto" }, text || "—"));
+  const other = row.other ? [written(row.other), tags(row.other)] : [];
+  return make("article", {}, written(row), ...(row.other ? [tags(row)] : []), ...other, source("raw", row.raw), source("synthetic", row.synthetic), tags(row.other ? { flags: [] } : row, row.id));
+}
+function written(row) {
   const fused = make("p", { class: "fused", dir: "auto" });
   for (const [text, origin] of row.fused) fused.append(origin ? make("span", { class: origin }, text) : text);
   if (!row.fused.length) fused.append("—");
-  const tags = make("p", { class: "tags" });
-  if (row.reason) tags.append(make("span", { class: "tag reject" }, row.reason));
-  for (const flag of row.flags) tags.append(make("span", { class: "tag" }, flag));
-  if (row.detail) tags.append(make("span", {}, row.detail));
-  tags.append(make("span", {}, row.id));
-  const source = (name, text) => make("p", { class: "source" }, make("span", { class: name }, name), make("span", { dir: "auto" }, text || "—"));
-  return make("article", {}, fused, source("raw", row.raw), source("synthetic", row.synthetic), tags);
+  return fused;
+}
+function tags(row, id) {
+  const line = make("p", { class: "tags" });
+  if (row.reason) line.append(make("span", { class: "tag reject" }, row.reason));
+  for (const flag of row.flags) line.append(make("span", { class: "tag" }, flag));
+  if (row.detail) line.append(make("span", {}, row.detail));
+  if (id) line.append(make("span", {}, id));
+  return line;
 }
 function list() {
   const found = ROWS.filter(matches);
@@ -132,4 +140,21 @@ function settings() {
   for (const [name, value] of Object.entries(F.base)) $("base").append(make("dt", {}, name), make("dd", {}, value));
   $("prompt").textContent = F.prompt;
 }
-totals(); cards(); filters(); list(); settings();
+// ----------------------------------------------------------------------------------------------------- two outputs
+function beside() {
+  const B = F.beside;
+  if (!B) return;
+  $("beside").hidden = false;
+  $("beside-path").textContent = B.path;
+  const line = (name, a, b) => $("beside-figures").append(make("tr", a === b ? {} : { class: "differs" }, make("th", { scope: "row" }, name), make("td", {}, a), make("td", {}, b)));
+  const rate = (of, kind, name) => (of.counts.planned ? share((of[kind][name] || 0) / of.counts.planned) : "–");
+  for (const name of OUTCOMES) if (F.counts[name] || B.counts[name]) line(name, rate(F, "counts", name), rate(B, "counts", name));
+  for (const [kind, label] of [["reasons", "rejected or kept"], ["flags", "flagged"]])
+    for (const name of [...new Set([...Object.keys(F[kind]), ...Object.keys(B[kind])])].sort()) line(`${label}: ${name}`, rate(F, kind, name), rate(B, kind, name));
+  line("knowledge kept", share(F.knowledge.fused), share(B.knowledge.fused));
+  line("words from neither source", share(F.origins.neither), share(B.origins.neither));
+  line("words a caption", String(F.lengths.fused.mean), String(B.lengths.fused.mean));
+  line("captions/s", F.speed.captions_per_s.toFixed(1), B.speed.captions_per_s.toFixed(1));
+  for (const name of [...new Set([...Object.keys(F.base), ...Object.keys(B.base)])].sort()) if (F.base[name] !== B.base[name]) line(name, F.base[name] || "–", B.base[name] || "–");
+}
+totals(); beside(); cards(); filters(); list(); settings();

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from importlib import resources
 from typing import Any
 
 from capsfusion_ray.provenance import align
 from capsfusion_ray.report.sample import Row
 
+_TOKEN = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
 LONGEST = 1_200  # characters of a caption on the page
 
 
@@ -46,10 +49,23 @@ def _row(row: Row) -> dict[str, Any]:
         at = span.end
     if at < len(fused):
         pieces.append((fused[at:], ""))
-    return {
+    shown = {
         "id": row.id, "url": row.url[:300], "raw": raw, "synthetic": synthetic, "fused": pieces,
-        "flags": list(row.flags), "reason": row.reason, "detail": _clip(row.detail),
+        "flags": list(row.flags), "reason": row.reason, "detail": _clip(row.detail), "strata": list(row.strata),
     }  # fmt: skip
+    if row.other:
+        other = row.other
+        texts = {"fused": _changes(fused, _clip(other.fused)), "detail": _clip(other.detail)}
+        shown["other"] = {**texts, "flags": list(other.flags), "reason": other.reason}
+    return shown
+
+
+def _changes(before: str, after: str) -> list[tuple[str, str]]:
+    """`after` as [text, "changed" or empty] pieces: the words that do not stand there in `before`."""
+    old, new = _TOKEN.findall(before), _TOKEN.findall(after)
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    spans = [("".join(new[b:b_end]), "" if kind == "equal" else "changed") for kind, _, _, b, b_end in matcher.get_opcodes()]
+    return [span for span in spans if span[0]]
 
 
 def _clip(text: str) -> str:

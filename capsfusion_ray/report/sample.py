@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ FILES_READ = 48  # of each folder, spread over all its files
 ROWS_READ = 2_000  # of each file: one batch from its first row group
 MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
+DIFFERENT, EQUAL = "different", "equal"  # the strata of rows of two outputs, beside those of either
 ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
 PROGRESS = "progress.json"
 FOLDERS: tuple[str, ...] = ("data", "rejected")
@@ -43,7 +44,7 @@ class State:
 
 @dataclass(frozen=True)
 class Row:
-    """One caption to read. `reason` and `detail` are empty for rows of data/."""
+    """One caption to read. `reason` and `detail` are empty for rows of data/; `other`: the same row of another output."""
 
     id: str
     url: str
@@ -53,10 +54,14 @@ class Row:
     flags: tuple[str, ...]
     reason: str
     detail: str
+    other: Row | None = None
 
     @property
     def strata(self) -> tuple[str, ...]:
-        return (self.reason,) if self.reason else self.flags or (ORDINARY,)
+        own = (self.reason,) if self.reason else self.flags or (ORDINARY,)
+        if self.other is None:
+            return own
+        return (DIFFERENT if self.fused != self.other.fused else EQUAL, *dict.fromkeys((*own, *self.other.strata)))
 
 
 def state_of(store: Store) -> State | None:
@@ -90,22 +95,34 @@ class Sample:
     measured: list[Row]
 
 
-def draw(store: Store, state: State, per_reason: int) -> Sample:
-    """At most `per_reason` rows to show of each reason and flag, and ten times as many ordinary ones."""
+def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] | None = None) -> Sample:
+    """At most `per_reason` rows to show of each reason and flag, and ten times as many ordinary ones.
+
+    `others`: the rows of another output by id; then only rows that are in both, each with its other, are drawn.
+    """
     left: Counter[str] = Counter()
     drawn: list[Row] = []
     written: list[Row] = []
-    seen: set[str] = set()
-    for row in chain.from_iterable(_rows(store, folder) for folder in state.folders):
-        if row.id in seen:  # a part, and the file that it was just compacted into
-            continue
-        seen.add(row.id)
+    for row in drawn_rows(store, state):
+        if others is not None:
+            if row.id not in others:
+                continue
+            row = replace(row, other=others[row.id])
         if row.fused and not row.reason:
             written.append(row)
         if any(left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1) for s in row.strata):
             left.update(row.strata)
             drawn.append(row)
     return Sample(sorted(drawn, key=lambda row: row.id), list(spread(written, MEASURED_ROWS)))
+
+
+def drawn_rows(store: Store, state: State) -> Iterator[Row]:
+    """The rows that a sample is drawn from, each once: a bounded number, spread over all files."""
+    seen: set[str] = set()
+    for row in chain.from_iterable(_rows(store, folder) for folder in state.folders):
+        if row.id not in seen:  # it may be a part's, and the file's that the part was just compacted into
+            seen.add(row.id)
+            yield row
 
 
 def _rows(store: Store, folder: str) -> Iterator[Row]:

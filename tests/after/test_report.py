@@ -1,9 +1,11 @@
 """The page on an output: its numbers close, its sample is stratified, and nothing in a caption is markup."""
 
+import io
 import json
 import re
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capsfusion_ray.compact import compact_group
@@ -13,7 +15,7 @@ from capsfusion_ray.manifest import MANIFEST, assemble
 from capsfusion_ray.parts import commit, part_schema, summarise
 from capsfusion_ray.plan import Plan, PlannedShard
 from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.report import REPORT, ReportConfig, report
+from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
 from capsfusion_ray.report.sample import ORDINARY_SHARE
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store
@@ -98,3 +100,34 @@ def test_the_figures_say_what_the_rows_say(tmp_path):
 def test_an_output_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no plan in it"):
         report(ReportConfig(OutputConfig(str(tmp_path))))
+
+
+def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):
+    one, other = run_of(tmp_path / "one", [unit(i, 20) for i in range(3)], 3), run_of(tmp_path / "other", [unit(i, 20) for i in range(2)], 1)
+    of_one, of_other = (Store(cfg.output.path) for cfg in (one, other))
+    file = next(entry.path for entry in of_other.list("data"))
+    table = pq.read_table(io.BytesIO(of_other.get(file)), partitioning=None)
+    captions = ["Two stalls at night.", *table["capsfusion"].to_pylist()[1:]]
+    at = table.column_names.index("capsfusion")
+    sink = io.BytesIO()
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(captions, pa.string())), sink)
+    of_other.put(file, sink.getvalue())
+
+    done = report(ReportConfig(one.output, beside=other.output, rows_per_reason=PER_REASON))
+    assert done["report"].endswith(COMPARISON)
+    assert not of_one.exists(REPORT), "the page on one output alone is another file"
+    page = of_one.get(COMPARISON).decode()
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+    assert data["figures"]["counts"]["planned"] == 60
+    assert data["figures"]["beside"]["counts"]["planned"] == 40
+    assert {row["id"].partition(":")[0] for row in data["rows"]} == {"s0.parquet", "s1.parquet"}, "rows of both only"
+    [changed] = [row for row in data["rows"] if "different" in row["strata"]]
+    assert "".join(text for text, _ in changed["other"]["fused"]) == "Two stalls at night."
+    assert next(text.strip() for text, mark in changed["other"]["fused"] if mark == "changed") == "Two stalls"
+    assert all(not mark for row in data["rows"] if row is not changed for _, mark in row["other"]["fused"])
+
+
+def test_outputs_without_a_common_row_cannot_be_compared(tmp_path):
+    one, other = run_of(tmp_path / "one", [unit(0, 10)], 1), run_of(tmp_path / "other", [unit(7, 10)], 1)
+    with pytest.raises(ConfigError, match="two outputs of one input"):
+        report(ReportConfig(one.output, beside=other.output))

@@ -1,6 +1,7 @@
 """The report in a real Chromium: it searches, filters, changes its theme, fits a phone, and asks the network for nothing."""
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ from echo_run import finished
 from playwright.sync_api import sync_playwright
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.report import REPORT, ReportConfig, report
+from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
@@ -26,24 +27,37 @@ def browser():
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    """The report of a finished run of 24 rows, one of them hostile."""
-    path = tmp_path_factory.mktemp("run")
+def hostile_run(path):
+    """A finished run of 24 rows, of which one caption is hostile."""
     manifest = finished(path)
     a_file = next(path / "out" / file.path for file in manifest.files if file.kind == "data")
     table = pq.read_table(a_file, partitioning=None)
     captions = [HOSTILE, *table["capsfusion"].to_pylist()[1:]]
     at = table.column_names.index("capsfusion")
     pq.write_table(table.set_column(at, table.schema.field(at), pa.array(captions, table.schema.field(at).type)), a_file)
-    report(ReportConfig(OutputConfig(str(path / "out"))))
-    return path / "out" / REPORT
+    return OutputConfig(str(path / "out"))
 
 
-@pytest.fixture(params=[(PHONE, "dark"), (DESKTOP, "light")], ids=lambda p: f"{p[0]['width']}-{p[1]}")
-def page(browser, output: Path, request):
-    """The opened page. Fails the test at its end for any message on the console, any error and any request."""
-    size, scheme = request.param
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """The report of such a run."""
+    run = hostile_run(tmp_path_factory.mktemp("run"))
+    report(ReportConfig(run))
+    return Path(run.path) / REPORT
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """The same run beside one without the hostile caption."""
+    run, calm = hostile_run(tmp_path_factory.mktemp("one")), tmp_path_factory.mktemp("other")
+    finished(calm)
+    report(ReportConfig(run, beside=OutputConfig(str(calm / "out"))))
+    return Path(run.path) / COMPARISON
+
+
+@contextmanager
+def opened(browser, file, size, scheme):
+    """The page in a window. Fails at its end for any message on the console, any error and any request."""
     context = browser.new_context(viewport=size, color_scheme=scheme)
     context.set_default_timeout(120_000)
     page = context.new_page()
@@ -52,11 +66,19 @@ def page(browser, output: Path, request):
     page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     page.on("request", lambda seen: None if seen.url.startswith(("file:", "data:")) else trouble.append(f"request: {seen.url}"))
-    page.goto(output.as_uri())
-    page.scheme = scheme
+    page.goto(file.as_uri())
     yield page
     context.close()
     assert not trouble
+
+
+WINDOWS = pytest.mark.parametrize(("size", "scheme"), [(PHONE, "dark"), (DESKTOP, "light")], ids=["phone-dark", "desktop-light"])
+
+
+@pytest.fixture
+def page(browser, output: Path, size, scheme):
+    with opened(browser, output, size, scheme) as page:
+        yield page
 
 
 def found(page) -> list[int]:
@@ -64,6 +86,7 @@ def found(page) -> list[int]:
     return [int(n) for n in re.findall(r"\d+", page.inner_text("#found"))]
 
 
+@WINDOWS
 def test_search_narrows_the_captions_and_hostile_text_stays_text(page):
     some, everything = found(page)
     assert some == everything == page.locator("article").count() == 24
@@ -76,6 +99,7 @@ def test_search_narrows_the_captions_and_hostile_text_stays_text(page):
     assert page.locator("article").count() == 0
 
 
+@WINDOWS
 def test_a_filter_shows_one_gate_and_all_brings_the_others_back(page):
     buttons = page.locator("#filters button")
     labels = buttons.all_inner_texts()
@@ -88,21 +112,35 @@ def test_a_filter_shows_one_gate_and_all_brings_the_others_back(page):
     assert found(page) == [24, 24]
 
 
-def test_the_theme_follows_the_system_and_the_button(page):
+@WINDOWS
+def test_the_theme_follows_the_system_and_the_button(page, scheme):
     def ground():
         return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
     def brightness():
         return sum(int(n) for n in re.findall(r"\d+", ground())[:3])
 
-    assert (brightness() < 3 * 128) == (page.scheme == "dark")
+    assert (brightness() < 3 * 128) == (scheme == "dark")
     before = ground()
     page.click("#theme")
-    assert (brightness() < 3 * 128) == (page.scheme == "light")
+    assert (brightness() < 3 * 128) == (scheme == "light")
     page.click("#theme")
     assert ground() == before
 
 
+@WINDOWS
 def test_the_page_is_no_wider_than_its_window(page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert page.inner_text("#totals .closes").startswith("closes: 24 planned = ")
+
+
+def test_two_outputs_stand_beside_each_other_with_their_differences_marked(browser, comparison):
+    with opened(browser, comparison, PHONE, "dark") as page:
+        assert page.is_visible("#beside")
+        assert page.locator("#beside tbody tr").count() > 4
+        assert page.locator("article .fused").count() == 2 * 24
+        page.get_by_role("button", name="different 1").click()
+        assert found(page) == [1, 24]
+        assert HOSTILE in page.locator("article .fused").first.inner_text()
+        assert page.locator("article .changed").count() > 0
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
