@@ -157,7 +157,11 @@ class S3Backend:
             return StoreRefused(
                 f"{where}: no credentials; give storage key and secret, set AWS_*, or storage.anon=true to read"
             )
-        if code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"):
+        if code == "403":  # the answer to HEAD, which has no body: it may be either
+            return StoreRefused(
+                f"{where}: access denied (403); check storage key and secret, and that they may {action} here"
+            )
+        if code in ("AccessDenied", "Forbidden", "AllAccessDisabled"):
             return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")
         if code == "NotImplemented":
             return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")

@@ -114,7 +114,7 @@ def test_verify_of_a_store_that_refuses_is_no_claim_about_rows(
     argv = [f"output.path=s3://{bucket}/out", *(f"output.storage.{key}={value}" for key, value in options.items())]
     assert run_job(VerifyConfig, verify, argv) == EXIT_USAGE
     out, err = capfd.readouterr()
-    assert "credentials not accepted" in err
+    assert "check storage key and secret" in err
     assert "Wr0ng" not in out + err
 
 

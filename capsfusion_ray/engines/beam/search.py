@@ -182,7 +182,7 @@ class Search:
         eos_B = torch.isin(token_B1[:, 0], self._eos_ids)
         ends_B = eos_B | (length_B >= self.plan.max_new_tokens)
         state.scores_BK.add_(torch.where(live_B, logprob_B, 0.0)[:, None])
-        counted_B = length_B - (eos_B & live_B) if self.plan.scoring == "reference" else length_B
+        counted_B = length_B - (eos_B & live_B).long() if self.plan.scoring == "reference" else length_B
         score_B = torch.where(ends_B & live_B, state.scores_BK[:, 0] / self._divisor_T[counted_B], NEVER)
         parent_B1 = torch.zeros_like(token_B1)
         self._keep_best(state, score_B.to(self._score_dtype), parent_B1[:, 0], token_B1[:, 0], eos_B, length_B)
