@@ -33,7 +33,9 @@ SHORT_TEMPLATE = f"{RAW_MARK}{{raw}}{SYNTHETIC_MARK}{{synthetic}}{FUSED_MARK}"
 _PUNCTUATION = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~“”‘–—•·…®™©'
 # A word with its leading space; an ending as in "men's"; one digit; punctuation with the JOIN after it; spaces.
 _PIECES = rf"{TITLE}|{UPPER}|['’]\p{{L}}+| ?[\p{{L}}\p{{M}}]+| ?\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}{TITLE}{UPPER}]+|\s+"
-_MAX_UPPER_LETTERS = 24  # the decoder's look-behind is spelled out for every distance from the mark
+# Inside a word marked UPPER: the look-behind must be spelled out for every distance from the mark. Letters beyond stay
+# capitals in both directions.
+_IN_UPPER_WORD = "(?<=" + "|".join(f"{UPPER} [A-Za-z]{{{n}}}" for n in range(24)) + ")"
 
 
 def _word_starts() -> list[normalizers.Normalizer]:
@@ -66,20 +68,19 @@ def _normalizer() -> normalizers.Normalizer:
             *_word_starts(),
             *(normalizers.Replace(Regex(f" {c}(?=[A-Z])"), f"{UPPER} {c.lower()}") for c in capitals),
             *(normalizers.Replace(f" {c}", f"{TITLE} {c.lower()}") for c in capitals),
-            # What follows in a word marked UPPER. A capital that no rule above reached (after 「) stays as it is.
-            *(normalizers.Replace(Regex(f"(?<=[A-Za-z]){c}"), c.lower()) for c in capitals),
+            # A capital that no rule above reached (after 「, or in ÉCOLE) stays as it is.
+            *(normalizers.Replace(Regex(_IN_UPPER_WORD + c), c.lower()) for c in capitals),
         ]
     )
 
 
 def _decoder() -> decoders.Decoder:
-    distances = "|".join(f"{UPPER} [A-Za-z]{{{n}}}" for n in range(_MAX_UPPER_LETTERS))
     small = string.ascii_lowercase
     return decoders.Sequence(
         [
             decoders.ByteLevel(),
             *(decoders.Replace(f"{TITLE} {letter}", f" {letter.upper()}") for letter in small),
-            *(decoders.Replace(Regex(rf"(?<={distances}){letter}"), letter.upper()) for letter in small),
+            *(decoders.Replace(Regex(_IN_UPPER_WORD + letter), letter.upper()) for letter in small),
             decoders.Replace(Regex(f"[{TITLE}{UPPER}]"), ""),
             decoders.Replace(Regex(rf"{JOIN} ?"), ""),
         ]
