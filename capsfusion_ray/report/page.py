@@ -49,7 +49,7 @@ def _row(row: Row) -> dict[str, Any]:
         at = span.end
     if at < len(fused):
         pieces.append((fused[at:], ""))
-    shown = {
+    shown: dict[str, Any] = {
         "id": row.id, "url": row.url[:300], "raw": raw, "synthetic": synthetic, "fused": pieces,
         "flags": list(row.flags), "reason": row.reason, "detail": _clip(row.detail), "strata": list(row.strata),
     }  # fmt: skip
