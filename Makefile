@@ -42,7 +42,7 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 TESTS := tests/test_layers.py tests/test_docs.py tests/test_skips.py tests/rules tests/world tests/test_deploy.py tests/test_manifests.py tests/after
 
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 $(TESTS) $(ARGS)
 
 test-job: setup ## SIGKILL the driver of a real Ray run, twice, and compare with an undisturbed one: minutes
 	$(BIN)/python -m pytest tests/job/test_fuse_job.py::test_killed_drivers_lose_nothing_and_double_nothing $(ARGS)

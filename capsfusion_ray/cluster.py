@@ -57,6 +57,8 @@ def start_here(**options: Any) -> None:
     """Start Ray on this machine alone; `options` are ray.init's. Raises ClusterError where it does not come up."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
+    # Ray's own is 15: then its dozen idle daemons, at 0, take a starved machine's CPU from the one process that fuses.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     get_node, start_raylet = services.get_node, services.start_raylet
 
     def patient(*args: Any) -> Any:

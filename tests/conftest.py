@@ -1,6 +1,7 @@
 """For every test: patience with slow machines, and no going green by skipping."""
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,7 +39,16 @@ def _note(report: pytest.TestReport | pytest.CollectReport) -> None:
         unexpected.append(f"{report.nodeid}: {reason}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist ended: a module that it skipped whole is known to it alone."""
+    known = getattr(node, "workeroutput", {}).get("unexpected", ())  # a worker that crashed has none
+    unexpected.extend(line for line in known if line not in unexpected)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["unexpected"] = unexpected
     if unexpected:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from moto_server import client, moto_server
 from moto_server import options as moto_server_options
-from proxy import PAGE_KEYS, FaultProxy, Faults
+from proxy import FaultProxy, Faults
 
 from capsfusion_ray.storage import Store
 
@@ -21,8 +21,7 @@ from capsfusion_ray.storage import Store
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its URL. Any credentials will do, until `guarded` asks for more."""
-    settings = {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
-    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt", settings) as url:
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt") as url:
         yield url
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.parse import parse_qs, urlsplit
 
-PAGE_KEYS = 20  # of a listing of the tests' server, instead of 1,000: a store may page as finely as it likes
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )

@@ -14,7 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from proxy import KINDS, PAGE_KEYS, FaultProxy, Faults
+from moto_server import PAGE_KEYS
+from proxy import KINDS, FaultProxy, Faults
 
 from capsfusion_ray import sources
 from capsfusion_ray.actors import FusionActor

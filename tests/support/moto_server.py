@@ -8,24 +8,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
 
+PAGE_KEYS = 20  # keys in one answer to a listing, so that a few objects fill several; Amazon's own: 1000
 KEYS = {"key": "demokey", "secret": "demosecret"}
 
 
 @contextmanager
-def moto_server(log: Path, settings: Mapping[str, str]) -> Iterator[str]:
-    """Its URL. `settings`: environment variables of moto, such as MOTO_S3_DEFAULT_MAX_KEYS."""
+def moto_server(log: Path) -> Iterator[str]:
+    """Its URL."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = int(s.getsockname()[1])
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **settings}) as process:
+    env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
+    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         try:
             deadline = time.monotonic() + 500
             while not _answers(port):

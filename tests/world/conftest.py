@@ -15,7 +15,7 @@ from capsfusion_ray.storage import Store
 
 @pytest.fixture(scope="session")
 def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt", {}) as url:
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt") as url:
         yield url
 
 

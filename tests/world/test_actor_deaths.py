@@ -59,19 +59,22 @@ class FailingEngine(EchoEngine):
         os._exit(9)
 
 
-def fuse_once(engine, store, batch, result):
+PATIENCE_S = 300  # a step of these engines takes microseconds, of a starved machine minutes
+
+
+def fuse_once(engine, store, batch, result, stall_s=PATIENCE_S):
     """One life of an actor: its exit code, and where it lived the unit's table."""
 
     def live():
         logging.getLogger().handlers.clear()  # pytest's: the actor logs to stderr
         actors.build_engine = engine
-        config = EngineConfig(kind="echo", stall_s=1.0)
+        config = EngineConfig(kind="echo", stall_s=stall_s)
         fused = actors.FusionActor(config, DecodeConfig(), TEMPLATE, AttemptLog(store, "run"))(batch)
         pq.write_table(fused, result)
 
     process = multiprocessing.get_context("fork").Process(target=live)
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     return process.exitcode
 
 
@@ -91,9 +94,9 @@ def test_the_rows_that_kill_their_worker_are_rejected_and_the_others_fused(tmp_p
     assert not store.list("_run/attempts"), "a unit that came through leaves no note"
 
 
-@pytest.mark.parametrize(("engine", "code"), [(DeadEngine, 70), (StalledEngine, 71)])
-def test_a_dead_or_stalled_engine_ends_its_process_and_says_why(tmp_path, engine, code, capfd):
-    assert fuse_once(engine, Store(str(tmp_path)), unit_of(()), tmp_path / "result") == code
+@pytest.mark.parametrize(("engine", "stall_s", "code"), [(DeadEngine, PATIENCE_S, 70), (StalledEngine, 1.0, 71)])
+def test_a_dead_or_stalled_engine_ends_its_process_and_says_why(tmp_path, engine, stall_s, code, capfd):
+    assert fuse_once(engine, Store(str(tmp_path)), unit_of(()), tmp_path / "result", stall_s) == code
     said = capfd.readouterr().err
     assert ("illegal memory access" in said and "shard.parquet:0" in said) if code == 70 else "in step" in said
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from moto_server import PAGE_KEYS
 
 from capsfusion_ray.storage import Store, StoredFile, StoreRefused
 
@@ -86,7 +87,7 @@ def test_no_update_is_lost_between_processes(kind: str, tmp_path: Path, request:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(500)
         assert worker.exitcode == 0
     assert store.get("n").startswith(b"20 ")
 
@@ -202,9 +203,10 @@ def test_relative_roots_hold_in_workers_with_another_folder(tmp_path: Path, monk
 
 
 def test_lists_more_than_one_page(bucket: str, s3_options: dict[str, str], s3_client) -> None:
-    for i in range(1003):
+    for i in range(3 * PAGE_KEYS + 1):
         s3_client.put_object(Bucket=bucket, Key=f"r/u/{i:05d}", Body=b"")
-    assert len(Store(f"s3://{bucket}/r", s3_options).list("u")) == 1003
+    assert s3_client.list_objects_v2(Bucket=bucket)["KeyCount"] == PAGE_KEYS, "the server does page"
+    assert len(Store(f"s3://{bucket}/r", s3_options).list("u")) == 3 * PAGE_KEYS + 1
 
 
 def test_an_absent_bucket_is_refused_by_name(s3_options: dict[str, str]) -> None:
