@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,16 @@ def connect(cluster: ClusterConfig) -> Resources:
 
 def start_here(**options: Any) -> None:
     """Start Ray on this machine alone; `options` are ray.init's. Raises ClusterError where it does not come up."""
+    with patient_start():
+        try:
+            ray.init("local", include_dashboard=False, **options)
+        except Exception as error:  # Ray raises a bare Exception here, nothing narrower
+            raise ClusterError(f"Ray did not start on this machine: {error}") from error
+
+
+@contextmanager
+def patient_start() -> Iterator[None]:
+    """While Ray's processes are started on this machine: minutes to come up, and a fair share of its CPU for workers."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
     # Ray's own is 15: then its dozen idle daemons, at 0, take a starved machine's CPU from the one process that fuses.
@@ -85,9 +96,7 @@ def start_here(**options: Any) -> None:
     # these two functions, so the ports are told here, and waiting here is waiting there.
     services.get_node, services.start_raylet = patient, with_ports
     try:
-        ray.init("local", include_dashboard=False, **options)
-    except Exception as error:  # Ray raises a bare Exception here, nothing narrower
-        raise ClusterError(f"Ray did not start on this machine: {error}") from error
+        yield
     finally:
         services.get_node, services.start_raylet = get_node, start_raylet
 

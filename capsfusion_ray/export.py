@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.manifest import FileEntry, Manifest, read_manifest
+from capsfusion_ray.manifest import FileEntry, Manifest, read_finished
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rewrite import Rewriter
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, URL
@@ -51,9 +51,7 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
         if not value:
             raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
     source, target = Store(cfg.output.path, cfg.output.storage), Store(cfg.to, cfg.to_storage)
-    manifest = read_manifest(source)
-    if manifest is None:
-        raise ConfigError(f"output.path={cfg.output.path}: no manifest.json; finish the run first, then export it")
+    manifest, _ = read_finished(source, "an export")
     files = [file for file in manifest.files if file.kind == "data"]
     if not files:
         raise ConfigError(f"output.path={cfg.output.path}: no row was fused or kept, so there is nothing to export")

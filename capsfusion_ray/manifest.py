@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from capsfusion_ray.errors import AccountingError
+from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.storage import Store
@@ -182,6 +182,14 @@ def read_manifest(store: Store) -> Manifest | None:
     """The manifest of a finished output, or None before the first run ended."""
     found = store.get_with_etag(MANIFEST)
     return Manifest.from_bytes(found[0]) if found else None
+
+
+def read_finished(store: Store, asked: str) -> tuple[Manifest, str]:
+    """The manifest and its etag. Raises ConfigError for an output that is not finished; `asked`: what needs one."""
+    found = store.get_with_etag(MANIFEST)
+    if found is None:
+        raise ConfigError(f"output.path={store.root}: no manifest.json, and {asked} needs a finished output; run the fuse command to its end first")
+    return Manifest.from_bytes(found[0]), found[1]
 
 
 def read_groups(store: Store) -> list[GroupEntry]:

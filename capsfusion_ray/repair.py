@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.manifest import GroupEntry
+from capsfusion_ray.manifest import GroupEntry, read_finished
 from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.pipeline import Job, Pool, run_units
 from capsfusion_ray.plan import Plan, refuse_lost_input
-from capsfusion_ray.revision import Revision, clean, finished
-from capsfusion_ray.rewrite import Rewriter, begin, begun
+from capsfusion_ray.revision import Revision, clean
+from capsfusion_ray.rewrite import begin, begun
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import Shard
 from capsfusion_ray.storage import Store
@@ -40,8 +40,8 @@ class Repair(Revision):
     def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
         return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
 
-    def merge(self, rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
-        return rewriter.replace(entry, self.parts, units)
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
+        return self.rewriter.replace(entry, self.parts, units)
 
 
 def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shards: Sequence[Shard]) -> Repair | None:
@@ -50,7 +50,7 @@ def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shard
     Raises ConfigError for an output that is not finished, that another revision was begun on, or whose lost rows
     include some that a takedown removed: recomputing would bring them back. Raises SourceError where the input is gone.
     """
-    manifest, etag = finished(store, "repair=true")
+    manifest, etag = read_finished(store, "repair=true")
     unfinished = begun(store, manifest)
     if unfinished and unfinished["kind"] == KIND:
         damaged = dict.fromkeys(unfinished["files"], "noted by the repair that was begun")

@@ -17,12 +17,12 @@ from ray.data.datasource import ReadTask
 
 from capsfusion_ray.config import GatesConfig, OutputConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.manifest import GroupEntry
+from capsfusion_ray.manifest import GroupEntry, read_finished
 from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.pipeline import Job, Pool, run_batches
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.presets import INVALID
-from capsfusion_ray.revision import Revision, clean, finished
+from capsfusion_ray.revision import Revision, clean
 from capsfusion_ray.rewrite import Rewriter, begin, in_row_order
 from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit
 from capsfusion_ray.stages import admit
@@ -60,8 +60,8 @@ class Retry(Revision):
         source = RejectSource(job, self, entries, units)
         return run_batches(job, pool, source, source.tasks)
 
-    def merge(self, rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
-        return rewriter.merge_retried(entry, self.parts, units, self.reasons)
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
+        return self.rewriter.merge_retried(entry, self.parts, units, self.reasons)
 
 
 def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig) -> Retry | None:
@@ -69,7 +69,7 @@ def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequen
 
     Raises ConfigError for an output that is not finished, or that another revision was begun on.
     """
-    manifest, etag = finished(store, f"retry={retry}")
+    manifest, etag = read_finished(store, f"retry={retry}")
     reasons = reasons_of(retry)
     record = {"kind": "retry", "reasons": list(reasons), "settings": settings}
     last = manifest.revisions[-1]

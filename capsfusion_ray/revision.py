@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.errors import AccountingError, ConfigError
+from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.lease import Lease
-from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, read_groups
+from capsfusion_ray.manifest import Counts, GroupEntry, Manifest, read_groups
 from capsfusion_ray.parts import UnitSummary, committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool
 from capsfusion_ray.plan import Plan
@@ -53,7 +53,7 @@ class Revision(ABC):
         """Fuse the rows of `units` and commit them to `job.output`; the summary of each as it is committed."""
 
     @abstractmethod
-    def merge(self, rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
         """Write a new edition of one group, of which `units` were fused again."""
 
     @property
@@ -73,14 +73,6 @@ class Revision(ABC):
     @property
     def rewriter(self) -> Rewriter:
         return Rewriter(self.store, self.edition, self.plans[0].fields, self.output)
-
-
-def finished(store: Store, asked: str) -> tuple[Manifest, str]:
-    """The manifest and its etag. Raises ConfigError for an output that is not finished; `asked`: the key that needs one."""
-    found = store.get_with_etag(MANIFEST)
-    if found is None:
-        raise ConfigError(f"output.path={store.root}: {asked} needs a finished output; run the command without it first")
-    return Manifest.from_bytes(found[0]), found[1]
 
 
 def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Counts:
@@ -105,7 +97,7 @@ def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Coun
         mine = [unit for unit in units if unit.id in held]
         if mine and entry.edition != revision.edition:
             lease.check()
-            revision.merge(revision.rewriter, entry, mine)
+            revision.merge(entry, mine)
     lease.check()
     record = {"revision": revision.edition, **revision.record, "seconds": round(time.monotonic() - began, 1)}
     manifest = publish(revision.store, revision.manifest, revision.etag, record)

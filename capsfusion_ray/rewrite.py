@@ -167,6 +167,18 @@ class Rewriter:
                     files.write(kind, unit_id, rows)
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
 
+    def each(
+        self, entries: Sequence[GroupEntry], change: Callable[[GroupEntry], GroupEntry | None], may_write: Callable[[], None]
+    ) -> list[GroupEntry]:
+        """Every entry, or what `change` made of it; groups that a killed run changed are done. `may_write`: see compactor.py."""
+
+        def one(entry: GroupEntry) -> GroupEntry:
+            may_write()
+            return entry if entry.edition == self.edition else change(entry) or entry
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(one, entries))
+
     def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
         """(unit id, its rows) of one file, in order, with the partition's column back in place."""
         table = pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None)
@@ -241,14 +253,7 @@ def judge_repeats(rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateC
     if not captions:
         return list(entries)
     log.warning("captions that different pairs share, %d pairs or more: %d; action: %s", min(captions.values()), len(captions), gate.action)
-
-    def mark(entry: GroupEntry) -> GroupEntry:
-        may_write()
-        done = entry.edition == rewriter.edition
-        return entry if done else rewriter.mark_repeated(entry, captions, gate.action == "reject") or entry
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(mark, entries))
+    return rewriter.each(entries, lambda entry: rewriter.mark_repeated(entry, captions, gate.action == "reject"), may_write)
 
 
 def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any]) -> Manifest:

@@ -249,7 +249,7 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
         refuse_lost_input(run.pending, found.shards)
-        manifest = _work(cfg, found, run, pool, lease)
+        manifest = _work(cfg, found, run, before, pool, lease)
     finally:
         cluster.disconnect()
     seconds = time.monotonic() - began
@@ -299,8 +299,7 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
     return Run(store, plans, entries, committed(store))
 
 
-def _work(cfg: FuseConfig, found: Survey, run: Run, pool: Pool, lease: Lease) -> Manifest:
-    before = read_manifest(run.store)
+def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, pool: Pool, lease: Lease) -> Manifest:
     pending = run.pending
     began = time.monotonic()
     if before and not pending and len(before.units) == len(run.units):

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import pyarrow.compute as pc
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.lease import Lease
-from capsfusion_ray.manifest import MANIFEST, Manifest, read_groups
+from capsfusion_ray.manifest import Manifest, read_finished, read_groups
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.report import REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import THREADS, Rewriter, begin, publish, sweep, sweep_if_idle
+from capsfusion_ray.rewrite import Rewriter, begin, publish, sweep, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
 from capsfusion_ray.storage import Store
 
@@ -54,23 +53,15 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         raise ConfigError("output.path: missing; give output.path=<a finished output>")
     store = Store(cfg.output.path, cfg.output.storage)
     with Lease(store, cfg.takeover) as lease:
-        found = store.get_with_etag(MANIFEST)
-        if found is None:
-            raise ConfigError(f"output.path={cfg.output.path}: no manifest.json; finish the run first, then take rows out of it")
-        manifest, etag = Manifest.from_bytes(found[0]), found[1]
+        manifest, etag = read_finished(store, "a takedown")
         plans = read_plans(store)
         output = _as_begun(cfg.output, manifest)
         criteria, is_removed = _criteria(cfg, dict(plans[0].fields))
         sweep_if_idle(store, manifest)
         edition = begin(store, manifest, {"kind": "takedown", **criteria})
         rewriter = Rewriter(store, edition, plans[0].fields, output)
-
-        def rewrite(entry: Any) -> bool:
-            lease.check()
-            return entry.edition == edition or rewriter.remove(entry, is_removed) is not None
-
-        with ThreadPoolExecutor(THREADS) as pool:
-            changed = sum(pool.map(rewrite, read_groups(store)))
+        entries = rewriter.each(read_groups(store), lambda entry: rewriter.remove(entry, is_removed), lease.check)
+        changed = sum(entry.edition == edition for entry in entries)
         lease.check()
         record = {"revision": edition, "kind": "takedown", "groups": changed, **criteria}
         after = publish(store, manifest, etag, record)

@@ -46,20 +46,16 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
         raise ConfigError("output.path: missing; give output.path=<an output of jobs/fuse.py>")
     began = time.monotonic()
     store, state = _opened(cfg.output, "output.path")
-    if cfg.beside.path:
-        other_store, other_state = _opened(cfg.beside, "beside.path")
-        others = {row.id: row for row in drawn_rows(other_store, other_state)}
-        sample = draw(store, state, cfg.rows_per_reason, others)
-        if not sample.shown:
-            raise ConfigError(f"beside.path={cfg.beside.path}: none of its rows drawn is one of {cfg.output.path}; give two outputs of one input")
-        shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+    name, beside = (COMPARISON, _opened(cfg.beside, "beside.path")) if cfg.beside.path else (REPORT, None)
+    others = {row.id: row for row in drawn_rows(*beside)} if beside else None
+    sample = draw(store, state, cfg.rows_per_reason, others)
+    if beside and not sample.shown:
+        raise ConfigError(f"beside.path={cfg.beside.path}: none of its rows drawn is one of {cfg.output.path}; give two outputs of one input")
+    shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+    if beside:
         both = [row.other for row in sample.measured if row.other]
-        shown["beside"] = {"path": cfg.beside.path, **figures(other_state, both, cfg.price_per_gpu_hour)}
-    else:
-        sample = draw(store, state, cfg.rows_per_reason)
-        shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+        shown["beside"] = {"path": cfg.beside.path, **figures(beside[1], both, cfg.price_per_gpu_hour)}
     page = render(cfg.output.path, shown, sample.shown).encode()
-    name = COMPARISON if cfg.beside.path else REPORT
     store.put(name, page)
     return {
         "report": store.url(name),

@@ -84,11 +84,10 @@ function cards() {
 }
 
 // ----------------------------------------------------------------------------------------------------------- rows
-const strata = (row) => row.strata;
 let filter = "", wanted = "", shown = SHOWN_AT_ONCE;
 function filters() {
   const counts = new Map();
-  for (const row of ROWS) for (const name of strata(row)) counts.set(name, (counts.get(name) || 0) + 1);
+  for (const row of ROWS) for (const name of row.strata) counts.set(name, (counts.get(name) || 0) + 1);
   const add = (name, label) => {
     const button = make("button", { type: "button", "aria-pressed": String(name === filter) }, label);
     button.addEventListener("click", () => {
@@ -102,15 +101,16 @@ function filters() {
   for (const [name, n] of [...counts].sort((a, b) => b[1] - a[1])) add(name, `${name} ${number(n)}`);
 }
 function matches(row) {
-  if (filter && !strata(row).includes(filter)) return false;
+  if (filter && !row.strata.includes(filter)) return false;
   if (!wanted) return true;
   const captions = [row, row.other].filter(Boolean).flatMap((r) => [r.fused.map((p) => p[0]).join(""), r.detail]);
   return [row.id, row.raw, row.synthetic, row.url, ...captions].some((text) => text.toLowerCase().includes(wanted));
 }
 function caption(row) {
   const source = (name, text) => make("p", { class: "source" }, make("span", { class: name }, name), make("span", { dir: "auto" }, text || "—"));
-  const other = row.other ? [written(row.other), tags(row.other)] : [];
-  return make("article", {}, written(row), ...(row.other ? [tags(row)] : []), ...other, source("raw", row.raw), source("synthetic", row.synthetic), tags(row.other ? { flags: [] } : row, row.id));
+  const sources = [source("raw", row.raw), source("synthetic", row.synthetic)];
+  if (!row.other) return make("article", {}, written(row), ...sources, tags(row, row.id));
+  return make("article", {}, written(row), tags(row), written(row.other), tags(row.other), ...sources, tags({ flags: [] }, row.id));
 }
 function written(row) {
   const fused = make("p", { class: "fused", dir: "auto" });
