@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import beam_engine, drain, loaded, random_prompts, texts, tiny_llama
+from demo_prompts import demo_pairs, embedded, prompts_of
+from tiny import IdTokenizer, beam_engine, drain, loaded, random_prompts, texts, tiny_llama
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.transformers import TransformersEngine
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.rows import Prompt
 
-RECORDED = Path(__file__).parents[1] / "fixtures" / "transformers_4_28_1.json"
+RECORDED = json.loads((Path(__file__).parents[1] / "fixtures" / "transformers_4_28_1.json").read_text())
 
 
-def recorded_cases():
-    if not RECORDED.exists():
-        return [
-            pytest.param(None, marks=pytest.mark.skip(reason=f"{RECORDED.name} is not recorded: see record_4_28_1.py"))
-        ]
-    return json.loads(RECORDED.read_text())["cases"]
-
-
-@pytest.mark.parametrize("case", recorded_cases(), ids=lambda case: case["name"] if case else "none")
+@pytest.mark.parametrize("case", RECORDED["cases"], ids=lambda case: case["name"])
 @pytest.mark.parametrize("slots", [1, 3])
 def test_reference_scoring_matches_transformers_4_28_1_token_for_token(case, slots):
     model = tiny_llama(0, **case["shape"])
@@ -39,6 +34,19 @@ def test_reference_scoring_matches_transformers_4_28_1_token_for_token(case, slo
     )
     ours = texts(drain(beam_engine(model, decode, slots, max_prompt_tokens=case["padded"]), prompts))
     assert [ours[f"row-{i}"] for i in range(len(prompts))] == [" ".join(map(str, ids)) for ids in case["outputs"]]
+
+
+def test_the_demo_s_captions_match_transformers_4_28_1_token_for_token():
+    """The reference's settings: 3 beams, 80 new tokens, prompts padded to 256; no option that it does not have."""
+    model, engine = embedded()
+    prompts = prompts_of(demo_pairs(), model, engine)
+    recorded = RECORDED["demo"]
+    assert [list(p.prefix_ids + p.suffix_ids) for p in prompts] == recorded["prompts"], "other prompts now: record anew"
+    assert len(prompts) >= 200
+    decode = DecodeConfig(num_beams=3, max_new_tokens=80, scoring="reference")
+    ours = texts(drain(BeamEngine.from_loaded(dataclasses.replace(model, tokenizer=IdTokenizer()), engine, decode), prompts))
+    wrong = [at for at, p in enumerate(prompts) if ours[p.id] != " ".join(map(str, recorded["outputs"][at]))]
+    assert not wrong
 
 
 def rebuilt_weights(model, seed):

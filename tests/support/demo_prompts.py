@@ -1,0 +1,55 @@
+"""The demo's captions as the embedded model is asked: token ids, for programs that know nothing of this package.
+
+    python tests/support/demo_prompts.py [triples.json N] > prompts.json
+
+With a file of published triples: N of these, evenly spread, instead of the demo's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from capsfusion_ray import sources
+from capsfusion_ray.config import DecodeConfig, EngineConfig, FuseConfig, load
+from capsfusion_ray.engines.loading import LoadedModel, load_model
+from capsfusion_ray.models import inspect, settle
+from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair, Prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def demo_pairs() -> list[CaptionPair]:
+    """Those of examples/captions that have both captions."""
+    cfg = load(FuseConfig, [str(ROOT / "conf/demo.yaml"), f"input.path={ROOT / 'examples/captions'}", "output.path=unused"])
+    shards = [shard for shard in sources.discover(cfg.input, cfg.source) if not shard.error]
+    spec = sources.ReadSpec(sources.frozen_schema(shards, cfg.source, cfg.filter), cfg.source, cfg.filter)
+    tables = [sources.read_rows(shard, 0, shard.rows, spec).table for shard in shards]
+    rows = [row for table in tables for row in zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)]
+    return [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
+
+
+def published_pairs(path: Path, count: int) -> list[CaptionPair]:
+    triples = json.loads(path.read_text())
+    return [CaptionPair(str(at), triples[at]["laion_2b"], triples[at]["laion_coco"]) for at in range(0, len(triples), len(triples) // count)]
+
+
+def embedded() -> tuple[LoadedModel, EngineConfig]:
+    """The embedded model on the CPU in float32, and how it is asked."""
+    engine = EngineConfig(device="cpu", dtype="float32")
+    settled, _ = settle(engine, DecodeConfig(), inspect(engine))
+    return load_model(settled), settled
+
+
+def prompts_of(pairs: Sequence[CaptionPair], model: LoadedModel, engine: EngineConfig) -> list[Prompt]:
+    """In order, without those that no truncation fits."""
+    builder = PromptBuilder(inspect(engine).template, lambda texts: model.encode(list(texts)), engine.max_prompt_tokens)
+    return [prompt for prompt in builder.build(pairs) if isinstance(prompt, Prompt)]
+
+
+if __name__ == "__main__":
+    pairs = published_pairs(Path(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) == 3 else demo_pairs()
+    print(json.dumps([list(prompt.prefix_ids + prompt.suffix_ids) for prompt in prompts_of(pairs, *embedded())]))
