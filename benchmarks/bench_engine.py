@@ -1,61 +1,66 @@
 """How fast each way of decoding is, on the same prompts in the same order: no Ray, CPU or GPU, one script.
 
     python benchmarks/bench_engine.py --model models/capsfusion-tiny --rows 96 --threads 2
-    python benchmarks/bench_engine.py --model llama-512x8-random --tokenizer models/capsfusion-tiny --rows 32
-    python benchmarks/bench_engine.py --model llama2-13b-random --rows 1200          # on a GPU
+    python benchmarks/bench_engine.py --model llama-512x8-random --rows 32 --threads 2
+    python benchmarks/bench_engine.py --model llama2-13b-random --rows 1200 --hf-rows 128 --batches 32,64,128 --profile profile.txt
 
 (a) the reference's settings through HF generate (batch 4, padded to 256, beams), (b) HF generate tuned: sorted by length,
-prefix KV reused, best batch of the sweep, (c) transformers' continuous batching, greedy, (d) this engine, beams and greedy,
-(e) vLLM where it is installed. Prints a table and, as the last line, JSON. Random models never write an EOS: lengths are drawn
-from the published captions' distribution and forced.
+prefix KV reused, every batch size of the sweep, (c) transformers' continuous batching, greedy, (d) this engine: both
+scorings, greedy, and on a GPU with and without the Triton kernel, (e) vLLM where it is installed, greedy. Random models
+never write an EOS: each caption's length is drawn from the published captions' distribution and forced.
+
+Prints a table and, as the last line, JSON. `share_of_limit`: the seconds that the generated and prefilled tokens' matrix
+products would take at the GEMM rate measured at the start of this run, over the seconds it took.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import dataclasses
+import gc
 import importlib.util
 import json
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from hf import build_prompts, generate_batch, prefix_cache, read_pairs
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.beam.engine import BeamEngine
-from capsfusion_ray.engines.loading import LoadedModel, eos_ids_of, load_model
-from capsfusion_ray.prompt import TEMPLATE, PromptBuilder
-from capsfusion_ray.rows import CaptionPair, Generation, Prompt
+from capsfusion_ray.engines.beam.weights import Weights, take_weights
+from capsfusion_ray.engines.loading import LoadedModel, load_model
+from capsfusion_ray.models import inspect, locate, settle
+from capsfusion_ray.prompt import TEMPLATE
+from capsfusion_ray.rows import Generation, Prompt
 
-SHAPES = {  # hidden, layers, heads, intermediate
-    "llama2-13b-random": (5120, 40, 40, 13824),
-    "llama-256x6-random": (256, 6, 8, 704),
-    "llama-512x8-random": (512, 8, 8, 1408),
+SHAPES = {  # hidden, layers, heads, intermediate, vocabulary (None: the tokenizer's)
+    "llama2-13b-random": (5120, 40, 40, 13824, 32000),
+    "llama-256x6-random": (256, 6, 8, 704, None),
+    "llama-512x8-random": (512, 8, 8, 1408, None),
 }
-# Generated tokens of the published captions under the LLaMA-2 tokenizer (../shared/SPEC.md): mean 36, p50 33, p99 80, cap 80.
+# Generated tokens of the published captions under the LLaMA-2 tokenizer (../shared/SPEC.md): p50 33, p99 80, cap 80.
 LENGTH_P50, LENGTH_SPREAD, LENGTH_CAP = 33, 0.42, 80
-# 790 TFLOP/s and 4.3 TB/s, measured on an H200 with bfloat16 GEMMs and copies.
-H200_FLOPS = 790e12
+
+Captions = dict[str, Any]  # a Generation, or generated ids without the EOS, by the prompt's id
 
 
-def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Any:
-    hidden, layers, heads, intermediate = SHAPES[name]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=heads, intermediate_size=intermediate, max_position_embeddings=4096,
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+@dataclasses.dataclass
+class Bench:
+    """What every way of decoding is given."""
+
+    loaded: LoadedModel
+    engine: EngineConfig
+    prompts: list[Prompt]
+    lengths: dict[str, int]  # the cap of each caption
+    forced: bool  # captions end at exactly that length
+    beams: int
 
 
 class ForcedLengths(BeamEngine):
@@ -71,103 +76,183 @@ class ForcedLengths(BeamEngine):
         return super()._harvest()
 
 
-def read_pairs(path: str, rows: int) -> list[CaptionPair]:
-    """Pairs of a JSON array or of JSON lines, in file order."""
-    text = Path(path).read_text(encoding="utf-8")
-    records = (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line]
-    )
-    keys = ("laion_2b", "laion_coco") if "laion_2b" in records[0] else ("raw", "synthetic")
-    pairs = [
-        CaptionPair(str(i), r[keys[0]], r[keys[1]]) for i, r in enumerate(records) if r.get(keys[0]) and r.get(keys[1])
-    ]
-    if len(pairs) < rows:
-        pairs = [CaptionPair(str(i), pairs[i % len(pairs)].raw, pairs[i % len(pairs)].synthetic) for i in range(rows)]
-    return pairs[:rows]
+def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Any:
+    hidden, layers, heads, intermediate, own_vocabulary = SHAPES[name]
+    config = LlamaConfig(
+        vocab_size=own_vocabulary or vocabulary, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=intermediate,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
-def hf_generate(
-    loaded: LoadedModel, prompts: list[Prompt], lengths: dict[str, int], *, batch: int, pad_to: int | None, beams: int, sort: bool, reuse_prefix: bool, penalty: float
-) -> dict[str, list[int]]:  # fmt: skip
-    """Generated ids of each prompt, without the EOS, from HF's generate in static batches."""
-    model, eos = loaded.model, list(loaded.eos_ids)
-    pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else eos[0]
-    order = sorted(prompts, key=lambda p: len(p.suffix_ids)) if sort else prompts
-    prefix = prompts[0].prefix_ids
-    cache = None
-    if reuse_prefix:
-        cache = model(torch.tensor([prefix], device=loaded.device), use_cache=True).past_key_values
-    written: dict[str, list[int]] = {}
+def prepare(args: argparse.Namespace) -> Bench:
+    engine = EngineConfig(model=args.model, slots=args.slots, dtype=args.dtype)
+    forced = args.model in SHAPES
+    if forced:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or locate(""))
+        torch.manual_seed(0)
+        model = random_model(args.model, len(tokenizer), device, torch.bfloat16 if half else torch.float32)
+        loaded = LoadedModel(model, tokenizer, (model.config.vocab_size - 1,), args.model)
+        template = TEMPLATE
+    else:
+        info = inspect(engine)
+        engine, _ = settle(engine, DecodeConfig(), info)
+        loaded, template = load_model(engine), info.template
+    prompts = build_prompts(loaded, read_pairs(args.pairs, args.rows), template, engine.max_prompt_tokens)
+    rng = random.Random(0)
+    lengths = {
+        p.id: min(LENGTH_CAP, max(6, round(rng.lognormvariate(0, LENGTH_SPREAD) * LENGTH_P50)))
+        if forced
+        else LENGTH_CAP
+        for p in prompts
+    }
+    return Bench(loaded, engine, prompts, lengths, forced, args.beams)
+
+
+def hf_generate(bench: Bench, prompts: list[Prompt], batch: int, tuned: bool) -> Captions:
+    """HF's generate over static batches: as the reference calls it, or tuned."""
+    order = sorted(prompts, key=lambda p: len(p.suffix_ids)) if tuned else prompts
+    cache = prefix_cache(bench.loaded, prompts[0].prefix_ids) if tuned else None
+    written: Captions = {}
     for first in range(0, len(order), batch):
         group = order[first : first + batch]
-        width = max(len(p.suffix_ids) for p in group)
-        if pad_to is not None:
-            width = max(width, pad_to - len(prefix))
-        ids, mask = [], []
-        for p in group:
-            gap = width - len(p.suffix_ids)
-            if cache is None:  # padding on the left of everything
-                ids.append([pad] * gap + list(p.prefix_ids + p.suffix_ids))
-                mask.append([0] * gap + [1] * (len(prefix) + len(p.suffix_ids)))
-            else:  # padding between the cached prefix and the suffix; positions follow the mask
-                ids.append(list(p.prefix_ids) + [pad] * gap + list(p.suffix_ids))
-                mask.append([1] * len(prefix) + [0] * gap + [1] * len(p.suffix_ids))
-        more: dict[str, Any] = {"max_new_tokens": max(lengths[p.id] for p in group)}
-        if lengths[group[0].id] != LENGTH_CAP or loaded.name in SHAPES:
-            more["min_new_tokens"] = more["max_new_tokens"]
-        if cache is not None:
-            copied: DynamicCache = copy.deepcopy(cache)
-            copied.batch_repeat_interleave(len(group) * beams)
-            more["past_key_values"] = copied
-        tokens = torch.tensor(ids, device=loaded.device)
-        out = model.generate(
-            tokens, attention_mask=torch.tensor(mask, device=loaded.device), num_beams=beams, do_sample=False,
-            length_penalty=penalty, pad_token_id=pad, eos_token_id=eos, **more,
-        )[:, tokens.shape[1] :].tolist()  # fmt: skip
-        for p, row in zip(group, out, strict=True):
-            end = next((i for i, token in enumerate(row) if token in eos), len(row))
-            written[p.id] = row[: min(end, lengths[p.id])]
+        out = generate_batch(
+            bench.loaded, group, beams=bench.beams, max_new_tokens=max(bench.lengths[p.id] for p in group),
+            exact_tokens=bench.forced, pad_to=0 if tuned else bench.engine.max_prompt_tokens, prefix_kv=cache,
+        )  # fmt: skip
+        written |= {p.id: ids[: bench.lengths[p.id]] for p, ids in zip(group, out, strict=True)}
     return written
 
 
-def continuous_batching(loaded: LoadedModel, prompts: list[Prompt], lengths: dict[str, int]) -> dict[str, list[int]]:
-    """transformers' own continuous batching. It has no beams: greedy."""
-    config = GenerationConfig(max_new_tokens=LENGTH_CAP, do_sample=False, eos_token_id=list(loaded.eos_ids))
-    config.pad_token_id = loaded.eos_ids[0]
-    outputs = loaded.model.generate_batch(
-        [list(p.prefix_ids + p.suffix_ids) for p in prompts], generation_config=config
+def continuous_batching(bench: Bench, prompts: list[Prompt]) -> Captions:
+    """transformers' own continuous batching. It has no beams, and no length of its own for a request."""
+    config = GenerationConfig(
+        max_new_tokens=LENGTH_CAP, do_sample=False, eos_token_id=list(bench.loaded.eos_ids), pad_token_id=bench.loaded.eos_ids[0]
     )
+    outputs = bench.loaded.model.generate_batch([list(p.prefix_ids + p.suffix_ids) for p in prompts], generation_config=config)
     tokens = [list(output.generated_tokens) for output in outputs.values()]
-    return {p.id: ids[: lengths[p.id]] for p, ids in zip(prompts, tokens, strict=True)}
+    return {p.id: ids[: bench.lengths[p.id]] for p, ids in zip(prompts, tokens, strict=True)}
 
 
-def vllm_greedy(model: str, prompts: list[Prompt], lengths: dict[str, int]) -> dict[str, list[int]]:
+def vllm_greedy(bench: Bench, prompts: list[Prompt]) -> Captions:
     from vllm import LLM, SamplingParams  # only where installed
 
-    engine = LLM(model=model, enable_prefix_caching=True)
+    engine = LLM(model=bench.loaded.name, enable_prefix_caching=True)
     inputs = [{"prompt_token_ids": list(p.prefix_ids + p.suffix_ids)} for p in prompts]
-    params = [SamplingParams(temperature=0.0, max_tokens=lengths[p.id]) for p in prompts]
+    params = [SamplingParams(temperature=0.0, max_tokens=bench.lengths[p.id]) for p in prompts]
     return {p.id: list(o.outputs[0].token_ids) for p, o in zip(prompts, engine.generate(inputs, params), strict=True)}
 
 
-def own_engine(
-    loaded: LoadedModel, prompts: list[Prompt], lengths: dict[str, int], engine: EngineConfig, decode: DecodeConfig
-) -> Callable[[], dict[str, Any]]:
-    """Ready to run: the model is copied and taken over outside the timed part."""
-    kind = ForcedLengths if loaded.name in SHAPES else BeamEngine
-    model = loaded.model if loaded.device.type == "cuda" else copy.deepcopy(loaded.model)
-    built = kind.from_loaded(LoadedModel(model, loaded.tokenizer, loaded.eos_ids, loaded.name), engine, decode)
+def own_engine(bench: Bench, weights: Weights, attention: str, decode: DecodeConfig) -> BeamEngine:
+    kind = ForcedLengths if bench.forced else BeamEngine
+    built = kind.from_loaded(bench.loaded, dataclasses.replace(bench.engine, attention=attention), decode, weights)
     if isinstance(built, ForcedLengths):
-        built.targets = lengths
+        built.targets = bench.lengths
+    return built
 
-    def run() -> dict[str, Any]:
-        built.submit(prompts)
-        finished: dict[str, Any] = {}
-        while built.unfinished:
-            finished |= {g.id: g for g in built.step()}
-        return finished
 
-    return run
+def drain(engine: BeamEngine, prompts: list[Prompt]) -> Captions:
+    engine.submit(prompts)
+    finished: Captions = {}
+    while engine.unfinished:
+        finished |= {g.id: g for g in engine.step()}
+    return finished
+
+
+def gemm_rate(loaded: LoadedModel) -> float:
+    """FLOP/s of the model's own largest product, hidden x intermediate, at 1,024 rows: the best of five."""
+    shape = loaded.model.config
+    left = torch.randn(1024, shape.hidden_size, device=loaded.device).to(loaded.dtype)
+    right = torch.randn(shape.hidden_size, shape.intermediate_size, device=loaded.device).to(loaded.dtype)
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        _wait(loaded)
+        best = min(best, time.perf_counter() - began)
+    return 10 * 2 * 1024 * right.numel() / best
+
+
+class Table:
+    """Runs each way, times it, and keeps what it wrote."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.rows: list[dict[str, Any]] = []
+        self.written: dict[str, Captions] = {}
+        self.gemm = gemm_rate(bench.loaded)
+        embeddings = bench.loaded.model.get_input_embeddings().weight.numel()
+        parameters = sum(p.numel() for p in bench.loaded.model.parameters())
+        self.flops_per_token = 2 * (parameters if bench.loaded.model.config.tie_word_embeddings else parameters - embeddings)
+        self.loaded = bench.loaded
+
+    def time(self, name: str, run: Callable[[], Captions], beams: int) -> None:
+        gc.collect()
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            written = run()
+        _wait(self.loaded)
+        seconds = time.perf_counter() - began
+        tokens = sum(v.output_tokens if isinstance(v, Generation) else len(v) for v in written.values())
+        suffixes = sum(len(p.suffix_ids) for p in self.bench.prompts if p.id in written)
+        row = {
+            "name": name,
+            "captions_per_s": round(len(written) / seconds, 3),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "seconds": round(seconds, 1),
+            "peak_gb": round(_peak_gb(self.loaded), 2),
+            "share_of_limit": round((tokens * beams + suffixes) * self.flops_per_token / self.gemm / seconds, 3),
+        }
+        print(f"{name:<40} {row['captions_per_s']:9.3f} captions/s {seconds:8.1f} s", flush=True)
+        self.rows.append(row)
+        self.written[name] = written
+
+    def compare(self) -> str | None:
+        """Ratios to (a) and to the best of (b), and how many captions are those of (a); the best of (b)."""
+        rate = {row["name"]: row["captions_per_s"] for row in self.rows}
+        reference = next((name for name in rate if name.startswith("a ")), None)
+        best = max((name for name in rate if name.startswith("b ")), key=lambda name: rate[name], default=None)
+        for row in self.rows:
+            if reference:
+                row["ratio_to_a"] = round(row["captions_per_s"] / rate[reference], 2)
+            if best:
+                row["ratio_to_b"] = round(row["captions_per_s"] / rate[best], 2)
+            if reference and not self.bench.forced:
+                theirs, mine = self.written[reference], self.written[row["name"]]
+                same = [self._text(mine[k]) == self._text(theirs[k]) for k in theirs if k in mine]
+                row["same_caption_as_a"] = f"{sum(same)} of {len(same)}"
+        return best
+
+    def _text(self, caption: Any) -> str:
+        return caption.text if isinstance(caption, Generation) else self.loaded.decode(caption)
+
+
+def profile(engine: BeamEngine, prompts: list[Prompt], steps: int, path: Path) -> None:
+    """Where a full batch's time goes: the operations of some steps after the batch is full, by their own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    cuda = torch.cuda.is_available()
+    engine.submit(prompts)
+    for _ in range(steps):
+        engine.step()
+    with watch(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        for _ in range(steps):
+            engine.step()
+    path.write_text(seen.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=30))
 
 
 def main() -> None:
@@ -176,140 +261,60 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="for a random model; default: the embedded model's")
     parser.add_argument("--pairs", default="examples/captions_source.jsonl")
     parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--hf-rows", type=int, default=None, help="only the first so many for (a) and (b), which are slow")
     parser.add_argument("--beams", type=int, default=3)
     parser.add_argument("--slots", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--batches", default="8,16,32,64", help="the sweep of (b)")
     parser.add_argument("--skip", default="", help="letters to leave out, e.g. ce")
+    parser.add_argument("--profile", default="", help="write a profile of (d) to this file")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    loaded, prompts, lengths, engine = prepare(args)
-    seconds: dict[str, float] = {}
-    results: dict[str, dict[str, Any]] = {}
-
-    def timed(name: str, run: Callable[[], dict[str, Any]]) -> None:
-        if loaded.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        with torch.inference_mode():
-            results[name] = run()
-        if loaded.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[name] = time.perf_counter() - began
-        print(
-            f"{name:<28} {len(prompts) / seconds[name]:8.2f} captions/s  {seconds[name]:7.1f} s  {peak_gb(loaded):6.2f} GB",
-            flush=True,
-        )
-
-    common = {"beams": args.beams, "penalty": 1.0}
+    bench = prepare(args)
+    prompts, some, beams = bench.prompts, bench.prompts[: args.hf_rows], bench.beams
+    table = Table(bench)
     if "a" not in args.skip:
-        timed(
-            "a reference settings",
-            lambda: hf_generate(
-                loaded, prompts, lengths, batch=4, pad_to=256, sort=False, reuse_prefix=False, **common
-            ),
-        )
+        table.time("a reference settings", lambda: hf_generate(bench, some, 4, tuned=False), beams)
     if "b" not in args.skip:
         for batch in map(int, args.batches.split(",")):
-            timed(
-                f"b tuned HF, batch {batch}",
-                lambda batch=batch: hf_generate(
-                    loaded, prompts, lengths, batch=batch, pad_to=None, sort=True, reuse_prefix=True, **common
-                ),
-            )
+            table.time(f"b tuned HF, batch {batch}", lambda batch=batch: hf_generate(bench, some, batch, tuned=True), beams)
     if "c" not in args.skip:
-        timed("c continuous batching greedy", lambda: continuous_batching(loaded, prompts, lengths))
-    if "e" not in args.skip and importlib.util.find_spec("vllm") and loaded.name not in SHAPES:
-        timed("e vllm greedy", lambda: vllm_greedy(loaded.name, prompts, lengths))
-    for scoring, beams in (("transformers", args.beams), ("reference", args.beams), ("transformers", 1)):
-        decode = DecodeConfig(num_beams=beams, max_new_tokens=LENGTH_CAP, scoring=scoring)
-        run = own_engine(loaded, prompts, lengths, engine, decode)
-        timed(f"d beam engine, {beams} x {scoring}", run)
-        if loaded.device.type == "cuda":
-            break  # the model is taken over: one engine a process
-    report(args, loaded, prompts, seconds, results)
+        table.time("c continuous batching, greedy", lambda: continuous_batching(bench, prompts), 1)
+    if "e" not in args.skip and importlib.util.find_spec("vllm") and not bench.forced:
+        table.time("e vLLM, greedy", lambda: vllm_greedy(bench, prompts), 1)
+    with torch.inference_mode():
+        weights = take_weights(bench.loaded, bench.engine.max_prompt_tokens + LENGTH_CAP)
+    for attention in ("torch", "triton") if weights.device.type == "cuda" else ("torch",):
+        for scoring, k in (("transformers", beams), ("reference", beams), ("transformers", 1)):
+            decode = DecodeConfig(num_beams=k, max_new_tokens=LENGTH_CAP, scoring=scoring)
+            engine = own_engine(bench, weights, attention, decode)
+            table.time(f"d beam engine, {k} x {scoring}, {attention}", lambda engine=engine: drain(engine, prompts), k)
+            del engine
+    if args.profile:
+        decode = DecodeConfig(num_beams=beams, max_new_tokens=LENGTH_CAP, scoring="transformers")
+        profile(own_engine(bench, weights, "auto", decode), prompts, 8, Path(args.profile))
+    best = table.compare()
+    for row in table.rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    cuda = weights.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    print(json.dumps({
+        "command": " ".join(sys.argv), "device": device, "dtype": str(weights.dtype), "rows": len(prompts), "hf_rows": len(some),
+        "beams": beams, "gemm_tflops": round(table.gemm / 1e12, 3), "best_of_b": best, "results": table.rows,
+    }))  # fmt: skip
 
 
-def prepare(args: argparse.Namespace) -> tuple[LoadedModel, list[Prompt], dict[str, int], EngineConfig]:
-    engine = EngineConfig(model=args.model, slots=args.slots, dtype=args.dtype)
-    if args.model in SHAPES:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        use_bfloat16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or "models/capsfusion-tiny")
-        torch.manual_seed(0)
-        vocabulary = 32000 if "13b" in args.model else len(tokenizer)
-        model = random_model(args.model, vocabulary, device, torch.bfloat16 if use_bfloat16 else torch.float32)
-        loaded = LoadedModel(model, tokenizer, (vocabulary - 1,), args.model)
-    else:
-        loaded = load_model(engine)
-        eos_ids_of(loaded.model, loaded.tokenizer, loaded.name)
-    builder = PromptBuilder(TEMPLATE, lambda texts: loaded.encode(list(texts)), engine.max_prompt_tokens)
-    prompts = [p for p in builder.build(read_pairs(args.pairs, args.rows)) if isinstance(p, Prompt)]
-    rng = random.Random(0)
-    forced = args.model in SHAPES
-    lengths = {
-        p.id: min(LENGTH_CAP, max(6, round(rng.lognormvariate(0, LENGTH_SPREAD) * LENGTH_P50)))
-        if forced
-        else LENGTH_CAP
-        for p in prompts
-    }
-    return loaded, prompts, lengths, engine
+def _wait(loaded: LoadedModel) -> None:
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def peak_gb(loaded: LoadedModel) -> float:
+def _peak_gb(loaded: LoadedModel) -> float:
     if loaded.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def report(
-    args: argparse.Namespace,
-    loaded: LoadedModel,
-    prompts: list[Prompt],
-    seconds: dict[str, float],
-    results: dict[str, dict[str, Any]],
-) -> None:
-    rate = {name: len(prompts) / s for name, s in seconds.items()}
-    tuned = {name: r for name, r in rate.items() if name.startswith("b ")}
-    best = max(tuned, key=lambda name: tuned[name]) if tuned else None
-    reference = "a reference settings" if "a reference settings" in rate else None
-    hf = results.get(reference or "", {})
-    rows = []
-    for name, result in results.items():
-        tokens = sum(v.output_tokens if isinstance(v, Generation) else len(v) for v in result.values())
-        row: dict[str, Any] = {
-            "name": name,
-            "captions_per_s": round(rate[name], 3),
-            "tokens_per_s": round(tokens / seconds[name], 1),
-        }
-        if hf and loaded.name not in SHAPES:
-            texts = {k: v.text if isinstance(v, Generation) else loaded.decode(v) for k, v in result.items()}
-            row["same_caption_as_a"] = round(sum(texts[k] == loaded.decode(hf[k]) for k in hf) / len(hf), 4)
-        if reference:
-            row["ratio_to_a"] = round(rate[name] / rate[reference], 2)
-        if best:
-            row["ratio_to_b"] = round(rate[name] / rate[best], 2)
-        if loaded.device.type == "cuda":
-            parameters = 13.0e9 if "13b" in loaded.name else sum(p.numel() for p in loaded.model.parameters())
-            beams = 1 if "greedy" in name or " 1 x" in name else args.beams
-            row["share_of_gemm_limit"] = round(2 * parameters * tokens * beams / seconds[name] / H200_FLOPS, 3)
-        rows.append(row)
-        print("  ".join(f"{k}={v}" for k, v in row.items()))
-    device = torch.cuda.get_device_name() if loaded.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(
-        json.dumps(
-            {
-                "model": args.model,
-                "device": device,
-                "rows": len(prompts),
-                "beams": args.beams,
-                "best_of_b": best,
-                "results": rows,
-            }
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import aiohttp
 
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig
 from capsfusion_ray.engines import openai
+from capsfusion_ray.engines.base import Load
 from capsfusion_ray.errors import CapsFusionError, ConfigError, CostCapReached, EndpointDown
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
@@ -99,6 +100,10 @@ class ApiEngine:
     @property
     def unfinished(self) -> int:
         return self._unfinished
+
+    @property
+    def load(self) -> Load:
+        return Load(min(self._unfinished, self._api.concurrency), self._api.concurrency)
 
     @property
     def dollars(self) -> float:

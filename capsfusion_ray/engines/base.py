@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
@@ -15,6 +16,15 @@ ENGINES = {
     "echo": "capsfusion_ray.engines.echo:EchoEngine",
     "api": "capsfusion_ray.engines.api:ApiEngine",
 }
+
+
+@dataclass(frozen=True)
+class Load:
+    """How full an engine is, for those who watch it."""
+
+    busy: int  # captions in work
+    room: int  # the most it has in work together
+    kv_share: float = 0.0  # of the KV cache's columns, how many hold a token; 0 where there is no such cache
 
 
 class Engine(Protocol):
@@ -39,6 +49,10 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int:
         """Prompts submitted whose generation has not come back yet."""
+
+    @property
+    def load(self) -> Load:
+        """How full the engine is now; cheap."""
 
 
 def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:

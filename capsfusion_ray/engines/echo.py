@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import Load
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
 
@@ -28,6 +29,10 @@ class EchoEngine:
     @property
     def unfinished(self) -> int:
         return len(self._queue)
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self._queue), len(self._queue))
 
     def step(self) -> list[Generation]:
         prompts, self._queue = self._queue, []

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import Load
 from capsfusion_ray.engines.beam.search import block_repeats
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.errors import ConfigError, EngineError
@@ -51,6 +52,11 @@ class TransformersEngine:
     @property
     def unfinished(self) -> int:
         return len(self._queue) + len(self._failed)
+
+    @property
+    def load(self) -> Load:
+        """Between two batches: the next one."""
+        return Load(min(len(self._queue), self._engine.batch_size), self._engine.batch_size)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 
 import pytest
 import torch
@@ -14,8 +15,12 @@ if not HAS_GPU:
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: the GPU kernel is NOT checked in this run", allow_module_level=True)
 
+from tiny import beam_engine, drain, random_prompts, texts, tiny_llama  # noqa: E402
+
+from capsfusion_ray.config import DecodeConfig  # noqa: E402
 from capsfusion_ray.engines.beam.attention import decode_attention  # noqa: E402
 from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # noqa: E402
+from capsfusion_ray.errors import ConfigError  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
@@ -48,3 +53,23 @@ def test_the_kernel_gives_what_its_plain_torch_twin_gives(heads, group, beams, s
     want = decode_attention(q, prefix_k, prefix_v, keys[:rows], values[:rows], mask)
     got = decode_attention_triton(q, prefix_k, prefix_v, keys, values, visible, start, end)
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_engine_writes_the_same_captions_through_the_kernel(beams):
+    """Whole captions, with refill and rows at mixed depths: what a wrong end column or mask would change."""
+    model = tiny_llama(7, dtype=torch.float32, hidden_size=64).to(DEVICE)
+    prompts = random_prompts(random.Random(beams), 7)
+    decode = DecodeConfig(num_beams=beams, max_new_tokens=10)
+    written = {
+        attention: texts(drain(beam_engine(model, decode, slots=3, attention=attention), prompts))
+        for attention in ("torch", "triton")
+    }
+    assert written["triton"] == written["torch"]
+    assert len(set(written["torch"].values())) > 1
+
+
+def test_heads_the_kernel_cannot_run_are_refused_by_name():
+    model = tiny_llama(1, dtype=torch.float32)  # heads of 8
+    with pytest.raises(ConfigError, match="heads have 8 channels"):
+        beam_engine(model, DecodeConfig(), attention="triton")

@@ -74,11 +74,10 @@ def loaded(model: Any, eos_ids: tuple[int, ...] = (EOS,)) -> LoadedModel:
 
 
 def beam_engine(
-    model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 16, **kwargs: Any
+    model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 16, attention: str = "auto", **kwargs: Any
 ) -> BeamEngine:
-    return BeamEngine.from_loaded(
-        loaded(model, **kwargs), EngineConfig(slots=slots, max_prompt_tokens=max_prompt_tokens), decode
-    )
+    engine = EngineConfig(slots=slots, max_prompt_tokens=max_prompt_tokens, attention=attention)
+    return BeamEngine.from_loaded(loaded(model, **kwargs), engine, decode)
 
 
 def drain(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, Generation]:

@@ -16,9 +16,9 @@ MIN_QUERIES = 16  # tl.dot's smallest side
 
 
 @triton.jit
-def _tile(q, k, v, seen, top, total, acc):  # type: ignore[no-untyped-def]
+def _tile(q, k, v, seen, scale, top, total, acc):  # type: ignore[no-untyped-def]
     """Online softmax: take one tile of columns in. q [M, D], k and v [N, D], seen [M, N]; top, total [M]; acc [M, D]."""
-    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee"), float("-inf"))
+    scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: exp(-inf - 0) = 0, not NaN
     weights = tl.exp(scores - safe_top[:, None])
@@ -44,7 +44,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     at = (row * heads + head).to(tl.int64)
     q_at = (at * GROUP * BEAMS + m[:, None]) * HEAD_SIZE + d[None, :]
     q = tl.load(q_ptr + q_at, mask=real[:, None], other=0.0)
-    q = (q.to(tl.float32) * scale).to(q.dtype)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     acc = tl.zeros((QUERIES, HEAD_SIZE), tl.float32)
@@ -54,7 +53,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         kv_at = (head * prefix_tokens + first + n[:, None]) * HEAD_SIZE + d[None, :]
         k = tl.load(prefix_k_ptr + kv_at, mask=inside[:, None], other=0.0)
         v = tl.load(prefix_v_ptr + kv_at, mask=inside[:, None], other=0.0)
-        top, total, acc = _tile(q, k, v, inside[None, :] & real[:, None], top, total, acc)
+        top, total, acc = _tile(q, k, v, inside[None, :] & real[:, None], scale, top, total, acc)
 
     start, end = tl.load(start_ptr + row), tl.load(end_ptr + row)
     for first in range(start, end, COLUMNS):
@@ -65,7 +64,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         v = tl.load(v_ptr + kv_at, mask=inside[:, None], other=0.0)
         seen_at = (row * BEAMS + beam[:, None]) * columns + column[None, :]
         seen = tl.load(visible_ptr + seen_at, mask=inside[None, :] & real[:, None], other=0) != 0
-        top, total, acc = _tile(q, k, v, seen, top, total, acc)
+        top, total, acc = _tile(q, k, v, seen, scale, top, total, acc)
 
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out_ptr + q_at, out.to(out_ptr.dtype.element_ty), mask=real[:, None])

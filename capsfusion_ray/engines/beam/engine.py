@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import torch
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import Load
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
 from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, plan_slots
-from capsfusion_ray.engines.beam.weights import take_weights
+from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.errors import EngineError
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -39,13 +40,20 @@ class BeamEngine:
         self._start(load_model(engine), engine, decode)
 
     @classmethod
-    def from_loaded(cls, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> BeamEngine:
-        """An engine over a model that is already in memory; it takes the weights over and leaves the model empty."""
+    def from_loaded(
+        cls, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
+    ) -> BeamEngine:
+        """An engine over a model that is already in memory; it takes the weights over and leaves the model empty.
+
+        `weights`: those that `take_weights` took from this model before; engines may share them.
+        """
         built = cls.__new__(cls)
-        built._start(loaded, engine, decode)
+        built._start(loaded, engine, decode, weights)
         return built
 
-    def _start(self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> None:
+    def _start(
+        self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
+    ) -> None:
         self._loaded = loaded
         self._asked_slots = engine.slots
         self._max_prompt_tokens = engine.max_prompt_tokens
@@ -59,7 +67,8 @@ class BeamEngine:
             eos_ids=loaded.eos_ids,
         )
         with torch.inference_mode():
-            self._network = Network(take_weights(loaded, engine.max_prompt_tokens + decode.max_new_tokens))
+            weights = weights or take_weights(loaded, engine.max_prompt_tokens + decode.max_new_tokens)
+        self._network = Network(weights, engine.attention)
         self._device = self._network.weights.device
         self._search = Search(self._plan, self._device)
         self._look_every = LOOK_EVERY[self._device.type]
@@ -76,6 +85,15 @@ class BeamEngine:
     @property
     def unfinished(self) -> int:
         return len(self._queue) + len(self._failed) + sum(prompt is not None for prompt in self._rows)
+
+    @property
+    def load(self) -> Load:
+        if self._prefix is None:  # nothing was submitted yet
+            return Load(0, 0)
+        beams, suffix = self._plan.num_beams, self._cache.suffix_columns
+        busy = [(prompt, steps) for prompt, steps in zip(self._rows, self._steps, strict=True) if prompt is not None]
+        held = sum(len(prompt.suffix_ids) + steps * beams for prompt, steps in busy)
+        return Load(len(busy), self._slots, held / (self._slots * (suffix + self._plan.max_new_tokens * beams)))
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,13 +14,20 @@ from torch import Tensor
 from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.weights import Layer, Weights
+from capsfusion_ray.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Network:
-    """Runs a model's weights. Every method is driven by one thread, under inference mode."""
+    """Runs a model's weights. Every method is driven by one thread, under inference mode.
 
-    def __init__(self, weights: Weights) -> None:
+    `attention` is engine.attention; raises ConfigError where the Triton kernel is asked for and cannot run.
+    """
+
+    def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
+        self._kernel = _triton_kernel(attention, weights)
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
         """Keys and values of a constant prefix, computed once."""
@@ -51,24 +63,42 @@ class Network:
         write_BK = cache.suffix_columns + steps_B[:, None] * k + torch.arange(k, device=w.device)
         row_B1 = torch.arange(b, device=w.device)[:, None]
         cache.visible_BKN[row_B1, torch.arange(k, device=w.device), write_BK] = True
-        visible_BKW = cache.visible_BKN[:b, :, columns]
-        mask_BKW = torch.zeros(visible_BKW.shape, dtype=w.dtype, device=w.device).masked_fill_(
-            ~visible_BKW, float("-inf")
-        )
+        attend = self._attend(cache, prefix, steps_B, columns)
         position_B = len(prefix.ids) + cache.suffix_columns - cache.start_B[:b] + steps_B
         cos, sin = w.cos[position_B][:, None, None], w.sin[position_B][:, None, None]
         x = w.embedding[tokens_BK]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)  # [B, K, H*G, D] and [B, K, H, D]
-            keys, values = cache.keys[i], cache.values[i]
-            keys[row_B1, :, write_BK] = key
-            values[row_B1, :, write_BK] = value
-            q_BHGKD = q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
-            attended = decode_attention(
-                q_BHGKD, prefix.keys[i], prefix.values[i], keys[:b, :, columns], values[:b, :, columns], mask_BKW
-            )
+            cache.keys[i][row_B1, :, write_BK] = key
+            cache.values[i][row_B1, :, write_BK] = value
+            attended = attend(i, q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4))
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
         return F.linear(self._norm(x, w.norm), w.head)
+
+    def _attend(
+        self, cache: Cache, prefix: Prefix, steps_B: Tensor, columns: slice
+    ) -> Callable[[int, Tensor], Tensor]:
+        """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
+        w = self.weights
+        b = steps_B.shape[0]
+        if self._kernel is not None:
+            kernel = self._kernel
+            start_B, end_B = cache.start_B[:b], cache.suffix_columns + (steps_B + 1) * cache.num_beams
+            return lambda i, q: kernel(
+                q, prefix.keys[i], prefix.values[i], cache.keys[i], cache.values[i], cache.visible_BKN, start_B, end_B
+            )
+        visible_BKW = cache.visible_BKN[:b, :, columns]
+        mask_BKW = torch.zeros(visible_BKW.shape, dtype=w.dtype, device=w.device).masked_fill_(
+            ~visible_BKW, float("-inf")
+        )
+        return lambda i, q: decode_attention(
+            q,
+            prefix.keys[i],
+            prefix.values[i],
+            cache.keys[i][:b, :, columns],
+            cache.values[i][:b, :, columns],
+            mask_BKW,
+        )
 
     def _suffixes(
         self, prefix: Prefix, tokens_RS: Tensor, lengths_R: Tensor, kv: list[tuple[Tensor, Tensor]]
@@ -118,3 +148,25 @@ class Network:
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.weights.norm_eps)
         return weight * y.to(x.dtype)
+
+
+def _triton_kernel(asked: str, weights: Weights) -> Callable[..., Tensor] | None:
+    """`attention_triton.decode_attention_triton` where it is asked for, or runs and is not refused; None: plain torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if asked == "torch" or (asked == "auto" and weights.device.type != "cuda"):
+        return None
+    problem = ""
+    if weights.device.type != "cuda" and not interpreted:
+        problem = "there is no GPU in this process"
+    elif find_spec("triton") is None:
+        problem = "triton is not installed"
+    elif weights.head_size < 16 or weights.head_size & (weights.head_size - 1):
+        problem = f"the model's heads have {weights.head_size} channels, not a power of 2 from 16 on"
+    if not problem:
+        from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
+
+        return decode_attention_triton
+    if asked == "triton":
+        raise ConfigError(f"engine.attention='triton': {problem}; use engine.attention=auto or torch")
+    log.warning("%s: the decode attention runs in plain torch, which is slower", problem)
+    return None
