@@ -49,11 +49,11 @@ test-job: setup ## SIGKILL the driver of a real Ray run, twice, and compare with
 
 # What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
 SUDO ?=
-/usr/bin/chromium:
+/usr/bin/chromium /usr/bin/prometheus:
 	$(SUDO) apt-get update -qq
-	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(notdir $@)
 
-test-system: setup /usr/bin/chromium ## the tests that need system packages, which it installs by apt: the report in a browser
+test-system: setup /usr/bin/chromium /usr/bin/prometheus ## the tests that need system packages, which it installs by apt: the report in a browser, the alert rules
 	$(INSTALL) -e '.[dev,system]'
 	$(BIN)/python -m pytest tests/system $(ARGS)
 

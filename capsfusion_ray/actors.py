@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import pyarrow as pa
 
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.engines.base import Engine, build_engine
+from capsfusion_ray.engines.base import Engine, Load, build_engine
 from capsfusion_ray.errors import CapsFusionError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
@@ -80,6 +81,12 @@ class _Company:
                 self._changed.notify_all()
 
 
+class Monitor(Protocol):
+    """Whoever wants to know how the engine fares; called by the engine's thread alone."""
+
+    def stepped(self, seconds: float, load: Load, finished: list[Generation]) -> None: ...
+
+
 class FusionActor:
     """The callable that Ray Data runs: a one-row batch holding a unit -> the same unit with its generations.
 
@@ -87,7 +94,9 @@ class FusionActor:
     of them, so that slots never drain between units.
     """
 
-    def __init__(self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog) -> None:
+    def __init__(
+        self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None
+    ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         if engine.loads_model:
             engine = dataclasses.replace(engine, model=locate(engine.model))
@@ -97,6 +106,7 @@ class FusionActor:
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._device = f"{socket.gethostname()}:{_device_name(engine)}"
         self._attempts = attempts
+        self._monitor = monitor
         self._company = _Company()
         self._step_began: float | None = None
         threading.Thread(target=self._drive, name="engine", daemon=True).start()
@@ -180,6 +190,8 @@ class FusionActor:
                     for request in owner.values():
                         request.stop(error)
                     owner.clear()
+                if self._monitor:
+                    self._monitor.stepped(time.monotonic() - self._step_began, self._engine.load, finished)
                 for generation in finished:
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation

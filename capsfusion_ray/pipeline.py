@@ -23,6 +23,7 @@ from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
 from capsfusion_ray.errors import CapsFusionError
+from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
 from capsfusion_ray.rows import WorkUnit
@@ -89,7 +90,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         )
         .map_batches(
             FusionActor,
-            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run)),
+            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor()),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -158,6 +159,7 @@ class _Read:
         for unit, read in zip(self.units, iter_units(self.shard, ranges, job.read), strict=True):
             filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
+            tell_store_faults()
             yield UnitBatch(unit, admit(read.table, job.gates), Apart(filtered, unreadable)).pack()
 
 
@@ -165,4 +167,5 @@ def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """The last stage: verdicts, the part, one put-if-absent."""
     part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
     commit(job.output, part, summary)
+    tell_store_faults()
     return pa.table({"summary": [json.dumps(asdict(summary))]})

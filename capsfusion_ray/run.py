@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,24 +20,22 @@ from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, assemble, read_groups, read_manifest
 from capsfusion_ray.models import ModelInfo
+from capsfusion_ray.monitor import RunMonitor
 from capsfusion_ray.parts import committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool, run_units
-from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
+from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Plan, make_plan, refuse_lost_input
 from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
-from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.repair import open_repair
 from capsfusion_ray.retry import open_retry, reasons_of
 from capsfusion_ray.revision import Revision, clean, run_revision
 from capsfusion_ray.rewrite import Rewriter, judge_repeats, refuse_unfinished
-from capsfusion_ray.rows import PAIR_FIELDS, RAW, ROW_ID, SYNTHETIC, CaptionPair, WorkUnit
+from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 DEMO_MODEL_ROWS = 100_000
-SAMPLE_ROWS = 400  # of the input, to estimate tokens
-OUTPUT_PER_SUFFIX_TOKEN = 36 / 46  # mean fused tokens over mean caption tokens of a prompt, published examples (SPEC)
 
 
 @dataclass(frozen=True)
@@ -130,62 +128,6 @@ def next_plan(cfg: FuseConfig, found: Survey, device: str, before: Sequence[Plan
             "engine.model=<your model>, or input.limit=…, or engine.allow_demo_model=true"
         )
     return plan
-
-
-# ------------------------------------------------------------------------------------------------------------- the plan
-
-
-def estimate(cfg: FuseConfig) -> dict[str, Any]:
-    """jobs/plan.py: what `fuse` would do and cost, from the listing, the footers and a sample. Writes nothing."""
-    found = survey(cfg)
-    store = Store(cfg.output.path, cfg.output.storage)
-    has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
-    device: Literal["cuda", "cpu"] = "cuda" if has_gpu else "cpu"
-    engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
-    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
-    cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
-    plan = next_plan(cfg, found, device, read_plans(store))
-    prompt_tokens, output_tokens = _sample_tokens(cfg, found)
-    quote = Estimate(
-        rows=plan.rows,
-        units=len(plan.units),
-        actors=cfg.cluster.max_actors or cfg.cluster.min_actors,
-        captions_per_s=speed(cfg, device),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        gpus_per_actor=(1.0 if cfg.cluster.gpus_per_actor is None else cfg.cluster.gpus_per_actor) if has_gpu else 0.0,
-        price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
-        speed_source="unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}",
-        errors={shard.path: shard.error for shard in found.shards if shard.error},
-    )
-    print(quote.text(), file=sys.stderr)
-    return dataclasses.asdict(quote) | {
-        "seconds": round(quote.seconds, 1),
-        "gpu_hours": round(quote.gpu_hours, 3),
-        "price_usd": round(quote.price, 2),
-        "shards": len(found.shards),
-        "unit_rows": plan.unit_rows,
-        "fingerprint": plan.fingerprint,
-    }
-
-
-def _sample_tokens(cfg: FuseConfig, found: Survey) -> tuple[float, float]:
-    """Mean prompt tokens and expected output tokens a row, from rows spread over all shards."""
-    table = sources.sample(found.shards, SAMPLE_ROWS, read_spec(cfg, found.fields))
-    rows = zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)
-    pairs = [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
-    if not pairs:
-        return 0.0, 0.0
-    if not cfg.engine.loads_model:  # no tokenizer here: words
-        words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
-        return words + len(found.model.template.split()), words
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(models.locate(cfg.engine.model), trust_remote_code=cfg.engine.trust_remote_code)
-    builder = PromptBuilder(found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens)
-    prompts = [p for p in builder.build(pairs) if not isinstance(p, Exception)]
-    suffix = sum(len(p.suffix_ids) for p in prompts) / max(len(prompts), 1)
-    return len(builder.prefix_ids) + suffix, min(suffix * OUTPUT_PER_SUFFIX_TOKEN, float(cfg.decode.max_new_tokens))
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
@@ -316,10 +258,13 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
             progress.resumed(summary)
         for unit in in_parts:
             compactor.committed(unit.id)
+        monitor = RunMonitor()
+        monitor.began(run.planned_rows, progress.rows, pool.max_actors)
         if pending:
             log.info("%d of %d units to fuse, %d to %d actors", len(pending), len(run.units), pool.min_actors, pool.max_actors)
             for summary in run_units(job, pool, pending, shards):
                 progress.committed(summary)
+                monitor.committed(summary, progress.rows)
                 compactor.committed(summary.id)
         missing = [unit for unit in pending if unit.id not in compactor.done]
         if missing:

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import FuseConfig, VerifyConfig, describe, unwrap_optional
+from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, describe, unwrap_optional
 from capsfusion_ray.evaluate import EvaluateConfig
 from capsfusion_ray.export import ExportConfig
 from capsfusion_ray.label import LabelConfig
@@ -27,7 +27,8 @@ HEAD = """# Configuration
 the default below; `null` means that the program decides, as the last column says. Made by `python docs/make_configuration.py`.
 """
 JOBS = (
-    ("jobs/fuse.py and jobs/plan.py", FuseConfig),
+    ("jobs/fuse.py", FuseConfig),
+    ("jobs/plan.py", PlanConfig),
     ("jobs/pair.py", PairConfig),
     ("jobs/label.py", LabelConfig),
     ("jobs/verify.py", VerifyConfig),
@@ -75,8 +76,11 @@ def page() -> str:
     parts = [HEAD]
     for job, schema in JOBS:
         parts.append(f"## {job}\n")
-        top = [field for field in dataclasses.fields(schema) if not dataclasses.is_dataclass(typing.get_type_hints(schema)[field.name])]
-        sections = [field for field in dataclasses.fields(schema) if field not in top]
+        own = [field for field in dataclasses.fields(schema) if field.name in schema.__annotations__]
+        if len(own) < len(dataclasses.fields(schema)):
+            parts.append(f"The keys of {next(name for name, base in JOBS if base is schema.__base__)}; new, or with other defaults:\n")
+        top = [field for field in own if not dataclasses.is_dataclass(typing.get_type_hints(schema)[field.name])]
+        sections = [field for field in own if field not in top]
         if top:
             said, hints = comments(schema), typing.get_type_hints(schema)
             lines = [_row(f.name, describe(hints[f.name]), default(f), said.get(f.name, "")) for f in top]

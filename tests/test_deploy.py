@@ -1,10 +1,14 @@
 """What is sent to a cluster: one line, a small upload, the same packages."""
 
+import json
+import re
 import runpy
 import tomllib
 from pathlib import Path
 
 import yaml
+
+from capsfusion_ray import monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,3 +34,17 @@ def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole():
     assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
     assert line[line.index("--") + 1 :] == ["python", "jobs/fuse.py", "'filter={max_punsafe: 0.5}'"]
     assert not any(part.startswith("--entrypoint-num") for part in line), "a head node has no CPU or GPU to give"
+
+
+def test_dashboard_alerts_and_docs_name_the_metrics_that_exist_and_no_others():
+    assert set(re.findall(r"`(ray_capsfusion_\w+)`", (ROOT / "docs/monitoring.md").read_text())) == (
+        {f"ray_{name}_total" for name in monitor.COUNTERS} | {f"ray_{name}" for name in (*monitor.GAUGES, *monitor.HISTOGRAMS)}
+    )
+    served = {f"ray_{name}_total" for name in monitor.COUNTERS} | {f"ray_{name}" for name in monitor.GAUGES}
+    served |= {f"ray_{name}_bucket" for name in monitor.HISTOGRAMS}
+    dashboard = json.loads((ROOT / "deploy/monitoring/grafana-dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    shown = set(re.findall(r"ray_\w+", " ".join(queries)))
+    assert shown == served, "a metric that no panel shows, or a panel without its metric"
+    rules = yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text())["groups"][0]["rules"]
+    assert set(re.findall(r"ray_\w+", " ".join(rule["expr"] for rule in rules))) <= served

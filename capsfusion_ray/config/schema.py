@@ -263,7 +263,7 @@ class GatesConfig:
 
 @dataclass(frozen=True)
 class FuseConfig:
-    """jobs/fuse.py, and jobs/plan.py, which computes the same plan and writes nothing."""
+    """jobs/fuse.py."""
 
     input: InputConfig = field(default_factory=InputConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
@@ -281,6 +281,13 @@ class FuseConfig:
 
     def __post_init__(self) -> None:
         _check(not (self.retry and self.repair), "repair", self.repair, "false beside retry: give one, then the other")
+
+
+@dataclass(frozen=True)
+class PlanConfig(FuseConfig):
+    """jobs/plan.py: the fuse run's own settings; it computes the same plan and writes nothing."""
+
+    calibrate: bool = False  # measure one actor on a few hundred rows of the input, instead of guessing its speed
 
 
 @dataclass(frozen=True)

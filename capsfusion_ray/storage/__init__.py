@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -19,10 +20,10 @@ from typing import TypeVar
 import pyarrow as pa
 
 from capsfusion_ray.errors import StorageError, UsageError
-from capsfusion_ray.storage.base import Backend, StoredFile, StoreRefused, WatchedFile, other_error
+from capsfusion_ray.storage.base import FAULTS, Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
 
-__all__ = ["Store", "StoreRefused", "StoredFile"]
+__all__ = ["Store", "StoreRefused", "StoredFile", "client_faults"]
 
 DELETE_THREADS = (
     16  # single DELETEs: bulk DeleteObjects wants Content-MD5 on older radosgw, which new botocore leaves out
@@ -32,6 +33,11 @@ SECRET_OPTIONS = frozenset(("key", "secret", "token", "password", "account_key",
 
 T = TypeVar("T")
 Files = list[StoredFile]  # inside Store, `list` is the method
+
+
+def client_faults() -> Counter[str]:
+    """Requests that failed in this process since the last call, by cause: an HTTP status, or an exception's name."""
+    return FAULTS.take()
 
 
 class Store:

@@ -5,11 +5,34 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from capsfusion_ray.errors import StorageError, UsageError
+
+
+class ClientFaults:
+    """Requests that a store's client saw fail, by cause, in this process; the client repeats most of them by itself."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._new: Counter[str] = Counter()
+
+    def note(self, cause: str) -> None:
+        with self._lock:
+            self._new[cause] += 1
+
+    def take(self) -> Counter[str]:
+        """Those since the last call."""
+        with self._lock:
+            new, self._new = self._new, Counter()
+        return new
+
+
+FAULTS = ClientFaults()
 
 
 class StoreRefused(UsageError):

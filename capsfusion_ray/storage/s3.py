@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from aiobotocore.session import AioSession
 from s3fs import S3FileSystem
 
-from capsfusion_ray.storage.base import StoredFile, StoreRefused, other_error
+from capsfusion_ray.storage.base import FAULTS, StoredFile, StoreRefused, other_error
 
 S3_CONNECT_TIMEOUT_S = 5  # a healthy store answers in milliseconds; a dead address should cost seconds, not minutes
 S3_READ_TIMEOUT_S = 20  # between two packets, not for a whole object: a stalled connection is dropped and tried again
@@ -29,10 +30,14 @@ class S3Backend:
         if unknown:
             raise StoreRefused(f"{root}: unknown storage option {unknown[0]!r}; s3 takes {', '.join(S3_OPTIONS)}")
         self.bucket, _, self.prefix = root.removeprefix("s3://").partition("/")
-        named = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token", "profile") and v}
+        named = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token") and v}
         self.endpoint = options.get("endpoint_url", "") or "AWS"
+        session = AioSession(profile=options.get("profile") or None)
+        session.register("needs-retry.s3", _note_fault)
         self.fs = S3FileSystem(
             **named,
+            session=session,
+            skip_instance_cache=True,  # its cache would keep every session for good
             anon=options.get("anon", "").lower() in ("true", "1", "yes"),
             client_kwargs={"region_name": options["region"]} if options.get("region") else {},
             config_kwargs={
@@ -166,6 +171,14 @@ class S3Backend:
         if code == "NotImplemented":
             return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
         return other_error(error, f"{action} it at {self.endpoint}", url)
+
+
+def _note_fault(response: Any = None, caught_exception: Exception | None = None, **_: Any) -> None:
+    """botocore asks after every request whether it must be repeated; this listener only counts those that failed."""
+    if caught_exception is not None:
+        FAULTS.note(type(caught_exception).__name__)
+    elif response is not None and (status := response[0].status_code) >= 429:
+        FAULTS.note(str(status))
 
 
 def _s3_code(error: BaseException | None) -> str:

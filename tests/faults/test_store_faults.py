@@ -32,7 +32,7 @@ from capsfusion_ray.planfile import read_plans, write_plan
 from capsfusion_ray.prompt import TEMPLATE
 from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit
 from capsfusion_ray.stages import admit, judge_unit
-from capsfusion_ray.storage import Store, s3
+from capsfusion_ray.storage import Store, client_faults, s3
 from capsfusion_ray.units import Apart, UnitBatch
 from capsfusion_ray.verify import verify
 
@@ -80,6 +80,21 @@ def test_every_primitive_keeps_its_promise(proxy: FaultProxy, store: Store, calm
     assert all(
         proxy.count(operation=name) for name in ("PutObject", "GetObject", "HeadObject", "ListObjects", "DeleteObject")
     )
+
+
+@pytest.mark.parametrize(("kind", "cause"), [("slow_down", "503"), ("reset_before", "")])
+def test_failed_requests_are_counted_by_cause(proxy: FaultProxy, store: Store, kind: str, cause: str) -> None:
+    store.put("first", b"x")
+    client_faults()
+    proxy.inject(Faults(1.0, (kind,), frozenset(("PutObject",)), at_most=2))
+    store.put("a", b"x")
+    counted = client_faults()
+    assert counted.total() == 2
+    assert not cause or counted == {cause: 2}
+    assert store.exists("a")
+    assert not store.exists("missing")
+    assert not store.put_if_absent("a", b"y")
+    assert not client_faults(), "404 and 412 are answers, not faults; and what was told is not told again"
 
 
 def test_a_listing_of_many_pages_is_whole_when_throttled(proxy: FaultProxy, store: Store, calm: Store) -> None:

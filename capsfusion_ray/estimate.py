@@ -1,0 +1,89 @@
+"""jobs/plan.py: what a fuse run would do, take and cost, from the listing, the footers and a sample. Writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any, Literal
+
+from capsfusion_ray import models, sources
+from capsfusion_ray.calibrate import calibrate
+from capsfusion_ray.config import FuseConfig, PlanConfig
+from capsfusion_ray.errors import SourceError
+from capsfusion_ray.plan import Estimate
+from capsfusion_ray.planfile import read_plans
+from capsfusion_ray.prompt import PromptBuilder
+from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair
+from capsfusion_ray.run import Survey, next_plan, read_spec, speed, survey
+from capsfusion_ray.storage import Store
+
+SAMPLE_ROWS = 400  # of the input, to count tokens and to calibrate
+OUTPUT_PER_SUFFIX_TOKEN = 36 / 46  # mean fused tokens over mean caption tokens of a prompt, published examples (SPEC)
+
+
+def estimate(cfg: PlanConfig) -> dict[str, Any]:
+    """The plan that jobs/fuse.py would make now, and its price. Raises what the survey of a fuse run raises."""
+    found = survey(cfg)
+    store = Store(cfg.output.path, cfg.output.storage)
+    has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
+    device: Literal["cuda", "cpu"] = "cuda" if has_gpu else "cpu"
+    engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
+    pairs = sample(cfg, found)
+    if cfg.calibrate:
+        if not pairs:
+            raise SourceError(f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with")
+        measured = calibrate(dataclasses.replace(cfg, engine=engine, decode=decode), found.model.template, pairs)
+        device, has_gpu = measured.device, measured.device == "cuda"
+        captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
+        tokens = measured.prompt_tokens, measured.output_tokens
+    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
+    cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
+    if not cfg.calibrate:
+        captions_per_s = speed(cfg, device)
+        source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
+        tokens = expected_tokens(cfg, found, pairs)
+    plan = next_plan(cfg, found, device, read_plans(store))
+    quote = Estimate(
+        rows=plan.rows,
+        units=len(plan.units),
+        actors=cfg.cluster.max_actors or cfg.cluster.min_actors,
+        captions_per_s=captions_per_s,
+        prompt_tokens=tokens[0],
+        output_tokens=tokens[1],
+        gpus_per_actor=(1.0 if cfg.cluster.gpus_per_actor is None else cfg.cluster.gpus_per_actor) if has_gpu else 0.0,
+        price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
+        speed_source=source,
+        errors={shard.path: shard.error for shard in found.shards if shard.error},
+    )
+    print(quote.text(), file=sys.stderr)
+    return dataclasses.asdict(quote) | {
+        "seconds": round(quote.seconds, 1),
+        "gpu_hours": round(quote.gpu_hours, 3),
+        "price_usd": round(quote.price, 2),
+        "shards": len(found.shards),
+        "unit_rows": plan.unit_rows,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def sample(cfg: FuseConfig, found: Survey) -> list[CaptionPair]:
+    """Rows spread over all shards that have both captions."""
+    table = sources.sample(found.shards, SAMPLE_ROWS, read_spec(cfg, found.fields))
+    rows = zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)
+    return [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
+
+
+def expected_tokens(cfg: FuseConfig, found: Survey, pairs: list[CaptionPair]) -> tuple[float, float]:
+    """Mean prompt tokens and expected output tokens a row, without any engine."""
+    if not pairs:
+        return 0.0, 0.0
+    if not cfg.engine.loads_model:  # no tokenizer here: words
+        words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
+        return words + len(found.model.template.split()), words
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.locate(cfg.engine.model), trust_remote_code=cfg.engine.trust_remote_code)
+    builder = PromptBuilder(found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens)
+    prompts = [p for p in builder.build(pairs) if not isinstance(p, Exception)]
+    suffix = sum(len(p.suffix_ids) for p in prompts) / max(len(prompts), 1)
+    return len(builder.prefix_ids) + suffix, min(suffix * OUTPUT_PER_SUFFIX_TOKEN, float(cfg.decode.max_new_tokens))

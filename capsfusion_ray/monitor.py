@@ -1,0 +1,123 @@
+"""What a run tells Prometheus, through the metrics agent of each Ray node. Counts nothing that the accounting needs.
+
+Ray serves the names below with `ray_` before them. The dashboard and the alert rules in deploy/monitoring use these
+names and no others; a test checks that.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from functools import cache
+from typing import Any
+
+from ray.util import metrics
+
+from capsfusion_ray.engines.base import Load
+from capsfusion_ray.parts import UnitSummary
+from capsfusion_ray.rows import Generation
+from capsfusion_ray.storage import client_faults
+
+COUNTERS = {
+    "capsfusion_rows": ("Rows committed, by what became of them", ("outcome",)),
+    "capsfusion_reasons": ("Rows rejected, kept or filtered, by reason", ("reason",)),
+    "capsfusion_flags": ("Rows of data/ that carry a flag", ("flag",)),
+    "capsfusion_units": ("Units committed", ()),
+    "capsfusion_tokens": ("Tokens of finished captions, by kind: prompt or generated", ("kind",)),
+    "capsfusion_captions": ("Captions that left the engine", ()),
+    "capsfusion_store_faults": ("Requests to the store that failed and were repeated or given up, by cause", ("cause",)),
+}
+GAUGES = {
+    "capsfusion_planned_rows": "Rows of the plan",
+    "capsfusion_committed_rows": "Rows committed, those of earlier processes included",
+    "capsfusion_committed_at": "Unix time of the latest commit",
+    "capsfusion_actors": "Actors that the pool may hold",
+    "capsfusion_busy_slots": "Captions an engine decodes together now",
+    "capsfusion_slots": "Captions an engine can decode together",
+    "capsfusion_kv_share": "Share of an engine's KV cache that holds tokens",
+    "capsfusion_gpu_memory_bytes": "Memory that torch holds on the actor's GPU",
+}
+HISTOGRAMS = {  # seconds
+    "capsfusion_step_seconds": ("One step of an engine", (0.01, 0.03, 0.1, 0.2, 0.4, 1.0, 3.0, 10.0, 60.0)),
+    "capsfusion_unit_seconds": ("A unit in its actor, first prompt to last caption", (1, 10, 30, 60, 120, 300, 600, 1800)),
+}
+GAUGES_EVERY_S = 2.0
+
+
+class EngineMonitor:
+    """What an actor tells of its engine. Made in the driver; its metrics are made where it is used."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+
+    def stepped(self, seconds: float, load: Load, finished: list[Generation]) -> None:
+        _histogram("capsfusion_step_seconds").observe(seconds)
+        if finished:
+            _counter("capsfusion_captions").inc(len(finished))
+            for kind in ("prompt", "output"):
+                tokens = sum(getattr(generation, f"{kind}_tokens") for generation in finished)
+                _add("capsfusion_tokens", tokens, kind="generated" if kind == "output" else kind)
+        now = time.monotonic()
+        if now - self._shown >= GAUGES_EVERY_S:
+            self._shown = now
+            _gauge("capsfusion_busy_slots").set(load.busy)
+            _gauge("capsfusion_slots").set(load.room)
+            _gauge("capsfusion_kv_share").set(load.kv_share)
+            _gauge("capsfusion_gpu_memory_bytes").set(_gpu_bytes())
+
+
+class RunMonitor:
+    """What the driver tells of its commits."""
+
+    def began(self, planned_rows: int, committed_rows: int, actors: int) -> None:
+        _gauge("capsfusion_planned_rows").set(planned_rows)
+        _gauge("capsfusion_committed_rows").set(committed_rows)
+        _gauge("capsfusion_committed_at").set(time.time())
+        _gauge("capsfusion_actors").set(actors)
+
+    def committed(self, unit: UnitSummary, committed_rows: int) -> None:
+        for outcome in ("fused", "kept", "rejected", "removed", "unreadable"):
+            _add("capsfusion_rows", getattr(unit, outcome), outcome=outcome)
+        _add("capsfusion_rows", sum(unit.filtered.values()), outcome="filtered")
+        for reason, rows in (Counter(unit.reasons) + Counter(unit.filtered)).items():
+            _add("capsfusion_reasons", rows, reason=reason)
+        for flag, rows in unit.flags.items():
+            _add("capsfusion_flags", rows, flag=flag)
+        _counter("capsfusion_units").inc(1)
+        _histogram("capsfusion_unit_seconds").observe(unit.engine_s)
+        _gauge("capsfusion_committed_rows").set(committed_rows)
+        _gauge("capsfusion_committed_at").set(time.time())
+
+
+def tell_store_faults() -> None:
+    """Pass on what this process' store clients met since the last call."""
+    for cause, requests in client_faults().items():
+        _add("capsfusion_store_faults", requests, cause=cause)
+
+
+@cache
+def _counter(name: str) -> metrics.Counter:
+    description, tags = COUNTERS[name]
+    return metrics.Counter(name, description=description, tag_keys=tags)
+
+
+@cache
+def _gauge(name: str) -> metrics.Gauge:
+    return metrics.Gauge(name, description=GAUGES[name])
+
+
+@cache
+def _histogram(name: str) -> metrics.Histogram:
+    description, bounds = HISTOGRAMS[name]
+    return metrics.Histogram(name, description=description, boundaries=list(bounds))
+
+
+def _add(name: str, value: int, **tags: str) -> None:
+    if value:  # Ray's counters refuse 0
+        _counter(name).inc(value, tags)
+
+
+def _gpu_bytes() -> int:
+    torch: Any = sys.modules.get("torch")  # an engine without a model never imports it
+    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_available() else 0
