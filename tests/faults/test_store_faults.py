@@ -82,15 +82,16 @@ def test_every_primitive_keeps_its_promise(proxy: FaultProxy, store: Store, calm
     )
 
 
-@pytest.mark.parametrize(("kind", "cause"), [("slow_down", "503"), ("reset_before", "")])
-def test_failed_requests_are_counted_by_cause(proxy: FaultProxy, store: Store, kind: str, cause: str) -> None:
+@pytest.mark.parametrize(("kind", "fewest"), [("slow_down", 2), ("reset_before", 1)])
+def test_failed_requests_are_counted_by_cause(proxy: FaultProxy, store: Store, kind: str, fewest: int) -> None:
+    """A reset of a connection that was used before is repeated by aiohttp itself, once, and nobody else hears of it."""
     store.put("first", b"x")
     client_faults()
     proxy.inject(Faults(1.0, (kind,), frozenset(("PutObject",)), at_most=2))
     store.put("a", b"x")
     counted = client_faults()
-    assert counted.total() == 2
-    assert not cause or counted == {cause: 2}
+    assert fewest <= counted.total() <= 2
+    assert kind != "slow_down" or counted == {"503": 2}
     assert store.exists("a")
     assert not store.exists("missing")
     assert not store.put_if_absent("a", b"y")
