@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.engines.base import Engine, Load, build_engine
+from capsfusion_ray.engines.base import Engine, build_engine
 from capsfusion_ray.errors import CapsFusionError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
@@ -81,10 +81,18 @@ class _Company:
                 self._changed.notify_all()
 
 
+def start_engine(engine: EngineConfig, decode: DecodeConfig, template: str) -> tuple[Engine, PromptBuilder]:
+    """In a worker: the engine, its model found where this process runs, and what makes its prompts."""
+    if engine.loads_model:
+        engine = dataclasses.replace(engine, model=locate(engine.model))
+    built = build_engine(engine, decode)
+    return built, PromptBuilder(template, built.encode, engine.max_prompt_tokens)
+
+
 class Monitor(Protocol):
     """Whoever wants to know how the engine fares; called by the engine's thread alone."""
 
-    def stepped(self, seconds: float, load: Load, finished: list[Generation]) -> None: ...
+    def stepped(self, seconds: float, engine: Engine, finished: list[Generation]) -> None: ...
 
 
 class FusionActor:
@@ -98,10 +106,7 @@ class FusionActor:
         self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None
     ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        if engine.loads_model:
-            engine = dataclasses.replace(engine, model=locate(engine.model))
-        self._engine: Engine = build_engine(engine, decode)
-        self._prompts = PromptBuilder(template, self._engine.encode, engine.max_prompt_tokens)
+        self._engine, self._prompts = start_engine(engine, decode, template)
         self._encode_lock = threading.Lock()  # a fast tokenizer must not be entered by two threads at once
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._device = f"{socket.gethostname()}:{_device_name(engine)}"
@@ -191,7 +196,7 @@ class FusionActor:
                         request.stop(error)
                     owner.clear()
                 if self._monitor:
-                    self._monitor.stepped(time.monotonic() - self._step_began, self._engine.load, finished)
+                    self._monitor.stepped(time.monotonic() - self._step_began, self._engine, finished)
                 for generation in finished:
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation

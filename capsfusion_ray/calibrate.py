@@ -12,11 +12,10 @@ from typing import Literal
 import ray
 
 from capsfusion_ray import cluster
+from capsfusion_ray.actors import start_engine
 from capsfusion_ray.config import DecodeConfig, EngineConfig, FuseConfig
-from capsfusion_ray.engines.base import Engine, build_engine
+from capsfusion_ray.engines.base import Engine
 from capsfusion_ray.errors import EngineError
-from capsfusion_ray.models import locate
-from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import CaptionPair, FinishReason, Prompt
 
 ROOMS = 4  # captions of a calibration, in rooms of the engine: one to fill it, one to empty it, two to be measured
@@ -47,10 +46,7 @@ def calibrate(cfg: FuseConfig, template: str, pairs: Sequence[CaptionPair]) -> M
 
 
 def _measure(engine: EngineConfig, decode: DecodeConfig, template: str, pairs: list[CaptionPair]) -> Measured:
-    if engine.loads_model:
-        engine = dataclasses.replace(engine, model=locate(engine.model))
-    built = build_engine(engine, decode)
-    builder = PromptBuilder(template, built.encode, engine.max_prompt_tokens)
+    built, builder = start_engine(engine, decode, template)
     prompts = [prompt for prompt in builder.build(pairs) if isinstance(prompt, Prompt)]
     return steady(built, prompts, "cuda" if engine.device == "cuda" else "cpu", time.monotonic)
 
@@ -83,8 +79,8 @@ def steady(engine: Engine, prompts: Sequence[Prompt], device: Literal["cuda", "c
             moments.append((clock(), finished))
     if not finished:
         raise EngineError(f"calibrate: none of {failed} prompts became a caption: {error}")
-    (start, before), (end, after) = (moments[0], moments[-1]) if len(moments) > 1 else ((began, 0), (clock(), finished))
-    if after == before:  # nothing finished while it was full: the whole time counts
-        (start, before), (end, after) = (began, 0), (clock(), finished)
+    if not moments or moments[0][1] == moments[-1][1]:  # nothing finished while it was full: the whole time counts
+        moments = [(began, 0), (clock(), finished)]
+    (start, before), (end, after) = moments[0], moments[-1]
     speed = (after - before) / max(end - start, 1e-9)
     return Measured(round(speed, 3), finished, prompt_tokens / finished, output_tokens / finished, device)

@@ -28,21 +28,21 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
     device: Literal["cuda", "cpu"] = "cuda" if has_gpu else "cpu"
     engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
-    pairs = sample(cfg, found)
     if cfg.calibrate:
-        if not pairs:
+        if not (pairs := sample(cfg, found)):
             raise SourceError(f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with")
         measured = calibrate(dataclasses.replace(cfg, engine=engine, decode=decode), found.model.template, pairs)
         device, has_gpu = measured.device, measured.device == "cuda"
-        captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
-        tokens = measured.prompt_tokens, measured.output_tokens
     dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
     cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
-    if not cfg.calibrate:
+    plan = next_plan(cfg, found, device, read_plans(store))
+    if cfg.calibrate:
+        captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
+        tokens = measured.prompt_tokens, measured.output_tokens
+    else:
         captions_per_s = speed(cfg, device)
         source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
-        tokens = expected_tokens(cfg, found, pairs)
-    plan = next_plan(cfg, found, device, read_plans(store))
+        tokens = expected_tokens(cfg, found, sample(cfg, found))
     quote = Estimate(
         rows=plan.rows,
         units=len(plan.units),

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.util import metrics
 
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Engine
 from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.rows import Generation
 from capsfusion_ray.storage import client_faults
@@ -51,16 +51,15 @@ class EngineMonitor:
     def __init__(self) -> None:
         self._shown = 0.0
 
-    def stepped(self, seconds: float, load: Load, finished: list[Generation]) -> None:
+    def stepped(self, seconds: float, engine: Engine, finished: list[Generation]) -> None:
         _histogram("capsfusion_step_seconds").observe(seconds)
         if finished:
             _counter("capsfusion_captions").inc(len(finished))
-            for kind in ("prompt", "output"):
-                tokens = sum(getattr(generation, f"{kind}_tokens") for generation in finished)
-                _add("capsfusion_tokens", tokens, kind="generated" if kind == "output" else kind)
+            _add("capsfusion_tokens", sum(generation.prompt_tokens for generation in finished), kind="prompt")
+            _add("capsfusion_tokens", sum(generation.output_tokens for generation in finished), kind="generated")
         now = time.monotonic()
         if now - self._shown >= GAUGES_EVERY_S:
-            self._shown = now
+            self._shown, load = now, engine.load
             _gauge("capsfusion_busy_slots").set(load.busy)
             _gauge("capsfusion_slots").set(load.room)
             _gauge("capsfusion_kv_share").set(load.kv_share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,12 +33,9 @@ class S3Backend:
         self.bucket, _, self.prefix = root.removeprefix("s3://").partition("/")
         named = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token") and v}
         self.endpoint = options.get("endpoint_url", "") or "AWS"
-        session = AioSession(profile=options.get("profile") or None)
-        session.register("needs-retry.s3", _note_fault)
         self.fs = S3FileSystem(
             **named,
-            session=session,
-            skip_instance_cache=True,  # its cache would keep every session for good
+            session=_session(tuple(sorted(options.items()))),
             anon=options.get("anon", "").lower() in ("true", "1", "yes"),
             client_kwargs={"region_name": options["region"]} if options.get("region") else {},
             config_kwargs={
@@ -171,6 +169,14 @@ class S3Backend:
         if code == "NotImplemented":
             return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
         return other_error(error, f"{action} it at {self.endpoint}", url)
+
+
+@functools.cache
+def _session(options: tuple[tuple[str, str], ...]) -> AioSession:
+    """One for all stores of a process with these options: s3fs then gives them one client, which costs a second of CPU."""
+    session = AioSession(profile=dict(options).get("profile") or None)
+    session.register("needs-retry.s3", _note_fault)
+    return session
 
 
 def _note_fault(response: Any = None, caught_exception: Exception | None = None, **_: Any) -> None:

@@ -236,6 +236,16 @@ def test_secrets_stay_out_of_repr_and_errors(tmp_path: Path) -> None:
     assert "S3CR3T" not in str(caught.value)
 
 
+def test_stores_of_a_process_with_the_same_options_share_one_client() -> None:
+    """Each task of a run unpickles its own Store, and a client costs a second of CPU."""
+    options = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s", "region": "us-east-1"}
+    one, same, other = (
+        Store(f"s3://b/{i}", {**options, **more}).backend.fs for i, more in enumerate(({}, {}, {"key": "another"}))
+    )
+    assert one is same
+    assert one is not other
+
+
 def test_an_unknown_s3_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(StoreRefused, match=r"'endpoint'.*endpoint_url"):
         Store("s3://b/out", {"endpoint": "http://x"}).list()
