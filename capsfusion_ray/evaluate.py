@@ -100,7 +100,7 @@ def read_references(cfg: ReferenceConfig) -> list[tuple[str, str, str]]:
         )
     names = (cfg.raw, cfg.synthetic, cfg.reference)
     if path.suffix == ".parquet":
-        rows = pq.read_table(path).to_pylist()
+        rows = pq.ParquetFile(path).read().to_pylist()
     else:
         rows = json.loads(path.read_text(encoding="utf-8"))
     try:

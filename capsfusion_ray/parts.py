@@ -131,7 +131,7 @@ def committed(store: Store) -> set[str]:
 def read_part(store: Store, unit: WorkUnit) -> tuple[pa.Table, UnitSummary]:
     """Raises AccountingError where the part is not this unit's."""
     data = store.get(part_path(unit.id))
-    table = pq.read_table(io.BytesIO(data))
+    table = pq.ParquetFile(io.BytesIO(data)).read()
     return table, _summary_of(unit, table.schema.metadata)
 
 

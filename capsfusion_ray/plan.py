@@ -100,7 +100,7 @@ class Plan:
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
         """Raises AccountingError for a plan of another version of this program."""
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read()
         header = json.loads((table.schema.metadata or {})[b"capsfusion_plan"])
         if header["version"] != PLAN_VERSION:
             raise AccountingError(

@@ -181,7 +181,7 @@ class Rewriter:
 
     def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
         """(unit id, its rows) of one file, in order, with the partition's column back in place."""
-        table = pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None)
+        table = pq.ParquetFile(io.BytesIO(self.store.get(file.path))).read()
         if self.output.partition_by != "shard":
             table = table.append_column(self.output.partition_by, self._partition_value(file.path, table.num_rows))
         out, at = [], 0

@@ -151,7 +151,7 @@ def _file_problems(store: Store, file: FileEntry, units: dict[str, WorkUnit], de
 
 def _row_problems(file: FileEntry, data: bytes, units: dict[str, WorkUnit]) -> Iterator[str]:
     """Every row lies in its unit's range, in ascending order: with the units' counts and disjoint ranges, once."""
-    ids = pq.read_table(io.BytesIO(data), columns=[ROW_ID], partitioning=None)[ROW_ID].to_pylist()
+    ids = pq.ParquetFile(io.BytesIO(data)).read(columns=[ROW_ID])[ROW_ID].to_pylist()
     at = 0
     for unit_id, rows in file.units:
         unit = units.get(unit_id)
