@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-job test-system train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,15 +37,8 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 	$(BIN)/python jobs/verify.py output.path=$(DEMO_OUT) deep=true
 	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
 
-# What was seen to pass. Written, and to be moved here when it was seen to its end: tests/engines, tests/train,
-# tests/job but for its kill test, which passes and has a target of its own: on a starved machine it takes 20 minutes.
-TESTS := tests/test_layers.py tests/test_docs.py tests/test_skips.py tests/rules tests/world tests/test_deploy.py tests/test_manifests.py tests/after
-
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 $(TESTS) $(ARGS)
-
-test-job: setup ## SIGKILL the driver of a real Ray run, twice, and compare with an undisturbed one: minutes
-	$(BIN)/python -m pytest tests/job/test_fuse_job.py::test_killed_drivers_lose_nothing_and_double_nothing $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system $(ARGS)
 
 # What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
 SUDO ?=

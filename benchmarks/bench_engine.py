@@ -69,8 +69,9 @@ class ForcedLengths(BeamEngine):
     targets: dict[str, int]
 
     def _harvest(self) -> list[Generation]:
+        lengths = self._state.length_B.tolist()
         over = [
-            i for i, prompt in enumerate(self._rows) if prompt is not None and self._steps[i] >= self.targets[prompt.id]
+            i for i, prompt in enumerate(self._rows) if prompt is not None and lengths[i] >= self.targets[prompt.id]
         ]
         self._state.done_B[over] = True
         return super()._harvest()
@@ -118,6 +119,7 @@ def prepare(args: argparse.Namespace) -> Bench:
     return Bench(loaded, engine, prompts, lengths, forced, args.beams)
 
 
+@torch.inference_mode()
 def hf_generate(bench: Bench, prompts: list[Prompt], batch: int, tuned: bool) -> Captions:
     """HF's generate over static batches: as the reference calls it, or tuned."""
     order = sorted(prompts, key=lambda p: len(p.suffix_ids)) if tuned else prompts
@@ -202,8 +204,7 @@ class Table:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        with torch.inference_mode():
-            written = run()
+        written = run()
         _wait(self.loaded)
         seconds = time.perf_counter() - began
         tokens = sum(v.output_tokens if isinstance(v, Generation) else len(v) for v in written.values())

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from tiny import VOCABULARY, beam_engine, drain, hf_texts, random_prompts, texts, tiny_llama
 
 from capsfusion_ray.config import DecodeConfig
+from capsfusion_ray.engines.beam.cache import Cache
+from capsfusion_ray.engines.beam.network import ROWS_TOGETHER
+from capsfusion_ray.engines.beam.slots import LIKE, arrange
 from capsfusion_ray.rows import FinishReason, Prompt
 
 DECODE = DecodeConfig(num_beams=3, max_new_tokens=12)
@@ -23,8 +26,10 @@ def alone():
     return texts(drain(beam_engine(MODEL, DECODE, slots=1), PROMPTS))
 
 
+@pytest.mark.parametrize("together", [1, 2, 16])
 @pytest.mark.parametrize("slots", [2, 5, 20])
-def test_the_slot_count_does_not_change_a_caption(alone, slots):
+def test_the_slot_count_does_not_change_a_caption(alone, slots, together, monkeypatch):
+    monkeypatch.setitem(ROWS_TOGETHER, "cpu", together)
     assert texts(drain(beam_engine(MODEL, DECODE, slots), PROMPTS)) == alone
 
 
@@ -99,6 +104,46 @@ def test_nan_scores_fail_their_row_alone_and_leave_nothing_in_its_slot(beams):
     assert finished == want
 
 
+@given(st.data())
+def test_rows_get_slots_beside_their_like_and_stay_where_they_are_among_them(data):
+    slots, together = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 8))
+    rows = data.draw(st.integers(0, slots))
+    ends = data.draw(st.lists(st.integers(1, 300), min_size=rows, max_size=rows))
+    live = data.draw(st.lists(st.integers(0, 30), max_size=rows, unique=True))
+    found = arrange(ends, live, slots, together)
+    assert len(set(found)) == rows
+    assert set(found) <= set(range(slots))
+    groups = [[ends[row] // LIKE for row in range(rows) if found[row] // together == group] for group in range(slots)]
+    widths = [width for group in groups for width in sorted(group, reverse=True)]
+    assert widths == sorted(widths, reverse=True)
+    assert arrange(ends, found, slots, together) == found  # nothing moves twice
+
+
+@settings(max_examples=30)
+@given(beams=st.integers(1, 4), steps=st.integers(1, 12), suffix=st.integers(1, 5), seed=st.integers(0, 999))
+def test_a_beam_sees_what_its_ancestors_wrote_and_no_column_is_taken_from_a_beam(beams, steps, suffix, seed):
+    rng = random.Random(seed)
+    columns = suffix + beams * steps
+    cache = Cache([], [], torch.zeros(1, beams, columns, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
+    cache.open_rows(torch.tensor([0]), torch.tensor([suffix]))
+    want = [set(range(suffix)) for _ in range(beams)]
+    end = suffix
+    for _ in range(steps):
+        end = min(end + beams, columns)  # what the engine knows without a look
+        written = cache.claim(1, end)[0].tolist()
+        assert len(set(written)) == beams
+        assert not set(written) & set.union(*want)
+        parents = [rng.randrange(beams) for _ in range(beams)]
+        want = [want[parent] | {written[parent]} for parent in parents]
+        cache.reorder(torch.tensor([parents]), torch.tensor([False]), end)
+        seen = [set(row.nonzero()[:, 0].tolist()) for row in cache.visible_BKN[0]]
+        assert seen == want
+        assert cache.ends(1, end).tolist() == [1 + max(set.union(*want))]
+        end = rng.choice([end, cache.ends(1, end).item()])
+    cache.reorder(torch.tensor([parents]), torch.tensor([True]), end)
+    assert not cache.visible_BKN.any()
+
+
 def test_output_tokens_and_finish_say_how_a_caption_ended():
     for generation in drain(beam_engine(MODEL, DECODE, slots=3), PROMPTS).values():
         count = len(generation.text.split())
@@ -119,6 +164,6 @@ def test_output_tokens_and_finish_say_how_a_caption_ended():
 def test_any_small_model_cap_and_penalty_matches_transformers(seed, beams, cap, penalty, slots, eos_weight):
     rng = random.Random(seed)
     model = tiny_llama(seed, eos_weight)
-    prompts = random_prompts(rng, 4, prefix=rng.randint(0, 6))
+    prompts = random_prompts(rng, 4, prefix=rng.choice([0, 3, 16, 20]))
     decode = DecodeConfig(num_beams=beams, max_new_tokens=cap, scoring="transformers", length_penalty=penalty)
     assert texts(drain(beam_engine(model, decode, slots), prompts)) == hf_texts(model, prompts, decode)

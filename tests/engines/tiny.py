@@ -54,7 +54,7 @@ def raise_eos(model: Any, weight: float) -> None:
         head[EOS] += head[torch.randperm(head.shape[0])[:6]].mean(0) * weight
 
 
-def random_prompts(rng: random.Random, n: int, prefix: int = 5, longest: int = 9) -> list[Prompt]:
+def random_prompts(rng: random.Random, n: int, prefix: int = 18, longest: int = 9) -> list[Prompt]:
     constant = tuple(rng.randrange(3, VOCABULARY) for _ in range(prefix))
     return [
         Prompt(
@@ -74,7 +74,7 @@ def loaded(model: Any, eos_ids: tuple[int, ...] = (EOS,)) -> LoadedModel:
 
 
 def beam_engine(
-    model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 16, attention: str = "auto", **kwargs: Any
+    model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 32, attention: str = "auto", **kwargs: Any
 ) -> BeamEngine:
     engine = EngineConfig(slots=slots, max_prompt_tokens=max_prompt_tokens, attention=attention)
     return BeamEngine.from_loaded(loaded(model, **kwargs), engine, decode)

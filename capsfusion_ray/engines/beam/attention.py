@@ -22,6 +22,9 @@ def decode_attention(
     """
     b, h, g, k, d = q_BHGKD.shape
     p, w = prefix_k_HPD.shape[1], k_BHWD.shape[2]
+    if not p:
+        mask = mask_BKW[:, None].repeat(1, 1, g, 1)
+        return F.scaled_dot_product_attention(q_BHGKD.reshape(b, h, g * k, d), k_BHWD, v_BHWD, mask).view(b, h, g, k, d)
     q = q_BHGKD * d**-0.5
     q_prefix = q.transpose(0, 1).reshape(h, b * g * k, d)
     # The score matrix in at least float32, as HF's softmax has it.
@@ -36,17 +39,16 @@ def decode_attention(
 
 
 def prefill_attention(
-    q_BHGSD: Tensor, prefix_k_HPD: Tensor, prefix_v_HPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_BSC: Tensor
+    q_BHGSD: Tensor, prefix_k_HPD: Tensor, prefix_v_HPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_SC: Tensor
 ) -> Tensor:
-    """Attend from left-padded suffixes to the prefix and, causally, to themselves; [B, H, G, S, D].
+    """Attend from suffixes to the prefix and, causally, to themselves; [B, H, G, S, D].
 
-    `mask_BSC` is boolean over [prefix | suffix] columns.
+    `mask_SC` is boolean over [prefix | suffix] columns.
     """
     b, h, g, s, d = q_BHGSD.shape
     keys = torch.cat((prefix_k_HPD.expand(b, -1, -1, -1), k_BHSD), dim=2)
     values = torch.cat((prefix_v_HPD.expand(b, -1, -1, -1), v_BHSD), dim=2)
-    mask = mask_BSC[:, None]
     out = F.scaled_dot_product_attention(
-        q_BHGSD.reshape(b, h * g, s, d), keys, values, attn_mask=mask, enable_gqa=g > 1
+        q_BHGSD.reshape(b, h * g, s, d), keys, values, attn_mask=mask_SC, enable_gqa=g > 1
     )
     return out.view(b, h, g, s, d)

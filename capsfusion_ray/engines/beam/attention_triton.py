@@ -1,4 +1,4 @@
-"""The decode attention as one Triton kernel for the GPU: per-row lengths, masked slots, the prefix tile kept in L2.
+"""The decode attention as one Triton kernel for the GPU: per-row lengths, masked columns, the prefix tile kept in L2.
 
 Its oracle is `attention.decode_attention`. What it saves: plain torch reads every column up to the deepest row's and writes
 the scores to memory; this reads a row's own columns only, once for all its beams, and writes nothing but the result.
@@ -30,7 +30,7 @@ def _tile(q, k, v, seen, scale, top, total, acc):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, prefix_k_ptr, prefix_v_ptr, k_ptr, v_ptr, visible_ptr, start_ptr, end_ptr, out_ptr,
+    q_ptr, prefix_k_ptr, prefix_v_ptr, k_ptr, v_ptr, visible_ptr, end_ptr, out_ptr,
     scale, prefix_tokens, columns, heads,
     GROUP: tl.constexpr, BEAMS: tl.constexpr, HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +55,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         v = tl.load(prefix_v_ptr + kv_at, mask=inside[:, None], other=0.0)
         top, total, acc = _tile(q, k, v, inside[None, :] & real[:, None], scale, top, total, acc)
 
-    start, end = tl.load(start_ptr + row), tl.load(end_ptr + row)
-    for first in range(start, end, COLUMNS):
+    end = tl.load(end_ptr + row)
+    for first in range(0, end, COLUMNS):
         column = first + n
         inside = column < end
         kv_at = (at * columns + column[:, None]) * HEAD_SIZE + d[None, :]
@@ -77,10 +77,9 @@ def decode_attention_triton(
     k_BHND: Tensor,
     v_BHND: Tensor,
     visible_BKN: Tensor,
-    start_B: Tensor,
     end_B: Tensor,
 ) -> Tensor:
-    """Attend from K beams of each row to the shared prefix and columns [start, end) of the row; [B, H, G, K, D].
+    """Attend from K beams of each row to the shared prefix and the row's first columns, up to its end; [B, H, G, K, D].
 
     `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous, whose first B rows are read. D is a power of 2.
     """
@@ -89,7 +88,7 @@ def decode_attention_triton(
     out = torch.empty_like(q)
     queries = max(MIN_QUERIES, triton.next_power_of_2(g * k))
     _decode_kernel[(b, h)](
-        q, prefix_k_HPD, prefix_v_HPD, k_BHND, v_BHND, visible_BKN.view(torch.uint8), start_B, end_B, out,
+        q, prefix_k_HPD, prefix_v_HPD, k_BHND, v_BHND, visible_BKN.view(torch.uint8), end_B, out,
         d**-0.5, prefix_k_HPD.shape[1], k_BHND.shape[2], h,
         GROUP=g, BEAMS=k, HEAD_SIZE=d, QUERIES=queries, COLUMNS=TILE,
     )  # fmt: skip

@@ -1,12 +1,14 @@
-"""Keys and values: one constant prefix, and for each row a suffix and the generated slots. Nothing is ever moved for beams.
+"""Keys and values: one constant prefix, and for each row its suffix and the tokens its beams generated.
 
-A row's columns are [suffix, right-aligned | generated slots of step 0, beam 0..K-1 | step 1, … ]. Column `suffix_columns +
-t*K + k` holds the token that beam k got at step t, written once. Which columns a beam may see is a boolean row of
-`visible_BKN`; a beam reorder gathers that, not keys and values.
+A row's columns begin with its suffix. Each generated token is written once, into the first column that no beam of the row
+sees. Which columns a beam sees is a boolean row of `visible_BKN`; a beam reorder gathers that, not keys and values. Beams
+that are given up leave columns that nobody sees, and these are written again: K beams of t tokens use not K*t columns but
+little more than t, since the beams of a search soon share all but their last few tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +33,12 @@ class Cache:
     keys: list[Tensor]
     values: list[Tensor]
     visible_BKN: Tensor  # bool
-    start_B: Tensor  # int64, the column of a row's first suffix token
-    suffix_columns: int
-    num_beams: int
+    suffix_B: Tensor  # int64, tokens of each row's suffix
 
     @classmethod
     def allocate(cls, rows: int, suffix_columns: int, num_beams: int, steps: int, weights: Weights) -> Cache:
         """Room for `rows` suffixes of up to `suffix_columns` tokens and `steps` generated tokens a beam."""
-        columns = suffix_columns + steps * num_beams
+        columns = suffix_columns + steps * num_beams  # beams that never share a token
         shape = (rows, weights.kv_heads, columns, weights.head_size)
 
         # Zeroed: a masked column takes part in a product with weight 0, and 0 * uninitialised NaN is NaN.
@@ -49,28 +49,53 @@ class Cache:
             keys=layers(),
             values=layers(),
             visible_BKN=torch.zeros(rows, num_beams, columns, dtype=torch.bool, device=weights.device),
-            start_B=torch.zeros(rows, dtype=torch.int64, device=weights.device),
-            suffix_columns=suffix_columns,
-            num_beams=num_beams,
+            suffix_B=torch.zeros(rows, dtype=torch.int64, device=weights.device),
         )
+
+    @property
+    def columns(self) -> int:
+        """Columns of a row."""
+        columns: int = self.visible_BKN.shape[2]
+        return columns
 
     def open_rows(self, rows: Tensor, suffix_lengths: Tensor) -> None:
         """Rows begin: their beams see their own suffix and nothing generated."""
-        start = self.suffix_columns - suffix_lengths
-        columns = torch.arange(self.visible_BKN.shape[2], device=start.device)
-        suffix = (columns >= start[:, None]) & (columns < self.suffix_columns)
-        self.visible_BKN[rows] = suffix[:, None, :].expand(-1, self.num_beams, -1)
-        self.start_B[rows] = start
+        suffix = torch.arange(self.columns, device=rows.device) < suffix_lengths[:, None]
+        self.visible_BKN[rows] = suffix[:, None, :].expand(-1, self.visible_BKN.shape[1], -1)
+        self.suffix_B[rows] = suffix_lengths
 
-    def reorder(self, rows: slice, parent_BK: Tensor) -> None:
-        """Each beam of the rows goes on from its parent: it sees what its parent saw."""
-        visible = self.visible_BKN[rows]
-        visible.copy_(visible.gather(1, parent_BK[:, :, None].expand_as(visible)))
+    def claim(self, rows: int, width: int) -> Tensor:
+        """A free column for the next token of each beam of rows 0..B-1, which that beam sees from now on; int64 [B, K].
 
-    def move_row(self, source: int, target: int) -> None:
-        """Copy a row, so that live rows stay next to each other when a batch shrinks."""
-        for tensor in (*self.keys, *self.values, self.visible_BKN, self.start_B):
-            tensor[target] = tensor[source]
+        Looks at the first `width` columns, of which K must be free.
+        """
+        visible_BKW = self.visible_BKN[:rows, :, :width]
+        beam_K = torch.arange(visible_BKW.shape[1], device=visible_BKW.device)
+        free_BW = (~visible_BKW.any(dim=1)).cumsum(dim=1, dtype=torch.int32)  # free columns up to here
+        column_BK = (free_BW[:, None] <= beam_K[:, None]).sum(dim=2)
+        visible_BKW.scatter_(2, column_BK[:, :, None], True)
+        return column_BK
+
+    def reorder(self, parent_BK: Tensor, done_B: Tensor, width: int) -> None:
+        """Each beam of rows 0..B-1 goes on from its parent: it sees what its parent saw; of a row that is done, nothing."""
+        visible_BKW = self.visible_BKN[: parent_BK.shape[0], :, :width]
+        seen_BKW = visible_BKW.gather(1, parent_BK[:, :, None].expand_as(visible_BKW))
+        torch.logical_and(seen_BKW, ~done_B[:, None, None], out=visible_BKW)
+
+    def ends(self, rows: int, width: int) -> Tensor:
+        """One past the last column that rows 0..B-1 see; int64 [B]."""
+        column_W = torch.arange(1, width + 1, device=self.visible_BKN.device)
+        return (self.visible_BKN[:rows, :, :width].any(dim=1) * column_W).amax(dim=1)
+
+    def move(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Copy rows onto others, all at once: (source, target, columns in use)."""
+        for tensor in (*self.keys, *self.values):
+            taken = [tensor[source, :, :end].clone() for source, _, end in moves]
+            for (_, target, end), row in zip(moves, taken, strict=True):
+                tensor[target, :, :end] = row
+        sources, targets = ([move[i] for move in moves] for i in (0, 1))
+        for tensor in (self.visible_BKN, self.suffix_B):
+            tensor[targets] = tensor[sources]
 
     def forget(self, row: int) -> None:
         """Clear a failed row: a NaN left in a masked column would reach the row's next caption."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,7 @@ from capsfusion_ray.engines.base import Load
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
-from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, plan_slots
+from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, arrange, plan_slots
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.errors import EngineError
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Steps between two looks at the stop flags. A look waits for the device; a finished row idles 1.5 steps of about 41.
 LOOK_EVERY = {"cpu": 1, "cuda": 4}
+SHARED_PREFIX = 16  # tokens; a shorter prefix is cheaper read with each suffix than kept apart
 REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill of several suffixes, not several of one
 
 
@@ -75,7 +77,7 @@ class BeamEngine:
         self._shrinks = self._network.weights.dtype != torch.bfloat16
         self._queue: deque[Prompt] = deque()
         self._rows: list[Prompt | None] = []  # the prompt in each slot of the batch; None: an idle slot
-        self._steps: list[int] = []  # generated tokens of each slot, an upper bound once it is done
+        self._ends: list[int] = []  # columns of the cache that each slot uses, an upper bound
         self._failed: list[Generation] = []  # prompts refused at submit
         self._prefix: Prefix | None = None
 
@@ -90,10 +92,8 @@ class BeamEngine:
     def load(self) -> Load:
         if self._prefix is None:  # nothing was submitted yet
             return Load(0, 0)
-        beams, suffix = self._plan.num_beams, self._cache.suffix_columns
-        busy = [(prompt, steps) for prompt, steps in zip(self._rows, self._steps, strict=True) if prompt is not None]
-        held = sum(len(prompt.suffix_ids) + steps * beams for prompt, steps in busy)
-        return Load(len(busy), self._slots, held / (self._slots * (suffix + self._plan.max_new_tokens * beams)))
+        busy = sum(prompt is not None for prompt in self._rows)
+        return Load(busy, self._slots, sum(self._ends) / (self._slots * self._cache.columns))
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -104,6 +104,8 @@ class BeamEngine:
                 self._failed.append(
                     _failure(prompt, f"{tokens} prompt tokens; engine.max_prompt_tokens={self._max_prompt_tokens}")
                 )
+            elif len(prompt.prefix_ids) < SHARED_PREFIX:
+                self._queue.append(replace(prompt, prefix_ids=(), suffix_ids=prompt.prefix_ids + prompt.suffix_ids))
             else:
                 self._queue.append(prompt)
 
@@ -155,8 +157,8 @@ class BeamEngine:
                 rows = torch.arange(max(1, min(slots, PREFILL_TOKENS["cuda"] // suffix_columns)), device=self._device)
                 tokens_RS = torch.zeros(len(rows), suffix_columns, dtype=torch.int64, device=self._device)
                 self._network.prefill(cache, prefix, rows, tokens_RS, torch.full_like(rows, suffix_columns))
-                everything = slice(0, cache.visible_BKN.shape[2])
-                logits = self._network.decode(cache, prefix, state.tokens_BKT[:, :, 0], state.length_B, everything)
+                ends = [cache.columns] * slots
+                logits = self._network.decode(cache, prefix, state.tokens_BKT[:, :, 0], state.length_B, ends)
                 self._search.advance(state, logits)
                 state = BeamState.empty(slots, plan, self._device)
         except torch.OutOfMemoryError as error:
@@ -172,26 +174,15 @@ class BeamEngine:
         if self._prefix is None or self._prefix.ids != ids:
             if any(prompt is not None for prompt in self._rows):
                 return  # the rows in work read the old prefix: they finish first
-            self._rows, self._steps = [], []
+            self._rows, self._ends = [], []
             self._use_prefix(ids)
-        idle = [i for i, prompt in enumerate(self._rows) if prompt is None]
-        free = idle + list(range(len(self._rows), self._slots))
-        wanted = min(len(self._queue), max(1, self._slots // REFILL_SHARE))
-        if len(free) < wanted:
+        free = self._slots - sum(prompt is not None for prompt in self._rows)
+        if free < min(len(self._queue), max(1, self._slots // REFILL_SHARE)):
             return
-        admitted: list[tuple[int, Prompt]] = []
-        while free and self._queue and (self._queue[0].prefix_ids is ids or self._queue[0].prefix_ids == ids):
-            slot, prompt = free.pop(0), self._queue.popleft()
-            admitted.append((slot, prompt))
-            if slot == len(self._rows):
-                self._rows.append(prompt)
-                self._steps.append(1)
-            else:
-                self._rows[slot], self._steps[slot] = prompt, 1
-        if not self._shrinks and len(self._rows) < self._slots:  # the batch has its full size from the first step on
-            missing = self._slots - len(self._rows)
-            self._rows += [None] * missing
-            self._steps += [1] * missing
+        fresh: list[Prompt] = []
+        while len(fresh) < free and self._queue and self._queue[0].prefix_ids == ids:
+            fresh.append(self._queue.popleft())
+        admitted = self._arrange(fresh)
         admitted.sort(key=lambda pair: len(pair[1].suffix_ids))  # chunks of like lengths waste less padding
         budget = PREFILL_TOKENS[self._device.type]
         chunk: list[tuple[int, Prompt]] = []
@@ -202,11 +193,32 @@ class BeamEngine:
             chunk.append(pair)
         self._prefill(chunk)
 
+    def _arrange(self, fresh: Sequence[Prompt]) -> list[tuple[int, Prompt]]:
+        """Give every live and fresh prompt its slot, and return those of the fresh ones.
+
+        Slots are arranged so that rows of one attention product use about as many columns. A batch that may shrink holds
+        no idle slot.
+        """
+        live = [slot for slot, prompt in enumerate(self._rows) if prompt is not None]
+        ends = [self._ends[slot] for slot in live] + [len(prompt.suffix_ids) for prompt in fresh]
+        slots = arrange(ends, live, len(ends) if self._shrinks else self._slots, self._network.rows_together)
+        moves = [(a, b, end) for a, b, end in zip(live, slots, ends, strict=False) if a != b]
+        if moves:
+            self._cache.move(moves)
+            sources, targets, _ = torch.tensor(moves, device=self._device).unbind(1)
+            self._state.put(targets, self._state.rows(sources))
+        prompts = [self._rows[slot] for slot in live] + list(fresh)
+        size = len(ends) if self._shrinks else self._slots
+        self._rows, self._ends = [None] * size, [0] * size
+        for slot, prompt, end in zip(slots, prompts, ends, strict=True):
+            self._rows[slot], self._ends[slot] = prompt, end
+        return list(zip(slots[len(live) :], fresh, strict=True))
+
     def _prefill(self, admitted: list[tuple[int, Prompt]]) -> None:
         """Suffixes of new rows into the cache, and the first token of each of their beams."""
         assert self._prefix is not None
         longest = max(len(prompt.suffix_ids) for _, prompt in admitted)
-        padded = [[0] * (longest - len(prompt.suffix_ids)) + list(prompt.suffix_ids) for _, prompt in admitted]
+        padded = [list(prompt.suffix_ids) + [0] * (longest - len(prompt.suffix_ids)) for _, prompt in admitted]
         rows = torch.tensor([slot for slot, _ in admitted], device=self._device)
         lengths_R = torch.tensor([len(prompt.suffix_ids) for _, prompt in admitted], device=self._device)
         tokens_RS = torch.tensor(padded, device=self._device)
@@ -219,24 +231,19 @@ class BeamEngine:
         """One token for every row of the batch."""
         assert self._prefix is not None
         batch = len(self._rows)
-        cap = self._plan.max_new_tokens
         state = self._state.rows(slice(0, batch))
         fed_B = (state.length_B - 1).clamp(min=0)
         tokens_BK = state.tokens_BKT.gather(2, fed_B[:, None, None].expand(-1, self._plan.num_beams, 1))[:, :, 0]
-        deepest = min(max(self._steps), cap)
-        suffix = max((len(prompt.suffix_ids) for prompt in self._rows if prompt is not None), default=1)
-        columns = slice(
-            self._cache.suffix_columns - suffix, self._cache.suffix_columns + deepest * self._plan.num_beams
-        )
-        logits_BKV = self._network.decode(self._cache, self._prefix, tokens_BK, fed_B, columns)
+        self._ends = [min(end + self._plan.num_beams, self._cache.columns) for end in self._ends]
+        logits_BKV = self._network.decode(self._cache, self._prefix, tokens_BK, fed_B, self._ends)
         parent_BK = self._search.advance(state, logits_BKV)
-        self._cache.reorder(slice(0, batch), parent_BK)
-        self._steps = [n + (prompt is not None) for n, prompt in zip(self._steps, self._rows, strict=True)]
+        self._cache.reorder(parent_BK, state.done_B, max(self._ends))
 
     def _harvest(self) -> list[Generation]:
         """Finished rows become generations; their slots become free."""
         batch = len(self._rows)
         state = self._state.rows(slice(0, batch))
+        self._ends = self._cache.ends(batch, max(self._ends)).tolist()
         done = [i for i, flag in enumerate(state.done_B.tolist()) if flag and self._rows[i] is not None]
         if not done:
             return []
@@ -254,28 +261,13 @@ class BeamEngine:
                 strict=True,
             )
         ]
-        state.length_B[index] = 1  # an idle row goes on writing its first column only
         for slot, generation in zip(done, finished, strict=True):
-            self._rows[slot], self._steps[slot] = None, 1
+            self._rows[slot] = None
             if generation.finish is FinishReason.ERROR:
                 self._cache.forget(slot)
         if self._shrinks and len(self._queue) == 0:
-            self._compact()
+            self._arrange([])
         return finished
-
-    def _compact(self) -> None:
-        """Move the last rows into idle slots, so that the batch holds live rows only."""
-        for slot in range(len(self._rows)):
-            while self._rows and self._rows[-1] is None:
-                self._rows.pop()
-                self._steps.pop()
-            if slot >= len(self._rows):
-                break
-            if self._rows[slot] is None:
-                last = len(self._rows) - 1
-                self._cache.move_row(last, slot)
-                self._state.put(slice(slot, slot + 1), self._state.rows(slice(last, last + 1)))
-                self._rows[slot], self._steps[slot] = self._rows.pop(), self._steps.pop()
 
     def _generation(
         self, prompt: Prompt | None, tokens: list[int], length: int, eos: bool, score: float, failed: bool

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -18,6 +19,8 @@ from capsfusion_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+ROWS_TOGETHER = {"cpu": 16, "cuda": 64}  # of one product of the plain attention; more cost width, fewer cost launches
+
 
 class Network:
     """Runs a model's weights. Every method is driven by one thread, under inference mode.
@@ -28,6 +31,8 @@ class Network:
     def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
         self._kernel = _triton_kernel(attention, weights)
+        # The kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
+        self.rows_together = sys.maxsize if self._kernel else ROWS_TOGETHER[weights.device.type]
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
         """Keys and values of a constant prefix, computed once."""
@@ -42,29 +47,30 @@ class Network:
         return Prefix(ids, [k[0].contiguous() for k, _ in kv], [v[0].contiguous() for _, v in kv])
 
     def prefill(self, cache: Cache, prefix: Prefix, rows: Tensor, tokens_RS: Tensor, lengths_R: Tensor) -> Tensor:
-        """Write left-padded suffixes into the rows of the cache; the logits of their next token, [R, V]."""
+        """Write right-padded suffixes into the rows of the cache; the logits of their next token, [R, V]."""
         kv: list[tuple[Tensor, Tensor]] = []
         hidden_RE = self._suffixes(prefix, tokens_RS, lengths_R, kv)
         cache.open_rows(rows, lengths_R)
-        first = cache.suffix_columns - tokens_RS.shape[1]
+        longest = tokens_RS.shape[1]
         for keys, values, (k, v) in zip(cache.keys, cache.values, kv, strict=True):
-            keys[rows, :, first : cache.suffix_columns] = k
-            values[rows, :, first : cache.suffix_columns] = v
+            keys[rows, :, :longest] = k
+            values[rows, :, :longest] = v
         return F.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
 
-    def decode(self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, columns: slice) -> Tensor:
+    def decode(
+        self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]
+    ) -> Tensor:
         """One step of rows 0..B-1: feed each beam its last token; the logits of the next one, [B, K, V].
 
-        `steps_B` is the index of the token fed among the generated ones; `columns` the part of the cache that any of
-        these rows uses, the columns written now included.
+        `steps_B` is the index of the token fed among the generated ones; `ends` the columns that each of these rows
+        uses, at most, those written now included.
         """
         w = self.weights
         b, k = tokens_BK.shape
-        write_BK = cache.suffix_columns + steps_B[:, None] * k + torch.arange(k, device=w.device)
+        write_BK = cache.claim(b, max(ends))
         row_B1 = torch.arange(b, device=w.device)[:, None]
-        cache.visible_BKN[row_B1, torch.arange(k, device=w.device), write_BK] = True
-        attend = self._attend(cache, prefix, steps_B, columns)
-        position_B = len(prefix.ids) + cache.suffix_columns - cache.start_B[:b] + steps_B
+        attend = self._attend(cache, prefix, ends)
+        position_B = len(prefix.ids) + cache.suffix_B[:b] + steps_B
         cos, sin = w.cos[position_B][:, None, None], w.sin[position_B][:, None, None]
         x = w.embedding[tokens_BK]
         for i, layer in enumerate(w.layers):
@@ -75,55 +81,52 @@ class Network:
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
         return F.linear(self._norm(x, w.norm), w.head)
 
-    def _attend(
-        self, cache: Cache, prefix: Prefix, steps_B: Tensor, columns: slice
-    ) -> Callable[[int, Tensor], Tensor]:
+    def _attend(self, cache: Cache, prefix: Prefix, ends: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
-        w = self.weights
-        b = steps_B.shape[0]
         if self._kernel is not None:
-            kernel = self._kernel
-            start_B, end_B = cache.start_B[:b], cache.suffix_columns + (steps_B + 1) * cache.num_beams
+            kernel, end_B = self._kernel, cache.ends(len(ends), max(ends))
             return lambda i, q: kernel(
-                q, prefix.keys[i], prefix.values[i], cache.keys[i], cache.values[i], cache.visible_BKN, start_B, end_B
+                q, prefix.keys[i], prefix.values[i], cache.keys[i], cache.values[i], cache.visible_BKN, end_B
             )
-        visible_BKW = cache.visible_BKN[:b, :, columns]
-        mask_BKW = torch.zeros(visible_BKW.shape, dtype=w.dtype, device=w.device).masked_fill_(
-            ~visible_BKW, float("-inf")
-        )
-        return lambda i, q: decode_attention(
-            q,
-            prefix.keys[i],
-            prefix.values[i],
-            cache.keys[i][:b, :, columns],
-            cache.values[i][:b, :, columns],
-            mask_BKW,
-        )
+        parts: list[tuple[slice, int, Tensor]] = []  # rows, columns, what is added to their scores
+        for first in range(0, len(ends), self.rows_together):
+            rows = slice(first, min(first + self.rows_together, len(ends)))
+            width = max(ends[rows])
+            visible = cache.visible_BKN[rows, :, :width]
+            mask = torch.zeros(visible.shape, dtype=self.weights.dtype, device=visible.device)
+            parts.append((rows, width, mask.masked_fill_(~visible, float("-inf"))))
+
+        def attend(i: int, q: Tensor) -> Tensor:
+            k, v = cache.keys[i], cache.values[i]
+            return torch.cat(
+                [
+                    decode_attention(
+                        q[rows], prefix.keys[i], prefix.values[i], k[rows, :, :width], v[rows, :, :width], mask
+                    )
+                    for rows, width, mask in parts
+                ]
+            )
+
+        return attend
 
     def _suffixes(
         self, prefix: Prefix, tokens_RS: Tensor, lengths_R: Tensor, kv: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """Left-padded suffixes through all layers; their keys and values go to `kv`; the last token's hidden state, [R, E]."""
+        """Right-padded suffixes through all layers; their keys and values go to `kv`; the last token's hidden state, [R, E]."""
         w = self.weights
         r, s = tokens_RS.shape
         p = len(prefix.ids)
-        column_S = torch.arange(s, device=w.device)
-        pad_R1 = s - lengths_R[:, None]
-        position_RS = (p + column_S - pad_R1).clamp(min=0)
-        causal_RSS = (column_S[None, :, None] >= column_S) & (column_S >= pad_R1)[:, None]
-        # A padding token sees itself, so that its softmax is not empty.
-        causal_RSS |= torch.eye(s, dtype=torch.bool, device=w.device)
-        mask_RSC = torch.cat((torch.ones(r, s, p, dtype=torch.bool, device=w.device), causal_RSS), dim=2)
-        cos, sin = w.cos[position_RS][:, :, None], w.sin[position_RS][:, :, None]
+        mask_SC = torch.ones(s, p + s, dtype=torch.bool, device=w.device).tril(p)  # padding comes last: nobody sees it
+        cos, sin = w.cos[p : p + s, None], w.sin[p : p + s, None]
         x = w.embedding[tokens_RS]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)
             key, value = key.transpose(1, 2), value.transpose(1, 2)
             kv.append((key, value))
             q_RHGSD = q.view(r, s, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
-            attended = prefill_attention(q_RHGSD, prefix.keys[i], prefix.values[i], key, value, mask_RSC)
+            attended = prefill_attention(q_RHGSD, prefix.keys[i], prefix.values[i], key, value, mask_SC)
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1))
-        return x[:, -1]
+        return x[torch.arange(r, device=w.device), lengths_R - 1]
 
     def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]."""

@@ -1,7 +1,8 @@
-"""How many captions are decoded together: from the config, or from free memory. Pure arithmetic over a model's sizes."""
+"""How many captions are decoded together, and which of them side by side. Pure arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from capsfusion_ray.engines.beam.search import SearchPlan
 from capsfusion_ray.engines.beam.weights import Weights
 
 # Measured on 2 cores, float32, LLaMA 256x6 and 512x8, 3 beams: see benchmarks/.
-CPU_SLOTS = 32
+CPU_SLOTS = 64
 # 1,200 beams: past the ridge of an H200 (about 190 sequences) by far; more only adds latency and KV reads.
 GPU_BEAMS = 1200
 FREE_SHARE = 0.85  # of the memory that is free once the weights are there; the rest is for the allocator's fragments
@@ -54,3 +55,27 @@ def plan_slots(
     return SlotPlan(
         max(1, min(fit, most)), f"{free / 1e9:.1f} GB free, {per_row / 1e6:.0f} MB a caption, at most {most}"
     )
+
+
+LIKE = 16  # ends that differ by less are alike: a row is not moved for them
+
+
+def arrange(ends: Sequence[int], live: Sequence[int], slots: int, together: int) -> list[int]:
+    """A slot below `slots` for each row, so that rows side by side, `together` at a time, have like ends.
+
+    `ends` are the columns of all rows: first of those that live in the slots `live`, then of fresh ones. A live row
+    stays where it is if its slot lies among its like.
+    """
+    order = sorted(range(len(ends)), key=lambda row: -(ends[row] // LIKE))
+    found = [-1] * len(ends)
+    for first in range(0, len(ends), together):
+        rows = order[first : first + together]
+        room = range(first, min(first + together, slots))
+        stay = {live[row]: row for row in rows if row < len(live) and live[row] in room}
+        for slot, row in stay.items():
+            found[row] = slot
+        free = (slot for slot in room if slot not in stay)
+        for row in rows:
+            if found[row] < 0:
+                found[row] = next(free)
+    return found
