@@ -28,6 +28,11 @@ MAY_SKIP = (
 unexpected: list[str] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=2, help="of the driver, in tests/job -k killed")
+    parser.addoption("--kill-engine", choices=("echo", "beam"), default="echo", help="what fuses there")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     _note(report)
 

@@ -1,14 +1,11 @@
 """The demo's captions as the embedded model is asked: token ids, for programs that know nothing of this package.
 
-    python tests/support/demo_prompts.py [triples.json N] > prompts.json
-
-With a file of published triples: N of these, evenly spread, instead of the demo's.
+    python tests/support/demo_prompts.py > prompts.json
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +29,6 @@ def demo_pairs() -> list[CaptionPair]:
     return [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
 
 
-def published_pairs(path: Path, count: int) -> list[CaptionPair]:
-    triples = json.loads(path.read_text())
-    return [CaptionPair(str(at), triples[at]["laion_2b"], triples[at]["laion_coco"]) for at in range(0, len(triples), len(triples) // count)]
-
-
 def embedded() -> tuple[LoadedModel, EngineConfig]:
     """The embedded model on the CPU in float32, and how it is asked."""
     engine = EngineConfig(device="cpu", dtype="float32")
@@ -51,5 +43,4 @@ def prompts_of(pairs: Sequence[CaptionPair], model: LoadedModel, engine: EngineC
 
 
 if __name__ == "__main__":
-    pairs = published_pairs(Path(sys.argv[1]), int(sys.argv[2])) if len(sys.argv) == 3 else demo_pairs()
-    print(json.dumps([list(prompt.prefix_ids + prompt.suffix_ids) for prompt in prompts_of(pairs, *embedded())]))
+    print(json.dumps([list(prompt.prefix_ids + prompt.suffix_ids) for prompt in prompts_of(demo_pairs(), *embedded())]))

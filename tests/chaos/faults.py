@@ -1,0 +1,275 @@
+"""What chaos does, and when. A moment is the n-th request of its kind to the store, held in the proxy while a fault strikes.
+
+So a kill lies exactly before or after a commit, a file of a compaction, the manifest, whatever the machine's speed, and
+a seed strikes at the same requests again. Knows processes and requests; not what must come of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import psutil
+from world import Job, Nodes
+
+from capsfusion_ray.attempts import SHARED_DEATHS
+
+ABSENT_S = 3.0  # so long a lost node is missed
+STALL_S = 6.0  # engine.stall_s of every run: many times a step of the embedded model, on a busy machine too
+
+
+@dataclass(frozen=True)
+class Moment:
+    """`up_to`: the n-th such request is drawn from 1 to this, about as many as a run makes."""
+
+    name: str
+    operation: str
+    path: str  # below the output; a regular expression
+    up_to: int = 1
+
+
+PLAN = Moment("plan", "PutObject", "_run/plan-")
+BEGIN = Moment("begin of a unit", "PutObject", "_run/attempts/", 12)
+COMMIT = Moment("commit", "PutObject", "_units/", 20)
+FILE = Moment("file of a compaction", "PutObject", "(data|rejected)/", 10)
+ENTRY = Moment("entry of a compaction", "PutObject", "_run/groups/", 3)
+PARTS_GO = Moment("removal of a part", "DeleteObject", "_units/", 20)
+MANIFEST = Moment("manifest", "PutObject", "manifest.json")
+REPORT = Moment("report", "PutObject", "report.html")
+REVISION = Moment("begin of the revision", "PutObject", "_run/revision-")
+RETRIED = Moment("commit of a retried unit", "PutObject", "_retry/.*_units/", 3)
+EDITION = Moment("file of the new edition", "PutObject", "(data|rejected)/", 4)
+NEW_ENTRY = Moment("entry of the new edition", "PutObject", "_run/groups/", 2)
+OLD_GO = Moment("removal of an old file", "DeleteObject", "(data|rejected)/", 3)
+
+IN_UNITS = (BEGIN, COMMIT)
+IN_COMPACTION = (FILE, ENTRY, PARTS_GO)
+IN_FUSE = (PLAN, *IN_UNITS, *IN_COMPACTION, MANIFEST, REPORT)
+IN_RETRY = (REVISION, RETRIED, EDITION, NEW_ENTRY, MANIFEST, OLD_GO)
+IN_TAKEDOWN = (REVISION, EDITION, NEW_ENTRY, MANIFEST, OLD_GO, REPORT)
+
+
+class Stage(Protocol):
+    """What faults may reach: the round's main driver, the nodes, and how to start another driver."""
+
+    nodes: Nodes
+    driver: Job
+
+    def second_driver(self, *more: str) -> Job: ...
+
+
+@dataclass
+class Fault:
+    """One fault that waits for its moment. `struck`: what it did, in words; `after`: once the request was carried out."""
+
+    kind: str
+    moment: Moment
+    nth: int
+    after: bool
+    stage: Stage
+    struck: str = ""
+    mended: str = ""
+    _seen: int = field(default=0, repr=False)
+
+    @property
+    def when(self) -> str:
+        return f"{'after' if self.after else 'before'} {self.moment.name} {self.nth}"
+
+    def is_due(self, request: Any, path: str, after: bool) -> bool:
+        """Counts the requests of its kind."""
+        if self.struck or after != self.after or request.operation != self.moment.operation or not re.match(self.moment.path, path):
+            return False
+        self._seen += 1
+        return self._seen >= self.nth
+
+    def strike(self, pid: int) -> bool:
+        """Asked by process `pid`; True: the request is not to be carried out. Leaves `struck` empty if there is nothing to hit."""
+        raise NotImplementedError
+
+    def mend(self) -> None:
+        """What follows some seconds later, if anything."""
+
+
+class DriverKilled(Fault):
+    def strike(self, pid: int) -> bool:
+        if self.stage.driver.poll() is not None:  # what is left of it, or a second driver, asks
+            return False
+        self.stage.driver.signal(signal.SIGKILL)
+        self.struck = f"SIGKILL to the driver, pid {self.stage.driver.pid}"
+        return pid == self.stage.driver.pid
+
+
+class DriverTerminated(Fault):
+    def strike(self, pid: int) -> bool:
+        if self.stage.driver.poll() is None:
+            self.stage.driver.signal(signal.SIGTERM)
+            self.struck = f"SIGTERM to the driver, pid {self.stage.driver.pid}"
+        return False
+
+
+class WorkerKilled(Fault):
+    """The very process that asks: an actor at the begin of a unit, else the task that commits or compacts."""
+
+    def strike(self, pid: int) -> bool:
+        if not pid or pid == self.stage.driver.pid:
+            return False
+        name = _name(pid)
+        os.kill(pid, signal.SIGKILL)
+        self.struck = f"SIGKILL to {name}, pid {pid}"
+        return True
+
+
+class NodeKilled(Fault):
+    """The node of the process that asks, with all its processes; another one joins some seconds later."""
+
+    def strike(self, pid: int) -> bool:
+        what = self.stage.nodes.kill(pid)
+        self.struck = what and f"SIGKILL to {what}"
+        return bool(what)
+
+    def mend(self) -> None:
+        time.sleep(ABSENT_S)
+        self.mended = f"{self.stage.nodes.replenish()} new node"
+
+
+class ActorStalled(Fault):
+    """Stopped for longer than engine.stall_s while it fuses: awake again, its watchdog finds a step that took too long."""
+
+    _pid = 0
+
+    def strike(self, pid: int) -> bool:
+        if pid:
+            self._pid, self.struck = pid, f"SIGSTOP to {_name(pid)}, pid {pid}"
+        return False
+
+    def mend(self) -> None:
+        time.sleep(0.5)  # the unit reaches the engine
+        try:
+            actor = psutil.Process(self._pid)
+            actor.suspend()
+            time.sleep(1.3 * STALL_S)
+            actor.resume()
+            gone, _ = psutil.wait_procs([actor], timeout=STALL_S)
+        except psutil.NoSuchProcess:
+            gone = [None]
+        self.mended = "ended as stalled" if gone else "it went on: no step was under way"
+
+
+class OutOfMemory(Fault):
+    """The actor may allocate nothing more: what the kernel says to a process at its cgroup's or its own limit."""
+
+    _pid = 0
+
+    def strike(self, pid: int) -> bool:
+        if pid:
+            actor = psutil.Process(pid)
+            actor.rlimit(psutil.RLIMIT_AS, (actor.memory_info().vms, resource.RLIM_INFINITY))
+            self._pid, self.struck = pid, f"no more memory for {_name(pid)}, pid {pid}"
+        return False
+
+    def mend(self) -> None:
+        try:
+            actor = psutil.Process(self._pid)
+            gone, _ = psutil.wait_procs([actor], timeout=15)
+            if not gone:
+                actor.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        except psutil.NoSuchProcess:
+            gone = [None]
+        self.mended = "it died" if gone else "it needed no more"
+
+
+class SecondDriver(Fault):
+    """Another driver on the same output: refused, waiting for the first, or taking over from it."""
+
+    MODES = ("", "lease_wait_s=120", "takeover=true")
+    mode = ""
+
+    def strike(self, pid: int) -> bool:
+        second = self.stage.second_driver(*filter(None, [self.mode]))
+        self.struck = f"a second driver, pid {second.pid}, {self.mode or 'which must be refused'}"
+        return False
+
+
+class PoisonRow(Fault):
+    """A row that kills its worker, whenever it is given to one: SIGKILL to the actor that notes an attempt with it.
+
+    The embedded model's engine has no row that it dies of; the note of an attempt is written right before the engine gets
+    the rows, and names them.
+    """
+
+    row = 0
+    deaths = 0
+    unit = ""
+
+    def is_due(self, request: Any, path: str, after: bool) -> bool:
+        if not after or request.operation != "PutObject" or not path.startswith(BEGIN.path):
+            return False
+        if not self.unit:
+            if not super().is_due(request, path, after):
+                return False
+            rows = [last for _, last in json.loads(request.body)["ranges"]]
+            if not rows or self.row >= max(rows):
+                return False
+            self.unit = path
+        note = json.loads(request.body)
+        on_trial = note["trying"] is not None and note["trying"][0] <= self.row < note["trying"][1]
+        return path == self.unit and (on_trial or note["number"] <= SHARED_DEATHS)
+
+    def strike(self, pid: int) -> bool:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            self.deaths += 1
+            self.struck = f"row {self.row} of {self.unit.removeprefix(BEGIN.path)} kills every actor that gets it"
+        return False
+
+    @property
+    def told(self) -> str:
+        return f"{self.deaths} actors died of it"
+
+
+MOMENTS: dict[type[Fault], Sequence[Moment]] = {
+    DriverKilled: IN_FUSE,
+    DriverTerminated: IN_FUSE,
+    WorkerKilled: (*IN_UNITS, *IN_COMPACTION),
+    NodeKilled: (*IN_UNITS, *IN_COMPACTION),
+    ActorStalled: (BEGIN,),
+    OutOfMemory: (BEGIN,),
+    SecondDriver: (PLAN, *IN_UNITS, *IN_COMPACTION, MANIFEST),
+    PoisonRow: (BEGIN,),
+}
+POISON_ROWS = 6  # the row is one of the first few that a unit sends to the engine
+
+
+def draw(kind: str, of: type[Fault], chance: random.Random, stage: Stage, moments: Sequence[Moment] = ()) -> Fault:
+    """A fault of class `of` at one of its moments, or of `moments`."""
+    moment = chance.choice(moments or MOMENTS[of])
+    # What an actor is hit by must find it at work: after it noted its unit.
+    after = True if moment is BEGIN and of is not DriverKilled else chance.random() < 0.5
+    fault = of(kind, moment, chance.randint(1, moment.up_to), after, stage)
+    if isinstance(fault, SecondDriver):
+        fault.mode = chance.choice(SecondDriver.MODES)
+    if isinstance(fault, PoisonRow):
+        fault.row = chance.randrange(POISON_ROWS)
+    return fault
+
+
+def path_of(request: Any) -> str:
+    """The key of a request with its bucket, decoded."""
+    return unquote(urlsplit(request.line.split()[1].decode()).path).lstrip("/")
+
+
+def _name(pid: int) -> str:
+    """As Ray titles it: ray::MapWorker(MapBatches(FusionActor)), ray::_compact(), …"""
+    try:
+        return (psutil.Process(pid).cmdline() or ["?"])[0]
+    except psutil.NoSuchProcess:
+        return "?"

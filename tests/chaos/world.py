@@ -1,0 +1,190 @@
+"""What chaos happens to: a Ray cluster of three nodes, an S3 server behind a proxy, and jobs as processes of their own.
+
+All of it listens on 127.0.0.1, lies in one folder, and ends by pid. Knows nothing of faults' kinds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from proxy import FaultProxy
+from ray.cluster_utils import Cluster
+
+from capsfusion_ray.cluster import patient_start
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "CAPSFUSION_CHAOS"  # in the environment of every process started here, so that none is left behind unseen
+WORKERS = 2
+# Logical CPUs: room for both actors of a run and what reads, commits and compacts, after the other node was lost.
+NODE = {"num_cpus": 2, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1"}
+
+
+def mark() -> str:
+    """Prepare this process's environment, which all others inherit."""
+    os.environ[MARK] = uuid.uuid4().hex
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
+    for name in [name for name in os.environ if name.startswith("AWS_") or name == "RAY_ADDRESS"]:
+        del os.environ[name]
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    return os.environ[MARK]
+
+
+def end_all(marked: str) -> int:
+    """SIGKILL whatever was started here and still lives, by pid; how many there were."""
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == marked:
+                left.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    for process in left:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(left, timeout=20)
+    return len(left)
+
+
+class Nodes:
+    """A head without CPUs, which drivers join, and WORKERS raylets beside it, as many processes as on other machines."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["RAY_TMPDIR"] = str(folder)  # or `ray.init()` elsewhere on this machine would find this cluster
+        folder.mkdir()
+
+    def __enter__(self) -> Nodes:
+        with patient_start():
+            self._cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+        self.address: str = self._cluster.address
+        self.replenish()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.shutdown()
+
+    def replenish(self) -> int:
+        """New nodes for the lost ones; how many."""
+        missing = WORKERS - len(self._cluster.worker_nodes)
+        for _ in range(missing):
+            with patient_start():
+                self._cluster.add_node(wait=False, **NODE)
+        return missing
+
+    def kill(self, pid: int) -> str:
+        """SIGKILL to the raylet that started process `pid`, and to all that it started; empty where it is none of ours."""
+        for node in self._cluster.worker_nodes:
+            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            children = raylet.children(recursive=True)
+            if pid in [child.pid for child in children]:
+                raylet.kill()
+                for child in children:
+                    if child.is_running():
+                        child.kill()
+                self._cluster.remove_node(node, allow_graceful=False)
+                return f"raylet {raylet.pid} and its {len(children)} processes"
+        return ""
+
+
+class WatchedProxy(FaultProxy):
+    """A FaultProxy that tells a watcher of each request, before the server has it and once it was carried out.
+
+    `watch(request, after)` runs in the proxy's loop and gives None, or what to do: a call that may take its time, with
+    the request held meanwhile; it gets the pid that asks, and says whether the request is to be dropped.
+    """
+
+    watch: Callable[[Any, bool], Callable[[int], bool] | None] = staticmethod(lambda request, after: None)
+
+    async def _answer(self, request: Any, writer: asyncio.StreamWriter) -> bool:
+        request.port = writer.get_extra_info("peername")[1]
+        return await super()._answer(request, writer)
+
+    async def _forward(self, request: Any) -> Any:
+        await self._tell(request, False)
+        answer = await super()._forward(request)
+        await self._tell(request, True)
+        return answer
+
+    async def _tell(self, request: Any, after: bool) -> None:
+        act = self.watch(request, after)
+        if act is None:
+            return
+        drop = await asyncio.get_running_loop().run_in_executor(None, lambda: act(_who_asks(request.port)))
+        if drop:
+            raise ConnectionResetError("whoever asked is dead")
+
+
+def _who_asks(port: int) -> int:
+    """The pid that holds the client's end of a connection to the proxy; 0 where it is gone."""
+    return next((c.pid for c in psutil.net_connections("tcp4") if c.laddr and c.laddr.port == port and c.pid), 0)
+
+
+class Jobs:
+    """`python jobs/<job>.py …` as processes, each with a log of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._env = os.environ | {"RAY_ADDRESS": address, "LOG_LEVEL": "INFO"}
+        self._running: list[Job] = []
+        self.folder = Path()
+        self._count = 0
+
+    def start(self, job: str, *args: str) -> Job:
+        self._count += 1
+        started = Job(self.folder / f"{self._count:03d}-{job}", job, args, self._env)
+        self._running = [other for other in self._running if other.poll() is None] + [started]
+        return started
+
+    def end(self) -> None:
+        for job in self._running:
+            job.kill()
+
+
+class Job:
+    """One such process."""
+
+    def __init__(self, log: Path, job: str, args: tuple[str, ...], env: dict[str, str]) -> None:
+        self.name, self._began = job, time.monotonic()
+        self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
+        command = [sys.executable, f"jobs/{job}.py", *args]
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            self.signal(signal.SIGKILL)
+            self._process.wait()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def said(self) -> str:
+        return self._err.read_text(errors="replace")
+
+    @property
+    def last_words(self) -> str:
+        lines = [line for line in self.said.splitlines() if line.strip()]
+        return lines[-1][:200] if lines else "(nothing)"
+
+    @property
+    def result(self) -> str:
+        return (self._out.read_text().splitlines() or [""])[-1]

@@ -1,0 +1,136 @@
+"""The job as a cluster runs it: submitted through its dashboard, on a head and two workers, from and to an S3 server."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from lighthouses import captions
+from moto_server import KEYS, client, moto_server
+from proxy import FaultProxy, Faults
+from ray.util.state import list_actors
+from ray_nodes import ray_nodes
+
+from capsfusion_ray.config import VerifyConfig
+from capsfusion_ray.doorway import EXIT_DONE, EXIT_USAGE, run_job
+from capsfusion_ray.verify import verify
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = "captions"
+ROWS, UNIT_ROWS = 240, 4
+SLOW = Faults(1.0, ("stall",), frozenset(["PutObject"]), stall_s=0.4)  # a unit's note and its commit: it waits, and costs no CPU
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """An S3 server behind a proxy that can make it slow, and 240 captions in it."""
+    with moto_server(tmp_path_factory.mktemp("moto") / "log.txt") as server, FaultProxy(server) as proxy:
+        s3 = client("s3", server)
+        s3.create_bucket(Bucket=BUCKET)
+        for shard in "ab":
+            file = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist(captions(shard, ROWS // 2)), file, row_group_size=40)
+            s3.put_object(Bucket=BUCKET, Key=f"in/{shard}.parquet", Body=file.getvalue())
+        proxy.server = server
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def nodes(store):
+    """The cluster. Its processes know the bucket from their environment, as pods do."""
+    aws = {
+        "AWS_ENDPOINT_URL": store.url, "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": KEYS["key"], "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+    }  # fmt: skip
+    with ray_nodes(2, 2, env=aws) as nodes:
+        yield nodes
+
+
+class Submission:
+    """`make submit`, as a process."""
+
+    def __init__(self, nodes, *args):
+        line = [sys.executable, "deploy/submit.py", nodes.dashboard, "deploy/runtime_env.yaml", "jobs/fuse.py", *args]
+        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+        self.process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    @property
+    def ended(self):
+        return self.process.poll() is not None
+
+    def result(self, code=EXIT_DONE):
+        """The job's JSON line, or all that was said; `code` is how the job must have ended."""
+        said = self.process.communicate(timeout=900)[0]
+        assert self.process.returncode == code, f"exit {self.process.returncode}, wanted {code}\n{said[-5000:]}"
+        return next(json.loads(line) for line in said.splitlines() if line.startswith('{"rows"')) if code == EXIT_DONE else said
+
+
+def fuse(output, *more):
+    return (
+        f"input.path=s3://{BUCKET}/in", f"output.path=s3://{BUCKET}/{output}", "engine.kind=echo", f"unit.rows={UNIT_ROWS}",
+        "cluster.cpus_per_actor=0.5", *more,
+    )  # fmt: skip
+
+
+def keys(store, prefix):
+    pages = client("s3", store.server).get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return [item["Key"] for page in pages for item in page.get("Contents", ())]
+
+
+def read(store, key):
+    return client("s3", store.server).get_object(Bucket=BUCKET, Key=key)["Body"].read()
+
+
+def verified_rows(store, output):
+    """`verify` exits 0; and every row id of the input is in data/ once, which is seen without it."""
+    storage = f"output.storage={{endpoint_url: '{store.server}', key: {KEYS['key']}, secret: {KEYS['secret']}, region: us-east-1}}"
+    assert run_job(VerifyConfig, verify, [f"output.path=s3://{BUCKET}/{output}", "deep=true", storage]) == EXIT_DONE
+    tables = [pq.read_table(io.BytesIO(read(store, key))) for key in keys(store, f"{output}/data/")]
+    ids = [row_id for table in tables for row_id in table["row_id"].to_pylist()]
+    return sorted(ids) == sorted(f"{shard}.parquet:{i}" for shard in "ab" for i in range(ROWS // 2))
+
+
+def test_killed_and_submitted_again_it_loses_nothing(store, nodes):
+    """SIGKILL of the driver on the head after a few commits; the same line resumes and ends well."""
+    store.inject(SLOW)
+    first = Submission(nodes, *fuse("killed", "cluster.max_actors=2"))
+    while len(keys(store, "killed/_units/")) < 5:
+        assert not first.ended, first.result()
+        time.sleep(0.1)
+    driver = psutil.Process(json.loads(read(store, "killed/_run/lease.json"))["pid"])
+    assert "jobs/fuse.py" in driver.cmdline()
+    driver.send_signal(signal.SIGKILL)
+    first.result(code=128 + signal.SIGKILL)
+    store.inject(Faults())
+
+    again = Submission(nodes, *fuse("killed", "cluster.max_actors=2")).result()
+    assert 0 < again["resumed_units"] < again["units"] == ROWS // UNIT_ROWS
+    assert verified_rows(store, "killed")
+
+
+def test_the_pool_of_actors_grows_to_its_maximum_and_shrinks(store, nodes):
+    store.inject(SLOW)
+    run = Submission(nodes, *fuse("grown", "cluster.min_actors=1", "cluster.max_actors=4"))
+    seen = []
+    while not run.ended:
+        actors = list_actors(address=nodes.dashboard, filters=[("state", "=", "ALIVE")])
+        count = sum("FusionActor" in actor.name or "FusionActor" in actor.class_name for actor in actors)
+        seen += [count] if seen[-1:] != [count] else []
+        time.sleep(0.1)
+    assert run.result()["rows"]["fused"] == ROWS
+    print("actors alive, over time:", seen)
+    store.inject(Faults())
+    assert verified_rows(store, "grown")
+
+
+def test_a_job_that_must_be_changed_ends_with_its_own_exit_code(nodes):
+    assert "output.target_file_mb" in Submission(nodes, *fuse("refused", "output.target_file_md=1")).result(code=EXIT_USAGE)

@@ -1,0 +1,69 @@
+"""A Ray cluster on this machine as Kubernetes has one: a head without CPUs, workers, and a dashboard that takes jobs.
+
+    python tests/support/ray_nodes.py <CPUs of each worker …>
+
+Each node is a raylet of its own. It prints one JSON line once all are up, and ends with its standard input: a process of
+its own, so that its environment is the cluster's, and nothing outlives a killed test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where to reach them."""
+
+    gcs: str  # RAY_ADDRESS of a driver
+    dashboard: str  # RAY_ADDRESS of `ray job submit`
+    session: Path  # Ray's folder of logs, and of the file that tells Prometheus what to scrape
+
+
+@contextmanager
+def ray_nodes(*worker_cpus: int, env: Mapping[str, str]) -> Iterator[Nodes]:
+    """`env`, beside this process' own, is the environment of all daemons, workers and submitted drivers."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's entrypoint is `python …`
+    command = [sys.executable, __file__, *map(str, worker_cpus)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path, **env}
+    ) as process:
+        assert process.stdout
+        told = next(json.loads(line) for line in process.stdout if line.startswith("{"))
+        yield Nodes(told["gcs"], told["dashboard"], Path(told["session"]))
+        # Leaving Popen's context closes the pipes, and waits.
+
+
+def serve(worker_cpus: list[int]) -> None:
+    from ray.cluster_utils import Cluster
+
+    from capsfusion_ray.cluster import patient_start
+
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
+    with patient_start():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        for cpus in worker_cpus:
+            cluster.add_node(num_cpus=cpus)
+    told = {"gcs": cluster.gcs_address, "dashboard": f"http://{cluster.webui_url}", "session": cluster.head_node.get_session_dir_path()}
+    print(json.dumps(told), flush=True)
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+def _free_port() -> int:
+    """Ray's dashboard takes a port that it is told, or looks from 8265 on, where another cluster's may be."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+if __name__ == "__main__":
+    serve([int(cpus) for cpus in sys.argv[1:]])
