@@ -1,10 +1,17 @@
 """What the documents say of the program is what the program is."""
 
+import dataclasses
 import re
 import runpy
+import shlex
+import typing
 from pathlib import Path
 
 import pytest
+
+from capsfusion_ray.config import load, unwrap_optional
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.showcase import ShowConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,3 +31,73 @@ def test_every_file_and_target_that_a_page_names_exists(page):
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
     missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
+
+
+# ---------------------------------------------------------------------------------- commands and options, as they are typed
+
+PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+JOBS = {**dict(runpy.run_path(str(ROOT / "docs/make_configuration.py"))["JOBS"]), "jobs/show.py": ShowConfig}
+MAKES = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # other targets are named as their job
+JOB = re.compile(r"""\b(jobs/\w+\.py)((?: +(?:[^\s`#|<>&;"']|"[^"]*"|'[^']*')+)+)""")
+MAKE = re.compile(r"""\bmake ([a-z-]+)(?: [A-Z_]+=[^\s"'`]+)* ARGS=(?:"([^"]*)"|'([^']*)')""")
+OPTION = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-z_]+)+)=")
+SPAN = re.compile(r"`([a-z_]+)=[^`]*`")
+OWN_YAML = re.compile(r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # its first line is its name
+LEFT_TO_THE_READER = re.compile("…|<")
+
+
+def keys(schema, prefix=""):
+    """Every key that may be given; `key.` for those below which any name goes."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        hint = unwrap_optional(hints[field.name])
+        if dataclasses.is_dataclass(hint):
+            yield from keys(hint, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name + ("." if typing.get_origin(hint) is dict else "")
+
+
+def known(key, schema):
+    return any(key == k.rstrip(".") or (k.endswith(".") and key.startswith(k)) for k in keys(schema))
+
+
+def commands(text):
+    """(job, its words) of each command in a page, lines that end in a backslash joined."""
+    text = text.replace("\\\n", " ")
+    for job, rest in JOB.findall(text):
+        words = shlex.split(rest)
+        if all("=" in word or word.endswith(".yaml") for word in words):  # else it is a sentence
+            yield job, words
+    for target, double, single in MAKE.findall(text):
+        job = MAKES.get(target, f"jobs/{target}.py")
+        if job in JOBS:
+            yield job, shlex.split(double or single)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
+    text = (ROOT / page).read_text("utf-8")
+    for name, yaml in OWN_YAML.findall(text):
+        (tmp_path / name).write_text(yaml, "utf-8")
+    for job, words in commands(text):
+        for key in (word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)):
+            assert known(key, JOBS[job]), f"{page}: {job} has no key {key}"
+        if not LEFT_TO_THE_READER.search(" ".join(words)):
+            load(JOBS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_that_a_page_names_is_one_of_a_job(page):
+    text = (ROOT / page).read_text("utf-8")
+    named = {*OPTION.findall(text), *SPAN.findall(text)} - {"key"}
+    assert not [key for key in named if not any(known(key, schema) for schema in JOBS.values())]
+
+
+def test_a_wrong_command_is_found():
+    wrong = ['make fuse ARGS="input.pat=x"', "python jobs/verify.py output.path=o deep=perhaps", "make takedown ARGS='above={punsafe: 0.3}'"]
+    for text in wrong:
+        ((job, words),) = commands(text)
+        with pytest.raises(ConfigError):
+            load(JOBS[job], words)
+    assert not known("input.pat", JOBS["jobs/fuse.py"])
+    assert known("output.storage.endpoint_url", JOBS["jobs/verify.py"])
