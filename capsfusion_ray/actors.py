@@ -106,7 +106,12 @@ class FusionActor:
         self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None
     ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._engine, self._prompts = start_engine(engine, decode, template)
+        self._unusable: CapsFusionError | None = None
+        try:
+            self._engine, self._prompts = start_engine(engine, decode, template)
+        except CapsFusionError as error:  # what a constructor raises would reach the driver as the text of a traceback
+            self._unusable = error
+            return
         self._encode_lock = threading.Lock()  # a fast tokenizer must not be entered by two threads at once
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
         self._device = f"{socket.gethostname()}:{_device_name(engine)}"
@@ -120,8 +125,11 @@ class FusionActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Fuse one unit. Every row that was waiting has a generation afterwards, or an error of its own.
 
-        Raises EngineError for a unit whose worker died MAX_DEATHS times: then it is not a row that is at fault.
+        Raises EngineError for a unit whose worker died MAX_DEATHS times: then it is not a row that is at fault; and
+        whatever kept the engine from starting.
         """
+        if self._unusable:
+            raise self._unusable
         unit = UnitBatch.unpack(batch)
         pairs, places = waiting_pairs(unit.table)
         began = time.monotonic()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.planfile import RUN_DIR
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, StoreRefused
 
 log = logging.getLogger(__name__)
 LEASE = f"{RUN_DIR}/lease.json"
@@ -105,7 +105,7 @@ class Lease:
         if not self._lost:
             try:
                 self._put(dataclasses.replace(self._holder, released=True), self._etag)
-            except StorageError as error:  # it runs out by itself
+            except (StorageError, StoreRefused) as error:  # it runs out by itself
                 log.warning("lease not released: %s", error)
 
     @property
@@ -169,7 +169,7 @@ class Lease:
                     self._lost = "another driver took this output over"
                     break
                 renewed = time.monotonic()
-            except StorageError as error:
+            except (StorageError, StoreRefused) as error:  # refused: credentials may have run out, and may be renewed
                 log.warning("heartbeat not written: %s", error)
             if time.monotonic() - renewed > self._ttl_s * (1 - 1 / BEATS_PER_TTL):
                 self._lost = f"no heartbeat could be written for {time.monotonic() - renewed:.0f} s"

@@ -20,7 +20,7 @@ PLAN_VERSION = 1
 MAX_PARTITIONS = 1000
 
 # Captions/s of one actor, to cut the first units and to quote hours before anything ran; `unit.captions_per_s` and the
-# figures of a finished pilot are better. GPU: LLaMA-2-13B, 3 beams (computed, docs/performance.md); CPU: the embedded
+# figures of a finished pilot are better. GPU: LLaMA-2-13B, 3 beams (computed: docs/laion-coco.md); CPU: the embedded
 # model on one core.
 GUESSED_CAPTIONS_PER_S = {
     ("beam", "cuda"): 90.0,

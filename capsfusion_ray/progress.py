@@ -16,7 +16,7 @@ from rich.table import Table
 
 from capsfusion_ray.errors import StorageError
 from capsfusion_ray.parts import UnitSummary
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, StoreRefused
 
 log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
@@ -124,7 +124,7 @@ class Progress:
         }
         try:
             self.store.put(PROGRESS, json.dumps(state).encode())
-        except StorageError as error:  # what others read of a run must not end the run
+        except (StorageError, StoreRefused) as error:  # what others read of a run must not end the run
             log.warning("progress not written: %s", error)
 
     def _bar(self) -> Table:

@@ -90,6 +90,8 @@ def load_model(engine: EngineConfig) -> LoadedModel:
         )
     except ValueError as error:  # "Unrecognized configuration class": not a causal language model
         raise ConfigError(f"engine.model={name!r}: not loadable as a causal language model: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise EngineError(f"engine.model={name!r}: no memory for its weights on {device} ({error}); use a larger GPU") from error
     except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError: by the form that is damaged
         raise EngineError(
             f"engine.model={name!r}: its weights cannot be read ({error}); download them again"

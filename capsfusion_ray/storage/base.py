@@ -123,6 +123,8 @@ def digest(data: bytes) -> str:
 
 def other_error(error: Exception, action: str, url: str) -> Exception:
     if isinstance(error, FileNotFoundError):
+        if action.startswith("write"):
+            return StoreRefused(f"{url}: cannot {action} it: no such folder can be made; choose another place")
         return FileNotFoundError(f"{url}: cannot {action} it: no such object")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):

@@ -158,7 +158,7 @@ class S3Backend:
             )
         if _caused_by(error, "NoCredentialsError", "PartialCredentialsError"):
             return StoreRefused(
-                f"{where}: no credentials; give storage key and secret, set AWS_*, or storage.anon=true to read"
+                f"{where}: no credentials; give storage key and secret, set AWS_*, or input.storage.anon=true to read"
             )
         if code == "403":  # the answer to HEAD, which has no body: it may be either
             return StoreRefused(
