@@ -76,3 +76,11 @@ def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
     said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, "output.target_file_md=1", code=2)
     assert "output.target_file_mb" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path, driver):
+    """Known in the worker only: a refusal made there reaches the user as one made at the door."""
+    pq.write_table(pa.Table.from_pylist(captions("x", 3)), tmp_path / "shard.parquet")
+    settings = ("engine.kind=transformers", "decode.scoring=reference", *ECHO[1:])
+    said = driver.run("fuse", f"input.path={tmp_path}/shard.parquet", f"output.path={tmp_path}/out", *settings, code=2)
+    assert "error: decode.scoring='reference' with decode.num_beams=3: engine.kind=transformers cannot" in said

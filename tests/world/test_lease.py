@@ -14,7 +14,7 @@ import pytest
 from capsfusion_ray import lease as lease_module
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.lease import LEASE, Holder, Lease
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, StoreRefused
 
 TTL_S = 2.0  # for what is waited out
 LIVING_TTL_S = 16.0  # for holders that must stay alive: heartbeats every 4 s bear a starved machine
@@ -92,12 +92,13 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(tmp_path):
         assert time.monotonic() - began < 30, "TTL_S is 60: it was not waited for"
 
 
-def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [StorageError, StoreRefused])
+def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch, error):
     store = Store(str(tmp_path))
     with Lease(store, ttl_s=TTL_S) as lease:
 
         def fail(*_):
-            raise StorageError("the store is gone")
+            raise error("the store is gone, or the credentials have run out")
 
         monkeypatch.setattr(store, "put_if_match", fail)
         with pytest.raises(LeaseLost, match="no heartbeat"):
