@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 
 from capsfusion_ray.planfile import RUN_DIR
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, patiently
 
 SHARED_DEATHS = 2
 Range = tuple[int, int]  # of the rows that a unit sends to the engine, in their order: [first, last)
@@ -68,17 +68,18 @@ class AttemptLog:
 
     def begin(self, unit_id: str, rows: int) -> Attempt:
         """Note, and return, the attempt that starts now."""
-        found = self._store.get_with_etag(_path(unit_id))
+        found = patiently(lambda: self._store.get_with_etag(_path(unit_id)))
         attempt = following(_parse(found[0]) if found else None, self._run, rows)
         self.note(unit_id, attempt)
         return attempt
 
     def note(self, unit_id: str, attempt: Attempt) -> None:
-        self._store.put(_path(unit_id), json.dumps(dataclasses.asdict(attempt)).encode())
+        data = json.dumps(dataclasses.asdict(attempt)).encode()
+        patiently(lambda: self._store.put(_path(unit_id), data))
 
     def end(self, unit_id: str) -> None:
         """The unit came through."""
-        self._store.delete([_path(unit_id)])
+        patiently(lambda: self._store.delete([_path(unit_id)]))
 
 
 def _path(unit_id: str) -> str:

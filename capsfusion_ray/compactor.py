@@ -12,7 +12,7 @@ from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.manifest import GroupEntry
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.rows import WorkUnit
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, patiently
 
 log = logging.getLogger(__name__)
 COMPACT_CPUS = 0.2
@@ -95,4 +95,4 @@ class Compactor:
 def _compact(
     store: Store, group: str, revision: int, units: list[WorkUnit], fields: tuple[tuple[str, str], ...], output: OutputConfig
 ) -> GroupEntry:
-    return compact_group(store, group, revision, units, fields, output)
+    return patiently(lambda: compact_group(store, group, revision, units, fields, output))

@@ -7,7 +7,7 @@
     │   └── PlanChanged       the output holds another plan than the configuration gives
     ├── RowError              one row cannot be fused; it becomes that row's reject, never retried
     ├── EngineError           the engine is unusable; its process ends, the unit is retried elsewhere
-    ├── StorageError          the store failed after the client's own retries; the unit is retried
+    ├── StorageError          the store failed after the client's own retries; waited out for minutes
     ├── ClusterError          no Ray cluster to run on; the same command again
     ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
     ├── EndpointDown          an API gave no good answer for long; the run stops, the same command goes on

@@ -25,6 +25,7 @@ from capsfusion_ray.storage import Store, StoreRefused
 log = logging.getLogger(__name__)
 LEASE = f"{RUN_DIR}/lease.json"
 TTL_S = 60.0
+OUTAGE_S = 900.0  # without a heartbeat: then the run stops; until then whoever would compact waits
 BEATS_PER_TTL = 4
 _WATCHES_PER_TTL = 20
 
@@ -86,11 +87,15 @@ class Lease:
     it lives takes up to `ttl_s` seconds more.
     """
 
-    def __init__(self, store: Store, takeover: bool = False, wait_s: float = 0.0, ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self, store: Store, takeover: bool = False, wait_s: float = 0.0, ttl_s: float = TTL_S, outage_s: float = OUTAGE_S
+    ) -> None:
         self._store, self._takeover, self._wait_s, self._ttl_s = store, takeover, wait_s, ttl_s
+        self._outage_s = outage_s
         self._holder = Holder.me()
         self._etag = ""
         self._lost = ""
+        self._renewed = 0.0
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -114,7 +119,12 @@ class Lease:
         return self._holder.id
 
     def check(self) -> None:
-        """Raises LeaseLost if another driver took this output over, or the store did not take our heartbeat for too long."""
+        """Return once this driver surely holds the lease: waits while the store takes no heartbeat.
+
+        Raises LeaseLost if another driver took this output over, or the store took no heartbeat for `outage_s`.
+        """
+        while not self._lost and time.monotonic() - self._renewed > self._ttl_s * (1 - 1 / BEATS_PER_TTL):
+            time.sleep(self._ttl_s / _WATCHES_PER_TTL)
         if self._lost:
             raise LeaseLost(f"{self._store.url(LEASE)}: {self._lost}; this driver stops, everything committed is kept")
 
@@ -158,21 +168,20 @@ class Lease:
     def _put(self, holder: Holder, etag: str | None) -> bool:
         new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)
         if new is not None:
-            self._holder, self._etag = holder, new
+            self._holder, self._etag, self._renewed = holder, new, time.monotonic()
         return new is not None
 
     def _beat(self) -> None:
-        renewed = time.monotonic()
         while not self._leave.wait(self._ttl_s / BEATS_PER_TTL):
             try:
                 if not self._put(dataclasses.replace(self._holder, beat=self._holder.beat + 1), self._etag):
                     self._lost = "another driver took this output over"
                     break
-                renewed = time.monotonic()
             except (StorageError, StoreRefused) as error:  # refused: credentials may have run out, and may be renewed
                 log.warning("heartbeat not written: %s", error)
-            if time.monotonic() - renewed > self._ttl_s * (1 - 1 / BEATS_PER_TTL):
-                self._lost = f"no heartbeat could be written for {time.monotonic() - renewed:.0f} s"
+            silent_s = time.monotonic() - self._renewed
+            if silent_s > self._outage_s:
+                self._lost = f"no heartbeat could be written for {silent_s:.0f} s"
                 break
         if self._lost:
             log.error("lease lost: %s", self._lost)

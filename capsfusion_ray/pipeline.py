@@ -22,14 +22,14 @@ from ray.exceptions import RayTaskError
 from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
-from capsfusion_ray.errors import CapsFusionError
+from capsfusion_ray.errors import CapsFusionError, StorageError
 from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
 from capsfusion_ray.rows import WorkUnit
-from capsfusion_ray.sources import ReadSpec, Shard, iter_units
+from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
 from capsfusion_ray.stages import admit, judge_unit
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, patiently
 from capsfusion_ray.units import Apart, UnitBatch
 
 # Asked for beside the actors' own CPUs, so that idle actors cannot starve the reads. The two differ on purpose: Ray
@@ -62,6 +62,9 @@ class Pool:
     cpus_per_actor: float
     gpus_per_actor: float
     units_in_flight: int
+
+
+_RAY_ADVICE = "\nFailed to apply UDF transform"  # on Ray's own retries, which are off: it appends that to every message
 
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
@@ -119,7 +122,8 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
             yield UnitSummary.parse(json.loads(row["summary"]))
     except RayTaskError as error:
         if isinstance(error.cause, CapsFusionError):  # what a stage raised on purpose; the doorway says it in one line
-            raise error.cause from None
+            message, *_ = str(error.cause).split(_RAY_ADVICE)
+            raise type(error.cause)(message) from None
         raise
 
 
@@ -155,17 +159,33 @@ class _Read:
 
     def __call__(self) -> Iterable[pa.Table]:
         job: Job = ray.get(self.job)
-        ranges = [(unit.start, unit.stop) for unit in self.units]
-        for unit, read in zip(self.units, iter_units(self.shard, ranges, job.read), strict=True):
+        for unit, read in zip(self.units, self._reads(job.read), strict=True):
             filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
             tell_store_faults()
             yield UnitBatch(unit, admit(read.table, job.gates), Apart(filtered, unreadable)).pack()
 
 
+    def _reads(self, spec: ReadSpec) -> Iterator[UnitRows]:
+        """The units' rows, in order; a store that fails is waited out, and what was read is not read again."""
+        ranges = [(unit.start, unit.stop) for unit in self.units]
+        found = iter_units(self.shard, ranges, spec)
+        for done in range(len(ranges)):
+
+            def following(done: int = done) -> UnitRows:
+                nonlocal found
+                try:
+                    return next(found)
+                except StorageError:
+                    found = iter_units(self.shard, ranges[done:], spec)
+                    raise
+
+            yield patiently(following)
+
+
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """The last stage: verdicts, the part, one put-if-absent."""
     part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
-    commit(job.output, part, summary)
+    patiently(lambda: commit(job.output, part, summary))
     tell_store_faults()
     return pa.table({"summary": [json.dumps(asdict(summary))]})

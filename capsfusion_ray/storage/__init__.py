@@ -3,8 +3,8 @@
 Knows nothing of captions, plans or parquet. Three kinds of store stand behind `Store`: a local folder, an S3-compatible
 bucket, and whatever else fsspec opens. A commit is `put_if_absent`: one object, one PUT, whole or not at all.
 
-Who retries: the S3 client retries by itself (`s3.py`); what still fails is a StorageError, and the caller retries its
-unit. What no retry can mend (bucket absent, credentials, a read-only folder) is StoreRefused: the run stops.
+Who retries: the S3 client retries by itself (`s3.py`); what still fails is a StorageError, which `patiently` waits out
+where a unit is read, committed or compacted; elsewhere, and after its last pause, the run stops and can be resumed. What no retry can mend (bucket absent, credentials, a read-only folder) is StoreRefused: the run stops.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import pyarrow as pa
 from capsfusion_ray.errors import StorageError, UsageError
 from capsfusion_ray.storage.base import FAULTS, Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
+from capsfusion_ray.storage.patience import patiently
 
-__all__ = ["Store", "StoreRefused", "StoredFile", "client_faults"]
+__all__ = ["Store", "StoreRefused", "StoredFile", "client_faults", "patiently"]
 
 DELETE_THREADS = (
     16  # single DELETEs: bulk DeleteObjects wants Content-MD5 on older radosgw, which new botocore leaves out

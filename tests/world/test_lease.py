@@ -95,7 +95,7 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(tmp_path):
 @pytest.mark.parametrize("error", [StorageError, StoreRefused])
 def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch, error):
     store = Store(str(tmp_path))
-    with Lease(store, ttl_s=TTL_S) as lease:
+    with Lease(store, ttl_s=TTL_S, outage_s=TTL_S) as lease:
 
         def fail(*_):
             raise error("the store is gone, or the credentials have run out")
@@ -103,3 +103,19 @@ def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch, e
         monkeypatch.setattr(store, "put_if_match", fail)
         with pytest.raises(LeaseLost, match="no heartbeat"):
             wait_for_loss(lease)
+
+
+def test_who_would_compact_waits_while_the_store_takes_no_heartbeat(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    with Lease(store, ttl_s=TTL_S) as lease:
+        put, over = store.put_if_match, time.monotonic() + 1.5 * TTL_S
+
+        def fail(*args):
+            if time.monotonic() < over:
+                raise StorageError("the store is away")
+            return put(*args)
+
+        monkeypatch.setattr(store, "put_if_match", fail)
+        time.sleep(TTL_S)
+        lease.check()
+        assert time.monotonic() >= over, "nobody knew whether the lease was still ours"
