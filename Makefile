@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system chaos train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,9 +46,15 @@ SUDO ?=
 	$(SUDO) apt-get update -qq
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(notdir $@)
 
-test-system: setup /usr/bin/chromium /usr/bin/prometheus ## the tests that need system packages, which it installs by apt: the report in a browser, the alert rules
+test-system: setup /usr/bin/chromium /usr/bin/prometheus ## the tests that need system packages, which it installs by apt: the report in a browser, a Prometheus on a run
 	$(INSTALL) -e '.[dev,system]'
 	$(BIN)/python -m pytest tests/system $(ARGS)
+
+# A round draws from the seed and its number alone: ARGS='--only 7' plays round 7 again.
+SEED    ?= 1
+MINUTES ?= 10
+chaos: setup ## faults at random on a local cluster of three nodes, each output verified: make chaos SEED=1 MINUTES=60
+	$(BIN)/python tests/chaos/chaos.py --seed $(SEED) --minutes $(MINUTES) $(ARGS)
 
 # The published example triples; they are not part of the project.
 TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
@@ -99,7 +105,7 @@ submit: setup ## run the job on a Ray cluster: make submit RAY_ADDRESS=http://he
 resume: submit ## the same as submit: what is committed is not done again
 
 status: setup ## the jobs of that cluster
-	env -u RAY_ADDRESS $(BIN)/ray job list --address $(RAY_ADDRESS)
+	env -u RAY_ADDRESS $(BIN)/ray list jobs --address $(RAY_ADDRESS)
 
 stop: setup ## stop a job by its id; what is committed stays: make stop RAY_ADDRESS=… JOB=fuse-…
 	env -u RAY_ADDRESS $(BIN)/ray job stop --address $(RAY_ADDRESS) $(JOB)

@@ -7,6 +7,7 @@ names and no others; a test checks that.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from functools import cache
@@ -42,7 +43,7 @@ HISTOGRAMS = {  # seconds
     "capsfusion_step_seconds": ("One step of an engine", (0.01, 0.03, 0.1, 0.2, 0.4, 1.0, 3.0, 10.0, 60.0)),
     "capsfusion_unit_seconds": ("A unit in its actor, first prompt to last caption", (1, 10, 30, 60, 120, 300, 600, 1800)),
 }
-GAUGES_EVERY_S = 2.0
+GAUGES_EVERY_S = 2.0  # well below Ray's report interval of 10 s
 
 
 class EngineMonitor:
@@ -67,13 +68,26 @@ class EngineMonitor:
 
 
 class RunMonitor:
-    """What the driver tells of its commits."""
+    """What the driver tells of its commits, while used as a context.
 
-    def began(self, planned_rows: int, committed_rows: int, actors: int) -> None:
-        _gauge("capsfusion_planned_rows").set(planned_rows)
-        _gauge("capsfusion_committed_rows").set(committed_rows)
-        _gauge("capsfusion_committed_at").set(time.time())
-        _gauge("capsfusion_actors").set(actors)
+    Its gauges are told again and again: Ray serves a gauge for two reports only after its process set it, so a plan that
+    was told once, or the last commit of a stalled run, would be gone when it is asked for.
+    """
+
+    def __init__(self, planned_rows: int, committed_rows: int, actors: int) -> None:
+        self._now: dict[str, float] = {"capsfusion_planned_rows": planned_rows, "capsfusion_actors": actors}
+        self._commit(committed_rows)
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="monitor", daemon=True)
+
+    def __enter__(self) -> RunMonitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell()  # what was committed last
+        self._leave.set()
+        self._thread.join()
 
     def committed(self, unit: UnitSummary, committed_rows: int) -> None:
         for outcome in ("fused", "kept", "rejected", "removed", "unreadable"):
@@ -85,8 +99,19 @@ class RunMonitor:
             _add("capsfusion_flags", rows, flag=flag)
         _counter("capsfusion_units").inc(1)
         _histogram("capsfusion_unit_seconds").observe(unit.engine_s)
-        _gauge("capsfusion_committed_rows").set(committed_rows)
-        _gauge("capsfusion_committed_at").set(time.time())
+        self._commit(committed_rows)
+
+    def _commit(self, committed_rows: int) -> None:
+        self._now |= {"capsfusion_committed_rows": committed_rows, "capsfusion_committed_at": time.time()}
+
+    def _tell(self) -> None:
+        for name, value in list(self._now.items()):
+            _gauge(name).set(value)
+
+    def _repeat(self) -> None:
+        self._tell()
+        while not self._leave.wait(GAUGES_EVERY_S):
+            self._tell()
 
 
 def tell_store_faults() -> None:

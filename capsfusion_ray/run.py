@@ -177,6 +177,7 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
 
 def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: float) -> dict[str, Any]:
     resources = cluster.connect(cfg.cluster)
+    _exit_on_sigterm()  # anew: ray.init installs a handler of its own, which ends with exit code 15 and without a word
     try:
         engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)
@@ -258,14 +259,13 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
             progress.resumed(summary)
         for unit in in_parts:
             compactor.committed(unit.id)
-        monitor = RunMonitor()
-        monitor.began(run.planned_rows, progress.rows, pool.max_actors)
         if pending:
             log.info("%d of %d units to fuse, %d to %d actors", len(pending), len(run.units), pool.min_actors, pool.max_actors)
-            for summary in run_units(job, pool, pending, shards):
-                progress.committed(summary)
-                monitor.committed(summary, progress.rows)
-                compactor.committed(summary.id)
+            with RunMonitor(run.planned_rows, progress.rows, pool.max_actors) as monitor:
+                for summary in run_units(job, pool, pending, shards):
+                    progress.committed(summary)
+                    monitor.committed(summary, progress.rows)
+                    compactor.committed(summary.id)
         missing = [unit for unit in pending if unit.id not in compactor.done]
         if missing:
             raise AccountingError(f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again")

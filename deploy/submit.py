@@ -2,20 +2,21 @@
 
 python deploy/submit.py <address> <runtime env file> jobs/fuse.py key=value …    (make submit does it)
 
-It prints and runs one `ray job submit` line, which may as well be typed by hand. The line's own exit code is 1 whatever
-the job ended with, so the job's is asked for afterwards: 2 means that the configuration must change, 1 that the same
-command resumes.
+It prints and runs one `ray job submit` line, which may as well be typed by hand. The line's own exit code is 1 whatever a
+job failed with, and 0 for one that was stopped, so the job's is asked for afterwards: 2 means that the configuration must
+change, anything else but 0 that the same command resumes. A driver that a signal ended counts as in a shell: 137 is SIGKILL.
 """
 
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import uuid
 from pathlib import Path
 
-from ray.job_submission import JobSubmissionClient
+from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,11 +36,25 @@ def main(address: str, runtime_env: str, *script: str) -> int:
     submission_id = f"{Path(script[0]).stem}-{uuid.uuid4().hex[:8]}"
     line = command(address, runtime_env, submission_id, list(script))
     print(shlex.join(line), file=sys.stderr, flush=True)
-    ended = subprocess.run(line, check=False).returncode
-    if ended == 0:
+    try:
+        ended = subprocess.run(line, check=False).returncode
+    except KeyboardInterrupt:
+        print(f"{submission_id} goes on, nobody follows it; to end it: make stop RAY_ADDRESS={address} JOB={submission_id}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    try:
+        job = JobSubmissionClient(address).get_job_info(submission_id)
+    except (OSError, RuntimeError):  # no such cluster, or it took no job: the line has said why
+        return ended or 1
+    return exit_code(job.status, job.driver_exit_code)
+
+
+def exit_code(status: JobStatus, driver_exit_code: int | None) -> int:
+    """Ours, for a job as the cluster knows it. Without a code, it was stopped, or never began, or is not followed any more."""
+    if status == JobStatus.SUCCEEDED:
         return 0
-    code = JobSubmissionClient(address).get_job_info(submission_id).driver_exit_code
-    return ended if code is None else code
+    if driver_exit_code is None:
+        return 1
+    return driver_exit_code if driver_exit_code >= 0 else 128 - driver_exit_code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import runpy
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
+from ray.job_submission import JobStatus
 
 from capsfusion_ray import monitor
 
@@ -34,6 +36,15 @@ def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole():
     assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
     assert line[line.index("--") + 1 :] == ["python", "jobs/fuse.py", "'filter={max_punsafe: 0.5}'"]
     assert not any(part.startswith("--entrypoint-num") for part in line), "a head node has no CPU or GPU to give"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "code"),
+    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", 1, 1), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1), ("RUNNING", None, 1)],
+)
+def test_submit_ends_as_the_job_did(status, driver, code):
+    """RUNNING: the line that followed it was cut off; nobody may take that for done."""
+    assert runpy.run_path(str(ROOT / "deploy/submit.py"))["exit_code"](JobStatus(status), driver) == code
 
 
 def test_dashboard_alerts_and_docs_name_the_metrics_that_exist_and_no_others():

@@ -25,8 +25,9 @@ from capsfusion_ray.verify import verify
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "captions"
-ROWS, UNIT_ROWS = 240, 4
-SLOW = Faults(1.0, ("stall",), frozenset(["PutObject"]), stall_s=0.4)  # a unit's note and its commit: it waits, and costs no CPU
+ROWS, UNIT_ROWS = 240, 5
+MAX_ACTORS = 3
+FUSION_ACTOR = "MapWorker(MapBatches(FusionActor))"  # as Ray Data names it
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -53,6 +54,11 @@ def nodes(store):
     }  # fmt: skip
     with ray_nodes(2, 2, env=aws) as nodes:
         yield nodes
+
+
+def slow(seconds):
+    """An actor's last request for a unit is a deletion: it is kept busy so long, and no CPU is."""
+    return Faults(1.0, ("stall",), frozenset(["DeleteObject"]), stall_s=seconds)
 
 
 class Submission:
@@ -90,47 +96,54 @@ def read(store, key):
     return client("s3", store.server).get_object(Bucket=BUCKET, Key=key)["Body"].read()
 
 
-def verified_rows(store, output):
+def verify_all(store, output):
     """`verify` exits 0; and every row id of the input is in data/ once, which is seen without it."""
     storage = f"output.storage={{endpoint_url: '{store.server}', key: {KEYS['key']}, secret: {KEYS['secret']}, region: us-east-1}}"
     assert run_job(VerifyConfig, verify, [f"output.path=s3://{BUCKET}/{output}", "deep=true", storage]) == EXIT_DONE
     tables = [pq.read_table(io.BytesIO(read(store, key))) for key in keys(store, f"{output}/data/")]
     ids = [row_id for table in tables for row_id in table["row_id"].to_pylist()]
-    return sorted(ids) == sorted(f"{shard}.parquet:{i}" for shard in "ab" for i in range(ROWS // 2))
+    assert sorted(ids) == sorted(f"{shard}.parquet:{i}" for shard in "ab" for i in range(ROWS // 2))
 
 
-def test_killed_and_submitted_again_it_loses_nothing(store, nodes):
-    """SIGKILL of the driver on the head after a few commits; the same line resumes and ends well."""
-    store.inject(SLOW)
-    first = Submission(nodes, *fuse("killed", "cluster.max_actors=2"))
-    while len(keys(store, "killed/_units/")) < 5:
+class Pool(list):
+    """How many actors were alive, whenever that changed, as the cluster itself tells."""
+
+    def __init__(self, nodes):
+        super().__init__([0])
+        self._nodes = nodes
+
+    def look(self):
+        alive = list_actors(address=self._nodes.dashboard, filters=[("class_name", "=", FUSION_ACTOR), ("state", "=", "ALIVE")])
+        if len(alive) != self[-1]:
+            self.append(len(alive))
+
+
+def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shrinks(store, nodes):
+    """SIGKILL of the driver on the head after a few commits; the same job, on more actors, resumes and ends well."""
+    store.inject(slow(1.0))
+    first = Submission(nodes, *fuse("out", "cluster.max_actors=1"))
+    refused = Submission(nodes, *fuse("out", "output.target_file_md=1"))
+    while len(keys(store, "out/_units/")) < 2:
         assert not first.ended, first.result()
         time.sleep(0.1)
-    driver = psutil.Process(json.loads(read(store, "killed/_run/lease.json"))["pid"])
+    driver = psutil.Process(json.loads(read(store, "out/_run/lease.json"))["pid"])
     assert "jobs/fuse.py" in driver.cmdline()
     driver.send_signal(signal.SIGKILL)
+    assert "output.target_file_mb" in refused.result(code=EXIT_USAGE), "the job's own exit code, in seconds"
     first.result(code=128 + signal.SIGKILL)
-    store.inject(Faults())
 
-    again = Submission(nodes, *fuse("killed", "cluster.max_actors=2")).result()
-    assert 0 < again["resumed_units"] < again["units"] == ROWS // UNIT_ROWS
-    assert verified_rows(store, "killed")
-
-
-def test_the_pool_of_actors_grows_to_its_maximum_and_shrinks(store, nodes):
-    store.inject(SLOW)
-    run = Submission(nodes, *fuse("grown", "cluster.min_actors=1", "cluster.max_actors=4"))
-    seen = []
-    while not run.ended:
-        actors = list_actors(address=nodes.dashboard, filters=[("state", "=", "ALIVE")])
-        count = sum("FusionActor" in actor.name or "FusionActor" in actor.class_name for actor in actors)
-        seen += [count] if seen[-1:] != [count] else []
+    store.inject(slow(5.0))
+    again = Submission(nodes, *fuse("out", f"cluster.max_actors={MAX_ACTORS}"))
+    pool = Pool(nodes)
+    while not again.ended:
+        pool.look()
+        if MAX_ACTORS in pool:
+            store.inject(Faults())
         time.sleep(0.1)
-    assert run.result()["rows"]["fused"] == ROWS
-    print("actors alive, over time:", seen)
-    store.inject(Faults())
-    assert verified_rows(store, "grown")
-
-
-def test_a_job_that_must_be_changed_ends_with_its_own_exit_code(nodes):
-    assert "output.target_file_mb" in Submission(nodes, *fuse("refused", "output.target_file_md=1")).result(code=EXIT_USAGE)
+    totals = again.result()
+    assert 0 < totals["resumed_units"] < totals["units"] == ROWS // UNIT_ROWS
+    print("actors alive, over time:", pool)
+    assert pool[:2] == [0, 1]
+    assert max(pool) == MAX_ACTORS
+    assert min(pool[pool.index(MAX_ACTORS) :]) < MAX_ACTORS, "before the driver ended"
+    verify_all(store, "out")

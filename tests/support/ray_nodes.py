@@ -13,10 +13,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from capsfusion_ray.cluster import START_PATIENCE_S, patient_start
 
 
 @dataclass(frozen=True)
@@ -45,17 +49,30 @@ def ray_nodes(*worker_cpus: int, env: Mapping[str, str]) -> Iterator[Nodes]:
 def serve(worker_cpus: list[int]) -> None:
     from ray.cluster_utils import Cluster
 
-    from capsfusion_ray.cluster import patient_start
-
-    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port()}
+    head = {
+        "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port(),
+        "dashboard_agent_listen_port": 0,  # patient_start finds one; Ray's own 52365 may be another cluster's
+    }  # fmt: skip
     with patient_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for cpus in worker_cpus:
             cluster.add_node(num_cpus=cpus)
+    wait_for_agent(cluster.head_node)
     told = {"gcs": cluster.gcs_address, "dashboard": f"http://{cluster.webui_url}", "session": cluster.head_node.get_session_dir_path()}
     print(json.dumps(told), flush=True)
     sys.stdin.read()
     cluster.shutdown()
+
+
+def wait_for_agent(head: Any) -> None:
+    """The head is up before its agent, which starts the submitted drivers: until then the dashboard takes no job."""
+    until = time.monotonic() + START_PATIENCE_S
+    while time.monotonic() < until:
+        with socket.socket() as s:
+            if s.connect_ex((head.node_ip_address, head.dashboard_agent_listen_port)) == 0:
+                return
+        time.sleep(0.1)
+    raise SystemExit("the agent of the head node does not answer")
 
 
 def _free_port() -> int:

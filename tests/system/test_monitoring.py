@@ -99,7 +99,7 @@ def run(tmp_path_factory):
             s3.put_object(Bucket=BUCKET, Key=f"in/{shard.name}", Body=shard.read_bytes())
         env = {
             "AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": KEYS["key"],
-            "AWS_SECRET_ACCESS_KEY": KEYS["secret"], "RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "1000",
+            "AWS_SECRET_ACCESS_KEY": KEYS["secret"], "RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "2000",
         }  # fmt: skip
         with ray_nodes(3, env=env) as nodes, prometheus(folder, nodes.session / "prom_metrics_service_discovery.json") as api:
             proxy.inject(THROTTLED)
@@ -111,7 +111,7 @@ def run(tmp_path_factory):
             done = subprocess.run(line, cwd=ROOT, env={**os.environ, **env, "RAY_ADDRESS": nodes.gcs}, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             assert proxy.count("slow_down"), "the store was to fail"
-            time.sleep(3 * SCRAPE_S)  # the last values on their way
+            time.sleep(5 * SCRAPE_S)  # the last values on their way
             yield api, json.loads(done.stdout.splitlines()[-1]), began, time.time()
 
 
@@ -138,6 +138,8 @@ def test_what_prometheus_counted_is_what_the_run_says(run):
     for outcome in ("fused", "rejected"):
         assert max(api.values(f'sum(ray_capsfusion_rows_total{{outcome="{outcome}"}})', began, ended)) == totals["rows"][outcome]
     assert max(api.values("sum(ray_capsfusion_units_total)", began, ended)) == totals["units"]
+    # Set once, the plan would be gone by then.
+    assert max(api.values("sum(ray_capsfusion_committed_rows) / sum(ray_capsfusion_planned_rows)", began, ended)) == 1
 
 
 @pytest.mark.timeout(1800)
