@@ -10,11 +10,11 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +23,8 @@ from world import Job, Nodes
 
 from capsfusion_ray.attempts import SHARED_DEATHS
 
-ABSENT_S = 3.0  # so long a lost node is missed
+ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
+TIGHT_BYTES = 1 << 16  # of new pages; what an actor holds already is not counted
 STALL_S = 6.0  # engine.stall_s of every run: many times a step of the embedded model, on a busy machine too
 
 
@@ -67,7 +68,7 @@ class Stage(Protocol):
     def second_driver(self, *more: str) -> Job: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Fault:
     """One fault that waits for its moment. `struck`: what it did, in words; `after`: once the request was carried out."""
 
@@ -159,32 +160,44 @@ class ActorStalled(Fault):
             time.sleep(1.3 * STALL_S)
             actor.resume()
             gone, _ = psutil.wait_procs([actor], timeout=STALL_S)
+            self.mended = "ended as stalled" if gone else "it went on: no step was under way"
         except psutil.NoSuchProcess:
-            gone = [None]
-        self.mended = "ended as stalled" if gone else "it went on: no step was under way"
+            self.mended = "it was gone already"
 
 
 class OutOfMemory(Fault):
-    """The actor may allocate nothing more: what the kernel says to a process at its cgroup's or its own limit."""
+    """The actor is put into a cgroup that has no memory left: the kernel kills it at one of its next allocations."""
 
     _pid = 0
 
     def strike(self, pid: int) -> bool:
         if pid:
-            actor = psutil.Process(pid)
-            actor.rlimit(psutil.RLIMIT_AS, (actor.memory_info().vms, resource.RLIM_INFINITY))
+            cgroup = tight_cgroup()
+            assert cgroup, "not drawn where none can be made"
+            (cgroup / "cgroup.procs").write_text(str(pid))
             self._pid, self.struck = pid, f"no more memory for {_name(pid)}, pid {pid}"
         return False
 
     def mend(self) -> None:
         try:
-            actor = psutil.Process(self._pid)
-            gone, _ = psutil.wait_procs([actor], timeout=15)
-            if not gone:
-                actor.rlimit(psutil.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            gone, _ = psutil.wait_procs([psutil.Process(self._pid)], timeout=20)
         except psutil.NoSuchProcess:
             gone = [None]
-        self.mended = "it died" if gone else "it needed no more"
+        self.mended = "killed by the kernel" if gone else "it needed no more"
+
+
+def tight_cgroup() -> Path | None:
+    """This program's own cgroup of TIGHT_BYTES, made on first use; None where that is not permitted."""
+    try:
+        paths = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
+        one = "memory" in paths  # cgroup v1 has a tree of its own for memory
+        parent = Path("/sys/fs/cgroup", "memory" if one else "", paths["memory" if one else ""].lstrip("/"))
+        cgroup = parent / f"chaos-{os.getpid()}"
+        cgroup.mkdir(exist_ok=True)
+        (cgroup / ("memory.limit_in_bytes" if one else "memory.max")).write_text(str(TIGHT_BYTES))
+    except (OSError, KeyError):
+        return None
+    return cgroup
 
 
 class SecondDriver(Fault):

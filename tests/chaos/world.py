@@ -1,6 +1,7 @@
 """What chaos happens to: a Ray cluster of three nodes, an S3 server behind a proxy, and jobs as processes of their own.
 
-All of it listens on 127.0.0.1, lies in one folder, and ends by pid. Knows nothing of faults' kinds.
+The servers listen on 127.0.0.1, Ray where it always does: a driver that is told 127.0.0.1 looks for this machine's own
+address. All of it lies in one folder, and ends by pid. Knows nothing of faults' kinds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = "CAPSFUSION_CHAOS"  # in the environment of every process started here, so that none is left behind unseen
 WORKERS = 2
 # Logical CPUs: room for both actors of a run and what reads, commits and compacts, after the other node was lost.
-NODE = {"num_cpus": 2, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1"}
+NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 
 
 def mark() -> str:
@@ -65,8 +67,10 @@ class Nodes:
         folder.mkdir()
 
     def __enter__(self) -> Nodes:
+        # Ports of Ray's own choice may be another cluster's; for the agent's, 0 lets patient_start find one.
+        head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0, "dashboard_port": _free_port()}
         with patient_start():
-            self._cluster = Cluster(initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "include_dashboard": False})
+            self._cluster = Cluster(initialize_head=True, head_node_args=NODE | head)
         self.address: str = self._cluster.address
         self.replenish()
         return self
@@ -95,6 +99,12 @@ class Nodes:
                 self._cluster.remove_node(node, allow_graceful=False)
                 return f"raylet {raylet.pid} and its {len(children)} processes"
         return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class WatchedProxy(FaultProxy):
