@@ -39,6 +39,10 @@ class StoreRefused(UsageError):
     """The store cannot be used as configured (bucket absent, credentials, no permission, read-only); no retry helps."""
 
 
+class StoreFull(StorageError):
+    """No space left: not waited out, somebody must free some."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One object. `path` is relative to the store's root; `size` in bytes; `etag` is empty where the store has none."""
@@ -138,7 +142,7 @@ def other_error(error: Exception, action: str, url: str) -> Exception:
             f"{url}: cannot {action} it: {os.strerror(number)}; a shorter output path or partition value will do"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
+        return StoreFull(
             f"{url}: cannot {action} it: {os.strerror(number)}; free some, and the same command goes on"
         )
     if isinstance(error, (ImportError, ValueError)) and "://" in url:

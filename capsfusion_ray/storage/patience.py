@@ -1,4 +1,4 @@
-"""Waiting out a store that fails for minutes, for calls that may be repeated whole. Knows no store."""
+"""Waiting out a store that fails for minutes, for calls that may be repeated whole. Opens no store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from capsfusion_ray.errors import StorageError
+from capsfusion_ray.storage.base import StoreFull
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -17,10 +18,12 @@ PAUSES_S = (5.0, 15.0, 45.0, 135.0, 300.0)
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """What `call` returns; repeated after each of PAUSES_S while it raises StorageError."""
+    """What `call` returns; repeated after each of PAUSES_S while it raises StorageError; a full store is not waited for."""
     for pause in PAUSES_S:
         try:
             return call()
+        except StoreFull:
+            raise
         except StorageError as error:
             log.warning("%s; trying again in %.0f s", error, pause)
             time.sleep(pause)

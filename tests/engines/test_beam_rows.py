@@ -43,8 +43,14 @@ def test_two_runs_are_identical_to_the_last_bit_of_the_score():
     assert runs[0] == runs[1]
 
 
-def test_prompts_that_stream_in_while_others_are_in_work_change_nothing(alone):
-    engine = beam_engine(MODEL, DECODE, slots=4)
+@pytest.mark.parametrize("slots", [4, 9])
+@pytest.mark.parametrize("shrinks", [True, False])
+def test_prompts_that_stream_in_while_others_are_in_work_change_nothing(alone, monkeypatch, slots, shrinks):
+    """Slots run empty and fill again; rows move between groups. `shrinks` is False for bfloat16 models."""
+    monkeypatch.setitem(ROWS_TOGETHER, "cpu", 2)
+    monkeypatch.setattr("capsfusion_ray.engines.beam.slots.LIKE", 1)
+    engine = beam_engine(MODEL, DECODE, slots)
+    engine._shrinks = shrinks
     finished, waiting, rng = {}, list(PROMPTS), random.Random(6)
     while engine.unfinished or waiting:
         for _ in range(rng.choice([0, 0, 1, 3])):

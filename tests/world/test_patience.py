@@ -9,6 +9,7 @@ from capsfusion_ray.config import FuseConfig, load
 from capsfusion_ray.errors import StorageError
 from capsfusion_ray.sources import iter_units
 from capsfusion_ray.storage import StoreRefused, patience, patiently
+from capsfusion_ray.storage.base import StoreFull
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_a_failing_store_is_waited_out_with_growing_pauses(slept, failures):
     assert slept == list(patience.PAUSES_S[:failures])
 
 
-@pytest.mark.parametrize(("error", "calls"), [(StorageError, len(patience.PAUSES_S) + 1), (StoreRefused, 1)])
+@pytest.mark.parametrize(("error", "calls"), [(StorageError, len(patience.PAUSES_S) + 1), (StoreRefused, 1), (StoreFull, 1)])
 def test_patience_has_an_end_and_a_refusal_is_believed_at_once(slept, error, calls):
     made = []
 

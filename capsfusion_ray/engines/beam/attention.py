@@ -23,7 +23,7 @@ def decode_attention(
     b, h, g, k, d = q_BHGKD.shape
     p, w = prefix_k_HPD.shape[1], k_BHWD.shape[2]
     if not p:
-        mask = mask_BKW[:, None].repeat(1, 1, g, 1)
+        mask = mask_BKW[:, None] if g == 1 else mask_BKW[:, None].repeat(1, 1, g, 1)
         return F.scaled_dot_product_attention(q_BHGKD.reshape(b, h, g * k, d), k_BHWD, v_BHWD, mask).view(b, h, g, k, d)
     q = q_BHGKD * d**-0.5
     q_prefix = q.transpose(0, 1).reshape(h, b * g * k, d)

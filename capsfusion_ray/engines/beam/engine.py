@@ -163,6 +163,7 @@ class BeamEngine:
                 state = BeamState.empty(slots, plan, self._device)
         except torch.OutOfMemoryError as error:
             return str(error)  # and the frame's tensors are freed with it, before the next try
+        state.done_B.fill_(True)  # an idle slot takes part in every step; a prefill begins its search
         self._cache, self._state = cache, state
         return ""
 
@@ -207,6 +208,9 @@ class BeamEngine:
             self._cache.move(moves)
             sources, targets, _ = torch.tensor(moves, device=self._device).unbind(1)
             self._state.put(targets, self._state.rows(sources))
+            left = sorted({a for a, _, _ in moves} - {b for _, b, _ in moves})
+            self._state.done_B[left] = True
+            self._cache.visible_BKN[left] = False
         prompts = [self._rows[slot] for slot in live] + list(fresh)
         size = len(ends) if self._shrinks else self._slots
         self._rows, self._ends = [None] * size, [0] * size
