@@ -8,11 +8,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
+
+# Read when ray.data is imported. A killed driver keeps its share of the cluster until its last request for it runs out, by
+# default after 180 s: the resumed run would have half the CPUs for so long. A living driver asks anew every 10 s.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "60")
+
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, TaskPoolStrategy
 from ray.data.block import BlockMetadata
@@ -62,9 +68,6 @@ class Pool:
     cpus_per_actor: float
     gpus_per_actor: float
     units_in_flight: int
-
-
-_RAY_ADVICE = "\nFailed to apply UDF transform"  # on Ray's own retries, which are off: it appends that to every message
 
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
@@ -121,10 +124,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         for row in dataset.iter_rows():
             yield UnitSummary.parse(json.loads(row["summary"]))
     except RayTaskError as error:
-        if isinstance(error.cause, CapsFusionError):  # what a stage raised on purpose; the doorway says it in one line
-            message, *_ = str(error.cause).split(_RAY_ADVICE)
-            raise type(error.cause)(message) from None
-        raise
+        raise purpose_of(error) from None
 
 
 class UnitSource(Datasource):
@@ -189,3 +189,16 @@ def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     patiently(lambda: commit(job.output, part, summary))
     tell_store_faults()
     return pa.table({"summary": [json.dumps(asdict(summary))]})
+
+
+_RAY_ADVICE = "\nFailed to apply UDF transform"  # on Ray Data's own retries, which are off: it appends that to every message
+
+
+def purpose_of(error: RayTaskError) -> Exception:
+    """What a task raised on purpose, as itself: the doorway says it in one line. Anything else is a bug, and stays as it is."""
+    cause: Exception = error.cause
+    if isinstance(cause, CapsFusionError):
+        message, *_ = str(cause).split(_RAY_ADVICE)
+        return type(cause)(message)
+    bug: Exception = error
+    return bug

@@ -51,6 +51,7 @@ def nodes(store):
     aws = {
         "AWS_ENDPOINT_URL": store.url, "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": KEYS["key"], "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15",  # of the killed driver, whose share holds the next one's pool down
     }  # fmt: skip
     with ray_nodes(2, 2, env=aws) as nodes:
         yield nodes
