@@ -12,6 +12,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from capsfusion_ray.cluster import start_here
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.train.config import TrainConfig
 from capsfusion_ray.train.loop import CURVE, fit, run_folder
@@ -35,8 +36,10 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     _refuse_another_run(cfg, work / "config.json")
     started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True)
+    if started_here and "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=True)
+    elif started_here:  # and not ray.init(), which would join whatever cluster it finds on this machine
+        start_here(log_to_driver=True)
     try:
         resources = {"GPU": 1.0} if cfg.cluster.gpu else {"CPU": float(cfg.cluster.threads)}
         TorchTrainer(
