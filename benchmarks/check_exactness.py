@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from hf import build_prompts, generate_batch, read_pairs
+from hf import Ids, build_prompts, generate_batch, read_pairs
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.beam.engine import BeamEngine
@@ -59,13 +59,6 @@ HALF = (
     Variant("bfloat16", 3, batches=(32,)),
     Variant("bfloat16", 3, slots=32),
 )
-
-
-class Ids:
-    """Stands in for the tokenizer's decode: a caption is its token ids."""
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return " ".join(map(str, ids))
 
 
 def by_hf(variant: Variant, loaded: LoadedModel, prompts: Sequence[Prompt]) -> Written:

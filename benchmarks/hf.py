@@ -16,6 +16,13 @@ from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import CaptionPair, Prompt
 
 
+class Ids:
+    """Stands in for the tokenizer's decode: a caption is its token ids."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids))
+
+
 def read_pairs(path: str, rows: int) -> list[CaptionPair]:
     """Pairs of a JSON array or of JSON lines, in file order; from the start again where the file is too short."""
     text = Path(path).read_text(encoding="utf-8")

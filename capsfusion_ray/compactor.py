@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 
 import ray
-from ray.exceptions import RayTaskError
 
 from capsfusion_ray.compact import compact_group, remove_parts
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.manifest import GroupEntry
-from capsfusion_ray.pipeline import purpose_of
+from capsfusion_ray.pipeline import as_raised
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store, patiently
@@ -89,10 +88,8 @@ class Compactor:
         finished, _ = ray.wait(list(self._running), timeout=timeout_s)
         for task in finished:
             key = self._running.pop(task)
-            try:
+            with as_raised():
                 self._entries[key] = ray.get(task)
-            except RayTaskError as error:
-                raise purpose_of(error) from None
             log.debug("compacted %s: %d files", key, len(self._entries[key].files))
 
 

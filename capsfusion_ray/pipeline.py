@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,11 +121,9 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
             num_cpus=COMMIT_CPUS,
         )
     )
-    try:
+    with as_raised():
         for row in dataset.iter_rows():
             yield UnitSummary.parse(json.loads(row["summary"]))
-    except RayTaskError as error:
-        raise purpose_of(error) from None
 
 
 class UnitSource(Datasource):
@@ -169,18 +168,19 @@ class _Read:
     def _reads(self, spec: ReadSpec) -> Iterator[UnitRows]:
         """The units' rows, in order; a store that fails is waited out, and what was read is not read again."""
         ranges = [(unit.start, unit.stop) for unit in self.units]
-        found = iter_units(self.shard, ranges, spec)
-        for done in range(len(ranges)):
+        found, done = iter_units(self.shard, ranges, spec), 0
 
-            def following(done: int = done) -> UnitRows:
-                nonlocal found
-                try:
-                    return next(found)
-                except StorageError:
-                    found = iter_units(self.shard, ranges[done:], spec)
-                    raise
+        def following() -> UnitRows:
+            nonlocal found
+            try:
+                return next(found)
+            except StorageError:
+                found = iter_units(self.shard, ranges[done:], spec)
+                raise
 
+        while done < len(ranges):
             yield patiently(following)
+            done += 1
 
 
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
@@ -194,11 +194,13 @@ def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
 _RAY_ADVICE = "\nFailed to apply UDF transform"  # on Ray Data's own retries, which are off: it appends that to every message
 
 
-def purpose_of(error: RayTaskError) -> Exception:
-    """What a task raised on purpose, as itself: the doorway says it in one line. Anything else is a bug, and stays as it is."""
-    cause: Exception = error.cause
-    if isinstance(cause, CapsFusionError):
-        message, *_ = str(cause).split(_RAY_ADVICE)
-        return type(cause)(message)
-    bug: Exception = error
-    return bug
+@contextmanager
+def as_raised() -> Iterator[None]:
+    """What a task raised on purpose comes out as itself: the doorway says it in one line. A bug keeps Ray's traceback."""
+    try:
+        yield
+    except RayTaskError as error:
+        if not isinstance(error.cause, CapsFusionError):
+            raise
+        message, *_ = str(error.cause).split(_RAY_ADVICE)
+        raise type(error.cause)(message) from None

@@ -4,7 +4,8 @@ Knows nothing of captions, plans or parquet. Three kinds of store stand behind `
 bucket, and whatever else fsspec opens. A commit is `put_if_absent`: one object, one PUT, whole or not at all.
 
 Who retries: the S3 client retries by itself (`s3.py`); what still fails is a StorageError, which `patiently` waits out
-where a unit is read, committed or compacted; elsewhere, and after its last pause, the run stops and can be resumed. What no retry can mend (bucket absent, credentials, a read-only folder) is StoreRefused: the run stops.
+where a unit is read, committed or compacted; elsewhere, and after its last pause, the run stops and can be resumed.
+What no retry can mend (bucket absent, credentials, a read-only folder) is StoreRefused: the run stops.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from capsfusion_ray.cluster import start_here
+from capsfusion_ray import cluster
+from capsfusion_ray.config import ClusterConfig
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.train.config import TrainConfig
 from capsfusion_ray.train.loop import CURVE, fit, run_folder
@@ -36,10 +36,8 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
     _refuse_another_run(cfg, work / "config.json")
     started_here = not ray.is_initialized()
-    if started_here and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True)
-    elif started_here:  # and not ray.init(), which would join whatever cluster it finds on this machine
-        start_here(log_to_driver=True)
+    if started_here:
+        cluster.connect(ClusterConfig())
     try:
         resources = {"GPU": 1.0} if cfg.cluster.gpu else {"CPU": float(cfg.cluster.threads)}
         TorchTrainer(
@@ -59,7 +57,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
         raise EngineError(f"{cfg.output.path}: training failed ({error}); the same command again resumes") from error
     finally:
         if started_here:
-            ray.shutdown()
+            cluster.disconnect()
     curve = [json.loads(line) for line in (work / CURVE).read_text(encoding="utf-8").splitlines()]
     draw_curve(curve, work)
     return {"model": cfg.output.path, **curve[-1]}

@@ -416,7 +416,7 @@ def nobody(request: Any, after: bool) -> None:
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(io.BytesIO(data)).to_pylist()
+    rows: list[dict[str, Any]] = pq.ParquetFile(io.BytesIO(data)).read().to_pylist()
     return rows
 
 

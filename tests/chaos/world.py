@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ports import free_port
 from proxy import FaultProxy
 from ray.cluster_utils import Cluster
 
@@ -68,7 +68,7 @@ class Nodes:
 
     def __enter__(self) -> Nodes:
         # Ports of Ray's own choice may be another cluster's; for the agent's, 0 lets patient_start find one.
-        head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0, "dashboard_port": _free_port()}
+        head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0, "dashboard_port": free_port()}
         with patient_start():
             self._cluster = Cluster(initialize_head=True, head_node_args=NODE | head)
         self.address: str = self._cluster.address
@@ -99,12 +99,6 @@ class Nodes:
                 self._cluster.remove_node(node, allow_graceful=False)
                 return f"raylet {raylet.pid} and its {len(children)} processes"
         return ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class WatchedProxy(FaultProxy):

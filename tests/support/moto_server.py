@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+from ports import free_port
 
 PAGE_KEYS = 20  # keys in one answer to a listing, so that a few objects fill several; Amazon's own: 1000
 KEYS = {"key": "demokey", "secret": "demosecret"}
@@ -22,9 +23,7 @@ KEYS = {"key": "demokey", "secret": "demosecret"}
 @contextmanager
 def moto_server(log: Path) -> Iterator[str]:
     """Its URL."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = int(s.getsockname()[1])
+    port = free_port()
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
     env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:

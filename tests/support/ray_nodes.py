@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
+
 from capsfusion_ray.cluster import START_PATIENCE_S, patient_start
 
 
@@ -50,7 +52,8 @@ def serve(worker_cpus: list[int]) -> None:
     from ray.cluster_utils import Cluster
 
     head = {
-        "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": _free_port(),
+        "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1",
+        "dashboard_port": free_port(),  # Ray looks from 8265 on, where another cluster's may be
         "dashboard_agent_listen_port": 0,  # patient_start finds one; Ray's own 52365 may be another cluster's
     }  # fmt: skip
     with patient_start():
@@ -73,13 +76,6 @@ def wait_for_agent(head: Any) -> None:
                 return
         time.sleep(0.1)
     raise SystemExit("the agent of the head node does not answer")
-
-
-def _free_port() -> int:
-    """Ray's dashboard takes a port that it is told, or looks from 8265 on, where another cluster's may be."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 if __name__ == "__main__":

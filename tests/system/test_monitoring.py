@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from moto_server import KEYS, client, moto_server
+from ports import free_port
 from proxy import FaultProxy, Faults
 from ray_nodes import ray_nodes
 
@@ -60,9 +60,7 @@ class Prometheus:
 @contextmanager
 def prometheus(folder, discovery):
     """The process, with Ray's own list of targets and the project's rules."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     config = folder / "prometheus.yml"
     config.write_text(CONFIG.format(every=SCRAPE_S, rules=MONITORING / "alerts.yaml", discovery=discovery))
     line = ["/usr/bin/prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]

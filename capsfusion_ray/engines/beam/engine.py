@@ -202,7 +202,8 @@ class BeamEngine:
         """
         live = [slot for slot, prompt in enumerate(self._rows) if prompt is not None]
         ends = [self._ends[slot] for slot in live] + [len(prompt.suffix_ids) for prompt in fresh]
-        slots = arrange(ends, live, len(ends) if self._shrinks else self._slots, self._network.rows_together)
+        size = len(ends) if self._shrinks else self._slots
+        slots = arrange(ends, live, size, self._network.rows_together)
         moves = [(a, b, end) for a, b, end in zip(live, slots, ends, strict=False) if a != b]
         if moves:
             self._cache.move(moves)
@@ -212,7 +213,6 @@ class BeamEngine:
             self._state.done_B[left] = True
             self._cache.visible_BKN[left] = False
         prompts = [self._rows[slot] for slot in live] + list(fresh)
-        size = len(ends) if self._shrinks else self._slots
         self._rows, self._ends = [None] * size, [0] * size
         for slot, prompt, end in zip(slots, prompts, ends, strict=True):
             self._rows[slot], self._ends[slot] = prompt, end
