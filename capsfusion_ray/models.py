@@ -1,7 +1,8 @@
 """Where a model is, which prompt and decoding it wants, and a hash of its content. Loads no weights; knows no torch.
 
 A fusion model is a Hugging Face model folder (or hub id) that may carry a `fusion.json`:
-{"prompt_template": "… {raw} … {synthetic} …", "max_prompt_tokens": 256, "decode": {"no_repeat_ngram": 5}}.
+{"prompt_template": "… {raw} … {synthetic} …", "max_prompt_tokens": 256,
+ "decode": {"scoring": "transformers", "length_penalty": 1.5, "no_repeat_ngram": 5}}.
 Without one it is prompted with CapsFusion's own text, to the letter.
 """
 
@@ -14,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.config import DecodeConfig, EngineConfig, SettledDecode
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.prompt import TEMPLATE, Template
 
 EMBEDDED = "capsfusion-tiny"
 FUSION_FILE = "fusion.json"
+# What a model folder may say of decoding.
+WISHES: dict[str, tuple[type, ...]] = {"scoring": (str,), "length_penalty": (int, float), "no_repeat_ngram": (int,)}
 _SAMPLE_BYTES = 1 << 20
 _WHOLE_BYTES = 64 << 20  # larger weight files are sampled at five places: 26 GB would take a minute to hash
 _CONTENT_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
@@ -82,19 +85,24 @@ def _read_fusion_file(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({error}); mend or remove it") from None
     unknown = set(wish) - {"prompt_template", "max_prompt_tokens", "decode"}
-    unknown |= {f"decode.{name}" for name in wish.get("decode", {}) if name != "no_repeat_ngram"}
+    unknown |= {f"decode.{name}" for name in wish.get("decode", {}) if name not in WISHES}
     if unknown:
-        raise ConfigError(f"{path}: unknown keys {sorted(unknown)}; it may hold prompt_template, max_prompt_tokens, decode.no_repeat_ngram")
+        raise ConfigError(f"{path}: unknown keys {sorted(unknown)}; it may hold prompt_template, max_prompt_tokens, decode ({', '.join(WISHES)})")
+    for name, value in wish.get("decode", {}).items():
+        if not isinstance(value, WISHES[name]):
+            raise ConfigError(f"{path}: decode.{name}={value!r}: must be {' or '.join(kind.__name__ for kind in WISHES[name])}")
+    try:
+        DecodeConfig().settled(wish.get("decode", {}))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return dict(wish)
 
 
-def settle(engine: EngineConfig, decode: DecodeConfig, model: ModelInfo) -> tuple[EngineConfig, DecodeConfig]:
+def settle(engine: EngineConfig, decode: DecodeConfig, model: ModelInfo) -> tuple[EngineConfig, SettledDecode]:
     """Fill what the config leaves to the model folder."""
-    if decode.no_repeat_ngram is None:
-        decode = dataclasses.replace(decode, no_repeat_ngram=int(model.decode.get("no_repeat_ngram", 0)))
     if model.max_prompt_tokens and engine.max_prompt_tokens > model.max_prompt_tokens:
         engine = dataclasses.replace(engine, max_prompt_tokens=model.max_prompt_tokens)
-    return engine, decode
+    return engine, decode.settled(model.decode)
 
 
 def content_hash(folder: Path) -> str:

@@ -5,7 +5,9 @@ Units stand in the names: `_s` seconds, `_mb` 1e6 bytes, `_tokens`, `_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from capsfusion_ray.errors import ConfigError
@@ -144,23 +146,38 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a caption is searched for. Defaults are the reference's (transformers 4.28.1)."""
+    """How a caption is searched for. What is null is the model folder's wish, else the reference's (transformers 4.28.1)."""
 
     num_beams: int = 3
     max_new_tokens: int = 80
-    scoring: Literal["reference", "transformers"] = "reference"  # 4.28.1's padded full length, or 5.x's generated length
-    length_penalty: float = 1.0
+    scoring: Literal["reference", "transformers"] | None = None  # 4.28.1's padded full length, or 5.x's generated length
+    length_penalty: float | None = None  # null: the model folder's wish, else 1.0
     no_repeat_ngram: int | None = None  # blocked in the generated text only; null: the model folder's wish, else 0 (off)
 
     def __post_init__(self) -> None:
         _check(1 <= self.num_beams <= 8, "decode.num_beams", self.num_beams, "1 to 8")
         _check(self.max_new_tokens >= 1, "decode.max_new_tokens", self.max_new_tokens, "at least 1")
+        _check(self.scoring in (None, "reference", "transformers"), "decode.scoring", self.scoring, "reference or transformers")
         _check(
             self.no_repeat_ngram is None or self.no_repeat_ngram >= 0,
             "decode.no_repeat_ngram",
             self.no_repeat_ngram,
             "0 (off) or more",
         )
+
+    def settled(self, wish: Mapping[str, Any] = MappingProxyType({})) -> SettledDecode:
+        """With nothing left open: what was asked, else `wish`, else the reference's."""
+        asked = {name: value for name, value in vars(self).items() if value is not None}
+        return SettledDecode(**(dict(wish) | asked))
+
+
+@dataclass(frozen=True)
+class SettledDecode(DecodeConfig):
+    """A DecodeConfig that engines can follow. The defaults are the reference's."""
+
+    scoring: Literal["reference", "transformers"] = "reference"
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
 
 
 @dataclass(frozen=True)

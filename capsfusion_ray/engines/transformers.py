@@ -40,7 +40,7 @@ class TransformersEngine:
     def _start(self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> None:
         self._loaded = loaded
         self._engine = engine
-        self._decode = decode
+        self._decode = decode.settled()
         pad = loaded.tokenizer.pad_token_id
         self._pad_id = loaded.eos_ids[0] if pad is None else pad
         self._queue: deque[Prompt] = deque()
@@ -79,7 +79,7 @@ class TransformersEngine:
         device = self._loaded.device
         tokens_BS = torch.tensor([[self._pad_id] * (width - len(row)) + row for row in ids], device=device)
         mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
-        watch = _Watch(len(batch), width, self._decode.no_repeat_ngram or 0)
+        watch = _Watch(len(batch), width, self._decode.no_repeat_ngram)
         try:
             out_BS: Tensor = self._loaded.model.generate(
                 tokens_BS,
@@ -140,7 +140,7 @@ class _Watch:
 
 
 def _refuse_reference_beams(decode: DecodeConfig) -> None:
-    if decode.scoring == "reference" and decode.num_beams > 1:
+    if decode.settled().scoring == "reference" and decode.num_beams > 1:
         raise ConfigError(
             f"decode.scoring='reference' with decode.num_beams={decode.num_beams}: engine.kind=transformers cannot score as "
             "transformers 4.28.1 did; use engine.kind=beam, or decode.scoring=transformers, or decode.num_beams=1"

@@ -110,7 +110,7 @@ def rewrite(triple: Triple, banks: Banks, cfg: AugmentConfig, rng: random.Random
         if (len(word) > 2 or word.isdigit()) and word not in _KEPT and rng.random() < how_many
     }
     # What only the raw caption says is replaced at times too, so that its absence from the target is not learnt by heart.
-    for word in {w.lower() for w in words(raw)} - in_target:
+    for word in sorted({w.lower() for w in words(raw)} - in_target):
         if word not in _KEPT and rng.random() < 0.2 * how_many:
             replaced[word] = banks.stand_in(word, rng)
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray import prompt
+from capsfusion_ray.models import FUSION_FILE, WISHES
 from capsfusion_ray.train.augment import Banks
 from capsfusion_ray.train.batches import POOL_BATCHES, Batch, Encoder, cached_by_word, pad, pool
 from capsfusion_ray.train.config import ModelConfig, OptimConfig, TrainConfig
@@ -57,7 +58,8 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     plain.to(device)
     encoder = build_encoder(tokenizer, template_text(cfg), cfg.optim.source_loss_weight, by_word=not cfg.model.path)
     _add_dropout(plain, cfg.optim.dropout)
-    loss_of = wrap(Loss(plain, cfg.optim.label_smoothing))
+    weighed = Loss(plain, cfg.optim.label_smoothing)
+    loss_of = wrap(torch.compile(weighed, dynamic=True) if cfg.cluster.compile else weighed)
     optimizers = build_optimizers(plain, cfg.optim.muon_lr, cfg.optim.adam_lr, cfg.optim.weight_decay)
     base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = Average(plain, cfg.optim.ema)
@@ -182,9 +184,9 @@ def save_model(model: Any, tokenizer: Any, cfg: TrainConfig, folder: Path) -> No
     wish = {
         "prompt_template": template_text(cfg),
         "max_prompt_tokens": cfg.output.max_prompt_tokens,
-        "decode": {"no_repeat_ngram": cfg.output.no_repeat_ngram},
+        "decode": {name: value for name in WISHES if (value := getattr(cfg.output, name)) is not None},
     }
-    (folder / "fusion.json").write_text(json.dumps(wish, indent=2) + "\n", encoding="utf-8")
+    (folder / FUSION_FILE).write_text(json.dumps(wish, indent=2) + "\n", encoding="utf-8")
 
 
 def _start(cfg: TrainConfig, triples: Sequence[Triple], saved: Path) -> tuple[Any, Any]:

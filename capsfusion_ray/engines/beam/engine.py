@@ -56,16 +56,17 @@ class BeamEngine:
     def _start(
         self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
     ) -> None:
+        asked = decode.settled()
         self._loaded = loaded
         self._asked_slots = engine.slots
         self._max_prompt_tokens = engine.max_prompt_tokens
         self._plan = SearchPlan(
-            num_beams=decode.num_beams,
-            max_new_tokens=decode.max_new_tokens,
-            scoring=decode.scoring,
-            length_penalty=decode.length_penalty,
+            num_beams=asked.num_beams,
+            max_new_tokens=asked.max_new_tokens,
+            scoring=asked.scoring,
+            length_penalty=asked.length_penalty,
             padded_prompt_tokens=engine.max_prompt_tokens,
-            no_repeat_ngram=decode.no_repeat_ngram or 0,
+            no_repeat_ngram=asked.no_repeat_ngram,
             eos_ids=loaded.eos_ids,
         )
         with torch.inference_mode():
