@@ -28,14 +28,15 @@ from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.repair import open_repair
 from capsfusion_ray.retry import open_retry, reasons_of
-from capsfusion_ray.revision import Revision, clean, run_revision
-from capsfusion_ray.rewrite import Rewriter, judge_repeats, refuse_unfinished
+from capsfusion_ray.revision import Revision, run_revision
+from capsfusion_ray.rewrite import Rewriter, clean, judge_repeats, refuse_unfinished
 from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 DEMO_MODEL_ROWS = 100_000
+MOST_UNIT_ROWS = 50_000  # a unit's rows are in an actor's memory together, at some 5 kB each; no GPU is so quick, echo is
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def unit_rows(cfg: FuseConfig, device: str, before: Sequence[Plan]) -> int:
         return cfg.unit.rows
     if before:
         return before[0].unit_rows
-    return max(int(cfg.unit.target_s * speed(cfg, device)), 1)
+    return min(max(int(cfg.unit.target_s * speed(cfg, device)), 1), MOST_UNIT_ROWS)
 
 
 def speed(cfg: FuseConfig, device: str) -> float:

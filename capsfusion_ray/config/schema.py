@@ -70,7 +70,7 @@ class FilterConfig:
 class UnitConfig:
     """How large one unit of work, retry and commit is."""
 
-    rows: int | None = None  # null: target_s times the speed expected of one actor
+    rows: int | None = None  # null: target_s times the speed expected of one actor, at most 50,000
     target_s: float = 90.0
     captions_per_s: float | None = None  # of one actor; null: a guess by engine and device (see plan.py)
 
@@ -115,11 +115,31 @@ class ApiConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """engine.kind=vllm: greedy or sampled captions, never those of engine.kind=beam. It wants an environment of its own (docs/guide.md)."""
+
+    tensor_parallel: int = 1  # GPUs that hold one model together, of one node; an actor asks for as many
+    temperature: float = 0.0  # 0: greedy
+    sampling: dict[str, Any] = field(default_factory=dict)  # more fields of vLLM's SamplingParams, such as top_p or repetition_penalty
+    options: dict[str, Any] = field(default_factory=dict)  # more fields of vLLM's EngineArgs, such as quantization or gpu_memory_utilization
+
+    def __post_init__(self) -> None:
+        _check(self.tensor_parallel >= 1, "engine.vllm.tensor_parallel", self.tensor_parallel, "a number of GPUs, at least 1")
+        _check(self.temperature >= 0, "engine.vllm.temperature", self.temperature, "0 (greedy) or more")
+        ours = sorted(set(self.sampling) & {"temperature", "max_tokens", "n", "output_kind", "detokenize", "skip_special_tokens"})
+        _check(not ours, "engine.vllm.sampling", ours, "fields that the engine does not set or read itself")
+        ours = sorted(set(self.options) & {"model", "revision", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size"})
+        _check(not ours, "engine.vllm.options", ours, "fields that no key of engine.* stands for")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Which model writes, and on what."""
 
-    kind: Literal["beam", "transformers", "echo", "api"] = "beam"
-    model: str = ""  # a hub id or a folder; empty: the embedded demo model
+    kind: Literal["beam", "transformers", "echo", "api", "vllm"] = "beam"
+    model: str = ""  # a hub id, a folder, or the URL of one (s3://bucket/model): fetched once a node; empty: the embedded demo model
+    revision: str = ""  # a hub id's commit, tag or branch (empty: main); a folder's content, as the plan names it
+    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of a model's URL, e.g. {endpoint_url: http://…}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     slots: int | None = None  # captions decoded together; null: sized from free memory
@@ -131,8 +151,14 @@ class EngineConfig:
     allow_demo_model: bool = False  # more than 100,000 rows with the embedded model
     trust_remote_code: bool = False
     api: ApiConfig = field(default_factory=ApiConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
+        if self.kind != "vllm" and self.vllm.tensor_parallel > 1:
+            raise ConfigError(
+                f"engine.vllm.tensor_parallel={self.vllm.tensor_parallel}: engine.kind={self.kind} holds a model on one GPU; one that does "
+                "not fit there needs a larger GPU, or engine.kind=vllm, whose captions are not beam search's"
+            )
         _check(self.slots is None or self.slots > 0, "engine.slots", self.slots, "a positive number")
         _check(self.batch_size > 0, "engine.batch_size", self.batch_size, "a positive number")
         _check(self.stall_s > 0, "engine.stall_s", self.stall_s, "seconds above 0")

@@ -87,9 +87,15 @@ class Banks:
             if len(word) == 4 and word[:2] in ("19", "20") and rng.random() < 0.7:
                 return str(rng.randint(1900, 2029))
             return str(rng.randint(1, 9)) + "".join(str(rng.randint(0, 9)) for _ in word[1:])
-        if rng.random() < 0.12:
-            return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
-        return rng.choice(self.by_class[_class(word, word in self.names)])
+        return self.invented(rng) if rng.random() < 0.12 else self.word(_class(word, word in self.names), rng)
+
+    def word(self, kind: str, rng: random.Random) -> str:
+        """A word of `by_class`; an invented one where the captions have none of that kind."""
+        known = self.by_class[kind]
+        return rng.choice(known) if known else self.invented(rng)
+
+    def invented(self, rng: random.Random) -> str:
+        return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
 
 
 def rewrite(triple: Triple, banks: Banks, cfg: AugmentConfig, rng: random.Random) -> Triple:
@@ -173,7 +179,7 @@ def copy_task(banks: Banks, rng: random.Random) -> Triple:
         else:
             n = rng.randint(3, 10)
             kinds = rng.choices(("name", "", "s", "ing", "7", "1999"), (4, 5, 1, 0.5, 0.6, 0.4), k=n)
-            picked = [banks.stand_in(k, rng) if k.isdigit() else rng.choice(banks.by_class[k]) for k in kinds]
+            picked = [banks.stand_in(k, rng) if k.isdigit() else banks.word(k, rng) for k in kinds]
             sides.append([_recase(w, "A") if rng.random() < 0.4 else w for w in picked])
     pieces: list[list[str]] = []
     for side in sides:

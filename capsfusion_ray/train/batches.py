@@ -9,10 +9,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from capsfusion_ray.errors import SourceError
 from capsfusion_ray.prompt import Template
 from capsfusion_ray.train.augment import Banks, draw
 from capsfusion_ray.train.config import TrainConfig
@@ -88,6 +90,10 @@ def pool(
     rows = sorted((encoder(triple) for triple in drawn), key=lambda row: len(row[0]))
     # A caption cut at the decoder's limit has no ending; better not to learn captions that long.
     rows = [row for row in rows if row[1].count(1.0) <= MAX_NEW_TOKENS]
-    batches = [pad(rows[i : i + n], pad_id) for i in range(0, len(rows), n)]
+    if len(rows) < POOL_BATCHES:
+        raise SourceError(f"hardly a fused caption has at most {MAX_NEW_TOKENS} tokens; those are what a model can learn from")
+    # Evenly, and not n at a time: whatever was left out above, there are as many batches as steps.
+    cuts = [len(rows) * i // POOL_BATCHES for i in range(POOL_BATCHES + 1)]
+    batches = [pad(rows[a:b], pad_id) for a, b in pairwise(cuts)]
     rng.shuffle(batches)
     return batches

@@ -73,9 +73,9 @@ def _worker(loop: dict[str, TrainConfig]) -> None:
 
 
 def _refuse_another_run(cfg: TrainConfig, path: Path) -> None:
-    """A checkpoint goes on only under the recipe that began it; later steps and another cluster are no other recipe."""
+    """A checkpoint goes on only under the recipe that began it; more steps, another cluster or wish are no other recipe."""
     recipe = dataclasses.asdict(cfg)
-    del recipe["cluster"]
+    del recipe["cluster"], recipe["output"]
     for name in ("steps", "decay_steps"):
         del recipe["optim"][name]
     text = json.dumps(recipe, indent=2, sort_keys=True)

@@ -66,7 +66,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     step = _resume(work / CHECKPOINT, plain, optimizers, average)
     held_out = _batches(validation, encoder, tokenizer.pad_token_id)
     batches: list[Batch] = []
-    loss_sum, tokens, began = 0.0, 0, time.monotonic()
+    losses, tokens, began = [], 0, time.monotonic()
     while step < cfg.optim.steps:
         if not batches or step % POOL_BATCHES == 0:
             whole = pool(step // POOL_BATCHES, triples, banks, encoder, cfg, tokenizer.pad_token_id, rank)
@@ -82,17 +82,17 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
             optimizer.zero_grad(set_to_none=True)
         average.update(plain, step)
         step += 1
-        loss_sum, tokens = loss_sum + float(loss.detach()), tokens + batch.ids_TL.numel()
+        losses.append(float(loss.detach()))
+        tokens += batch.ids_TL.numel()
         last = step == cfg.optim.steps
         if rank == 0 and (step % cfg.output.validate_every == 0 or last):
             seconds = time.monotonic() - began
-            n = (step - 1) % cfg.output.validate_every + 1
             average.swap(plain)
             held = validate(plain, held_out, device)
             average.swap(plain)
             row = {
                 "step": step,
-                "train_loss": loss_sum / n,
+                "train_loss": sum(losses) / len(losses),
                 "validation_loss": held,
                 "rate": scale,
                 "tokens_per_s": tokens / seconds,
@@ -100,7 +100,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
             with (work / CURVE).open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             report({key: float(value) for key, value in row.items()})
-            loss_sum, tokens, began = 0.0, 0, time.monotonic()
+            losses, tokens, began = [], 0, time.monotonic()
         if rank == 0 and (step % cfg.output.checkpoint_every == 0 or last):
             _checkpoint(work / CHECKPOINT, step, plain, optimizers, average)
     folder = Path(cfg.output.path)
