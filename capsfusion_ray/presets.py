@@ -88,12 +88,12 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
             pairing = ""
             if role in ("raw", "synthetic") and any(name in present for name in getattr(preset, other)):
                 pairing = (
-                    f". It holds {other} captions only: join it with the table of {role} captions (on the URL or a key) "
-                    "first; a fusion needs both in one row"
+                    f". Only its {other} captions are known: if the {role} ones are in another table, join the two first "
+                    "(jobs/pair.py, by URL or a key); a fusion needs both in one row"
                 )
             raise SourceError(
                 f"{shard}: no column {wanted} to be the {role}{' caption' if role != 'url' else ''}; it has: {has}{pairing}. "
-                f"Set source.columns.{role}=NAME or another source.preset (now {source.preset})"
+                f"If one of these is, set source.columns.{role}=NAME, or another source.preset (now {source.preset})"
             )
         return found
 

@@ -15,8 +15,9 @@ from capsfusion_ray.manifest import GroupEntry, read_finished
 from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.pipeline import Job, Pool, run_units
 from capsfusion_ray.plan import Plan, refuse_lost_input
-from capsfusion_ray.revision import Revision, clean
-from capsfusion_ray.rewrite import begin, begun
+from capsfusion_ray.repeats import Repeated
+from capsfusion_ray.revision import Revision
+from capsfusion_ray.rewrite import begin, begun, clean
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import Shard
 from capsfusion_ray.storage import Store
@@ -40,8 +41,8 @@ class Repair(Revision):
     def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
         return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
 
-    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
-        return self.rewriter.replace(entry, self.parts, units)
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
+        return self.rewriter.replace(entry, self.parts, units, repeated)
 
 
 def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shards: Sequence[Shard]) -> Repair | None:

@@ -22,8 +22,9 @@ from capsfusion_ray.parts import UnitSummary
 from capsfusion_ray.pipeline import Job, Pool, run_batches
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.presets import INVALID
-from capsfusion_ray.revision import Revision, clean
-from capsfusion_ray.rewrite import Rewriter, begin, in_row_order
+from capsfusion_ray.repeats import REPEATED, Repeated
+from capsfusion_ray.revision import Revision
+from capsfusion_ray.rewrite import Rewriter, begin, clean, in_row_order
 from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit
 from capsfusion_ray.stages import admit
 from capsfusion_ray.storage import Store
@@ -60,8 +61,16 @@ class Retry(Revision):
         source = RejectSource(job, self, entries, units)
         return run_batches(job, pool, source, source.tasks)
 
-    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
-        return self.rewriter.merge_retried(entry, self.parts, units, self.reasons)
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
+        return self.rewriter.merge_retried(entry, self.parts, units, self.reasons, repeated)
+
+    def repeats(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> dict[str, int]:
+        return self.rewriter.retried_repeats(entry, self.parts, units, self.reasons)
+
+    def fused(self, parts: Sequence[UnitSummary]) -> int:
+        counts = self.manifest.counts
+        marked = 0 if REPEATED in self.reasons else counts.reasons.get(REPEATED, 0)
+        return counts.fused + marked + sum(part.fused for part in parts)
 
 
 def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig) -> Retry | None:

@@ -12,10 +12,11 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import Counts, GroupEntry, Manifest, read_groups
@@ -23,12 +24,12 @@ from capsfusion_ray.parts import UnitSummary, committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.progress import Progress
-from capsfusion_ray.rewrite import Rewriter, publish, sweep
+from capsfusion_ray.repeats import REPEATED, Repeated, repeated
+from capsfusion_ray.rewrite import PARTS_DIR, THREADS, Rewriter, clean, publish
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
-PARTS_DIR = "_retry"
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,17 @@ class Revision(ABC):
         """Fuse the rows of `units` and commit them to `job.output`; the summary of each as it is committed."""
 
     @abstractmethod
-    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> GroupEntry:
-        """Write a new edition of one group, of which `units` were fused again."""
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
+        """Write a new edition of one group, of which `units` were fused again; see Rewriter for `repeated`."""
+
+    def repeats(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> dict[str, int]:
+        """The most repeated captions that one group will note. Recomputed units get the captions that they had."""
+        return entry.repeats
+
+    def fused(self, parts: Sequence[UnitSummary]) -> int:
+        """How many rows of the whole output will have a caption that an engine wrote, marked ones among them."""
+        counts = self.manifest.counts
+        return counts.fused + counts.reasons.get(REPEATED, 0)
 
     @property
     def parts(self) -> Store:
@@ -92,12 +102,7 @@ def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Coun
     missing = {unit.id for unit in pending} - committed(revision.parts)
     if missing:
         raise AccountingError(f"{len(missing)} units of the {kind} ended without a commit; run the same command again")
-    for entry in entries:
-        held = {unit.id for unit in entry.units}
-        mine = [unit for unit in units if unit.id in held]
-        if mine and entry.edition != revision.edition:
-            lease.check()
-            revision.merge(entry, mine)
+    _merge(revision, entries, job.gates.repeated_caption, lease)
     lease.check()
     record = {"revision": revision.edition, **revision.record, "seconds": round(time.monotonic() - began, 1)}
     manifest = publish(revision.store, revision.manifest, revision.etag, record)
@@ -105,7 +110,23 @@ def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Coun
     return manifest.counts
 
 
-def clean(store: Store, manifest: Manifest) -> None:
-    """Remove earlier editions' files and merged parts. The lease must be held, and no revision be begun."""
-    sweep(store, manifest)
-    store.delete([file.path for file in store.list(PARTS_DIR)])
+def _merge(revision: Revision, entries: Sequence[GroupEntry], gate: GateConfig, lease: Lease) -> None:
+    """Merge what is not merged yet. What it brings is judged against the whole output; what stood there stays as it is.
+
+    All that is judged follows from parts, manifest and entries that a kill leaves as they are: a repeated merge is the same.
+    """
+    units = {unit.id: unit for unit in revision.units}
+    mine = {entry.path: [units[held.id] for held in entry.units if held.id in units] for entry in entries}
+
+    def noted(entry: GroupEntry) -> GroupEntry:
+        unmerged = mine[entry.path] and entry.edition != revision.edition
+        return dataclasses.replace(entry, repeats=revision.repeats(entry, mine[entry.path])) if unmerged else entry
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        entries = list(pool.map(noted, entries))
+    fused = revision.fused(read_summaries(revision.parts, revision.units))
+    captions = {} if gate.action == "ignore" else repeated((entry.repeats for entry in entries), fused, gate.threshold)
+    for entry in entries:
+        if mine[entry.path] and entry.edition != revision.edition:
+            lease.check()
+            revision.merge(entry, mine[entry.path], Repeated(captions, gate.action == "reject"))

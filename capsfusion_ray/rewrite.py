@@ -29,15 +29,15 @@ from capsfusion_ray.files import NULL_PARTITION, FileSet
 from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups
 from capsfusion_ray.parts import UnitSummary, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
-from capsfusion_ray.repeats import caption_key, holds, repeated
-from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, Reason, WorkUnit
+from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
+from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
 _OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-(?P<group>g\d+))?-\d{5}\.parquet")
 
-REPEATED = str(Reason.REPEATED_CAPTION)
+PARTS_DIR = "_retry"  # where a revision's parts lie until they are merged
 Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
 
 
@@ -54,10 +54,28 @@ class Rewriter:
     def stamp(self) -> str:
         return f"e{self.edition:03d}"
 
-    def merge_retried(self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]) -> GroupEntry:
-        """Move what a retry made of the rows rejected for `reasons`; its parts lie in `retried`. The new entry."""
+    def retried_repeats(self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]) -> dict[str, int]:
+        """The `repeats` that the entry will have once merge_retried has done the same."""
+        gone, come = Tally(), Tally()
+        again = {unit.id for unit in units}
+        for file in entry.files if REPEATED in reasons else ():
+            if file.kind == "rejected":
+                for rows in (rows for unit_id, rows in self.rows_of(file) if unit_id in again):
+                    gone.add(rows.filter(pc.equal(rows[REASON], REPEATED)))
+        for unit in units:
+            part, _ = read_part(retried, unit)
+            come.add(part.filter(pc.not_equal(part[OUTCOME], str(Outcome.REJECTED))))
+        return after_retry(entry.repeats, gone, come)
+
+    def merge_retried(
+        self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str], repeated: Repeated
+    ) -> GroupEntry:
+        """Move what a retry made of the rows rejected for `reasons`; its parts lie in `retried`. The new entry.
+
+        `entry` has the `repeats` that it will have; rows that get one of the `repeated` captions are marked.
+        """
         again = {unit.id: unit for unit in units}
-        new_parts = {unit.id: read_part(retried, unit) for unit in units}
+        new_parts = {unit.id: _marked(*read_part(retried, unit), repeated) for unit in units}
         files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
         summaries = {unit.id: unit for unit in entry.units}
         kept_rejects: dict[str, list[pa.Table]] = {}
@@ -92,7 +110,7 @@ class Rewriter:
 
         return self._change(entry, is_removed, out)
 
-    def mark_repeated(self, entry: GroupEntry, captions: dict[str, int], reject: bool) -> GroupEntry | None:
+    def mark_repeated(self, entry: GroupEntry, captions: Repeated) -> GroupEntry | None:
         """Flag or reject the rows that hold one of these captions (see repeats.py); None where none does, or all are marked."""
 
         def unmarked(rows: pa.Table) -> pa.Array:
@@ -108,7 +126,7 @@ class Rewriter:
         def out(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
             going = rows.filter(found)
             n = going.num_rows
-            details = [f"{captions[caption_key(text)]} pairs got this caption" for text in going[FUSED].to_pylist()]
+            details = [captions.detail(text) for text in going[FUSED].to_pylist()]
             rejects = going.append_column(REASON, pa.array([REPEATED] * n, pa.string())).append_column(DETAIL, pa.array(details, pa.string()))
             summary = _without(unit, going, removed=False)
             if n:
@@ -117,7 +135,7 @@ class Rewriter:
                 summary = dataclasses.replace(summary, rejected=unit.rejected + n, reasons=reasons, flags=flags)
             return {kind: rows.filter(pc.invert(found)), "rejected": rejects}, summary
 
-        return self._change(entry, unmarked, out if reject else flag)
+        return self._change(entry, unmarked, out if captions.reject else flag)
 
     def _change(
         self,
@@ -142,10 +160,11 @@ class Rewriter:
             return None
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
 
-    def replace(self, entry: GroupEntry, parts: Store, units: Sequence[WorkUnit]) -> GroupEntry:
+    def replace(self, entry: GroupEntry, parts: Store, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
         """Write every file anew that holds a row of `units`, whose recomputed parts lie in `parts`. The new entry.
 
         Files that hold none of them stay; those that hold other units' rows too must be readable, or these be recomputed.
+        Recomputed rows that get one of the `repeated` captions are marked.
         """
         again = {unit.id: unit for unit in units}
         files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
@@ -158,7 +177,7 @@ class Rewriter:
         summaries = {unit.id: unit for unit in entry.units}
         for unit_id in summaries:
             if unit_id in again:
-                part, summaries[unit_id] = read_part(parts, again[unit_id])
+                part, summaries[unit_id] = _marked(*read_part(parts, again[unit_id]), repeated)
                 rejected = pc.equal(part[OUTCOME], str(Outcome.REJECTED))
                 files.write("data", unit_id, part.filter(pc.invert(rejected)))
                 files.write("rejected", unit_id, part.filter(rejected))
@@ -235,6 +254,20 @@ def _with(unit: UnitSummary, more: UnitSummary) -> UnitSummary:
     return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **sums)
 
 
+def _marked(part: pa.Table, summary: UnitSummary, repeated: Repeated) -> tuple[pa.Table, UnitSummary]:
+    """A part and its summary with the repeated captions in it flagged or rejected."""
+    part, hits = mark_part(part, repeated)
+    n = pc.sum(hits).as_py() or 0
+    reasons, flags = Counter(summary.reasons), Counter(summary.flags)
+    if n and repeated.reject:
+        reasons[REPEATED] += n
+        flags.subtract(flag for row in part.filter(hits)[FLAGS].to_pylist() for flag in row or ())
+        summary = dataclasses.replace(summary, fused=summary.fused - n, rejected=summary.rejected + n)
+    elif n:
+        flags[REPEATED] += n
+    return part, dataclasses.replace(summary, reasons=_positive(reasons), flags=_positive(flags))
+
+
 def _positive(counts: Counter[str]) -> dict[str, int]:
     if any(n < 0 for n in counts.values()):
         raise AccountingError(f"more rows than there were: {dict(counts)}")
@@ -253,7 +286,8 @@ def judge_repeats(rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateC
     if not captions:
         return list(entries)
     log.warning("captions that different pairs share, %d pairs or more: %d; action: %s", min(captions.values()), len(captions), gate.action)
-    return rewriter.each(entries, lambda entry: rewriter.mark_repeated(entry, captions, gate.action == "reject"), may_write)
+    marks = Repeated(captions, gate.action == "reject")
+    return rewriter.each(entries, lambda entry: rewriter.mark_repeated(entry, marks), may_write)
 
 
 def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any]) -> Manifest:
@@ -283,6 +317,14 @@ def sweep(store: Store, manifest: Manifest) -> int:
             stale.append(path)
     store.delete(stale)
     return len(stale)
+
+
+def clean(store: Store, manifest: Manifest) -> int:
+    """Remove earlier editions' files, merged parts and what killed writers left; how many files of the dataset. As for sweep."""
+    swept = sweep(store, manifest)
+    store.delete_leftovers()
+    store.delete([file.path for file in store.list(PARTS_DIR)])
+    return swept
 
 
 # ------------------------------------------------------------------------------------- one revision, begun and finished

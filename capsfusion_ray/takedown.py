@@ -1,6 +1,7 @@
 """Take rows out of a finished output, and leave no text of them in it: jobs/takedown.py. Knows the store; no Ray.
 
-Only files that hold such a row are written anew. The accounting keeps the rows, as `removed`.
+Only files that hold such a row are written anew. The accounting keeps the rows, as `removed`. What was copied out of the
+output before, by an export or a comparison page of another output, is not known here.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.config import FilterConfig, OutputConfig
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import Manifest, read_finished, read_groups
+from capsfusion_ray.parts import committed, part_path
 from capsfusion_ray.planfile import read_plans
-from capsfusion_ray.report import REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import Rewriter, begin, publish, sweep, sweep_if_idle
+from capsfusion_ray.presets import FILTER_COLUMNS, INVALID
+from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.rewrite import Rewriter, begin, clean, publish, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
+from capsfusion_ray.sources.filters import filter_mask
+from capsfusion_ray.sources.schema import active_filters, cast_column
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -39,11 +44,14 @@ class TakedownConfig:
     row_ids: str = ""  # a text file, plain or .gz: one row_id a line
     above: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a larger value go, e.g. {punsafe: 0.3}
     below: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a smaller value go
+    filter: FilterConfig = field(default_factory=FilterConfig)  # rows that the run would have left out under this filter go
     takeover: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.urls or self.row_ids or self.above or self.below):
-            raise ConfigError("nothing to take down: give urls=<file>, row_ids=<file>, above={column: value} or below={column: value}")
+        if not (self.urls or self.row_ids or self.above or self.below or self.filter != FilterConfig()):
+            raise ConfigError(
+                "nothing to take down: give urls=<file>, row_ids=<file>, filter.<key>=…, above={column: value} or below={column: value}"
+            )
 
 
 def takedown(cfg: TakedownConfig) -> dict[str, Any]:
@@ -65,9 +73,9 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         lease.check()
         record = {"revision": edition, "kind": "takedown", "groups": changed, **criteria}
         after = publish(store, manifest, etag, record)
-        swept = sweep(store, after)
-        if store.exists(REPORT):  # its sample may show a removed row
-            report(ReportConfig(output))
+        swept = clean(store, after)
+        _forget(store)
+        report(ReportConfig(output))
     removed = after.counts.removed - manifest.counts.removed
     log.info("%d rows removed, %d groups rewritten, %d old files deleted", removed, changed, swept)
     return {
@@ -77,6 +85,13 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 2),
         "output": cfg.output.path,
     }
+
+
+def _forget(store: Store) -> None:
+    """Remove whatever else may hold the text of a removed row. The lease is held, and every unit stands in the manifest."""
+    store.delete([part_path(unit_id) for unit_id in committed(store)])  # of attempts that came after their group was compacted
+    store.delete_leftovers(older_than_s=0)  # torn files of killed writers; who still writes here has lost the lease
+    store.delete([REPORT, COMPARISON])  # their samples
 
 
 def _as_begun(output: OutputConfig, manifest: Manifest) -> OutputConfig:
@@ -91,21 +106,39 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
     for name in (*cfg.above, *cfg.below):
         if name not in fields:
             raise ConfigError(f"above/below: {name} is no column of this output; it has {sorted(fields)}")
-    noted: dict[str, Any] = {"above": dict(cfg.above), "below": dict(cfg.below)}
+    for reason in active_filters(cfg.filter):
+        if FILTER_COLUMNS[reason] not in fields:
+            raise ConfigError(f"filter: the {reason} filter needs a column {FILTER_COLUMNS[reason]!r}, and this output has {sorted(fields)}")
+    filters = {name: value for name, value in vars(cfg.filter).items() if value is not None}
+    noted: dict[str, Any] = {"above": dict(cfg.above), "below": dict(cfg.below), "filter": filters}
     for name, values in (("urls", urls), ("row_ids", row_ids)):
         if values:
             noted[name] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
 
     def is_removed(rows: pa.Table) -> pa.Array:
         tests = [pc.is_in(rows[column], pa.array(values, pa.string())) for column, values in ((URL, urls), (ROW_ID, row_ids)) if values]
-        tests += [pc.fill_null(pc.greater(rows[name].cast(pa.float64()), value), False) for name, value in cfg.above.items()]
-        tests += [pc.fill_null(pc.less(rows[name].cast(pa.float64()), value), False) for name, value in cfg.below.items()]
+        tests += [pc.fill_null(pc.greater(_numbers(rows, name), value), False) for name, value in cfg.above.items()]
+        tests += [pc.fill_null(pc.less(_numbers(rows, name), value), False) for name, value in cfg.below.items()]
+        if filters:
+            tests.append(pc.invert(filter_mask(_as_read(rows, cfg.filter), cfg.filter)[0]))
         together = tests[0]
         for test in tests[1:]:
             together = pc.or_(together, test)
         return together
 
     return noted, is_removed
+
+
+def _as_read(rows: pa.Table, filter: FilterConfig) -> pa.Table:
+    """Rows of the output as the filters saw them when they were read."""
+    for name in (FILTER_COLUMNS[reason] for reason in active_filters(filter)):
+        rows = rows.set_column(rows.schema.get_field_index(name), name, _numbers(rows, name))
+    return rows.append_column(INVALID, pa.nulls(rows.num_rows, pa.string()))
+
+
+def _numbers(rows: pa.Table, name: str) -> pa.Array:
+    """A column's numbers; null where it holds none."""
+    return cast_column(rows[name], pa.float64())[0]
 
 
 def _lines(path: str, key: str) -> list[str]:

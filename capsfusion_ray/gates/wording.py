@@ -11,12 +11,13 @@ from itertools import islice, pairwise
 from capsfusion_ray.gates.triple import STOP_KEYS, Fault, Triple, show
 from capsfusion_ray.rows import FinishReason
 
-_ECHO_HINTS = ("sentence", "real-world", "real world", "in-depth", "well-structured", "false ", "grammar", "merge")
+_ECHO_HINTS = ("sentence", "real-world", "real world", "in-depth", "well-structured", "false ", "grammar", "merge", "accurate")
 # 2 points: talk about the task. No caption of a picture says this.
 _ECHO_TASK = re.compile(
     r"\bsentences? ?(?:structures?\b|[12]\b|one\b|two\b)|\b(?:first|second|two|both|new|given|combined|merged|refined) sentences?\b"
     r"|\bwell-structured sentence|\bthe sentence\b|^(?:new )?sentence:|\bflaws in\b|\bgrammar\b|\bsimply concatenat"
     r"|\bfalse (?:information|details?)\b|\black(?:s|ing|ed)? (?:of )?(?:in-depth|depth|detailed|real-world)"
+    r"|\b(?:may|does|do|is|are) not (?:an? )?accurate(?:ly)? (?:represent|describe|reflect|description|representation)"
     r"|\bmerge and refine|\brefined and merged|\bin-depth (?:real-world|details?|information|knowledge)"
 )
 # 1 point: a phrase of the instruction that became a phrase of the caption.

@@ -54,7 +54,8 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
     if beside:
         both = [row.other for row in sample.measured if row.other]
-        shown["beside"] = {"path": cfg.beside.path, **figures(beside[1], both, cfg.price_per_gpu_hour)}
+        counted = {"compared": sample.compared, "different": sample.different}
+        shown["beside"] = {"path": cfg.beside.path, **counted, **figures(beside[1], both, cfg.price_per_gpu_hour)}
     page = render(cfg.output.path, shown, sample.shown).encode()
     store.put(name, page)
     return {

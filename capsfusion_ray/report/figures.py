@@ -49,7 +49,7 @@ def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float) -> 
 
 
 def _speed(state: State, price_per_gpu_hour: float) -> dict[str, Any]:
-    """Captions/s over time and the cost of a million; a GPU's price counts only where a GPU was."""
+    """Captions/s and the time left over time, and the cost of a million; a GPU's price counts only where a GPU was."""
     progress = state.progress
     history = progress.get("history", [])
     actors = progress.get("actors", 0)
@@ -58,6 +58,7 @@ def _speed(state: State, price_per_gpu_hour: float) -> dict[str, Any]:
     actor_hours = actors * 1e6 / rate / 3600 if rate else None
     return {
         "history": history,
+        "eta_history": [(seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate],
         "captions_per_s": rate,
         "eta_s": progress.get("eta_s"),
         "actors": actors,

@@ -50,11 +50,11 @@ function key(names) {
 function lines(series, xLabel) {
   const [W, H, left, bottom] = [320, 150, 44, 20];
   const points = Object.values(series).flat();
-  const xMax = Math.max(1, ...points.map((p) => p[0])), yMax = Math.max(1, ...points.map((p) => p[1]));
+  const xMax = Math.max(1, ...points.map((p) => p[0])), yMax = Math.max(...points.map((p) => p[1])) || 1;
   const at = ([x, y]) => `${(left + (x / xMax) * (W - left - 4)).toFixed(1)},${(H - bottom - (y / yMax) * (H - bottom - 10)).toFixed(1)}`;
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": xLabel });
   svg.append(make("line", { x1: left, y1: H - bottom, x2: W, y2: H - bottom, stroke: "var(--line)" }));
-  svg.append(make("text", { x: left - 4, y: 14, "text-anchor": "end" }, number(Math.round(yMax))));
+  svg.append(make("text", { x: left - 4, y: 14, "text-anchor": "end" }, number(yMax < 10 ? Number(yMax.toFixed(2)) : Math.round(yMax))));
   svg.append(make("text", { x: W, y: H - 5, "text-anchor": "end" }, `${number(Math.round(xMax))} ${xLabel}`));
   for (const [name, values] of Object.entries(series))
     if (values.length) svg.append(make("path", { d: "M" + values.map(at).join("L"), fill: "none", stroke: `var(--${name})`, "stroke-width": 2, "stroke-linejoin": "round" }));
@@ -74,6 +74,8 @@ function cards() {
   card("Speed", make("p", { class: "big" }, `${speed.captions_per_s.toFixed(1)} captions/s`),
     speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
     make("p", {}, [`${speed.actors} actor${speed.actors === 1 ? "" : "s"}`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
+  if (speed.eta_history.length > 1)
+    card("Hours left, as they were foreseen", lines({ fused: speed.eta_history.map((h) => [h[0] / 60, h[1] / 3600]) }, "minutes"));
   const bars = Object.fromEntries(SIDES.map((side) => [side, F.lengths[side].bars.map((n, i) => [i * 3, n])]));
   card("Words a caption", lines(bars, "words"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${F.lengths[s].mean} (95%: ${F.lengths[s].p95})`).join(" · ")));
   const last = (side) => (F.diversity[side].length ? F.diversity[side][F.diversity[side].length - 1][1] : 0);
@@ -110,11 +112,15 @@ function caption(row) {
   const source = (name, text) => make("p", { class: "source" }, make("span", { class: name }, name), make("span", { dir: "auto" }, text || "—"));
   const sources = [source("raw", row.raw), source("synthetic", row.synthetic)];
   if (!row.other) return make("article", {}, written(row), ...sources, tags(row, row.id));
-  return make("article", {}, written(row), tags(row), written(row.other), tags(row.other), ...sources, tags({ flags: [] }, row.id));
+  const side = (name, one) => make("div", {}, make("p", { class: "which" }, name), written(one), tags(one));
+  return make("article", {}, make("div", { class: "pair" }, side("this one", row), side("the other", row.other)), ...sources, tags({ flags: [] }, row.id));
 }
 function written(row) {
   const fused = make("p", { class: "fused", dir: "auto" });
-  for (const [text, origin] of row.fused) fused.append(origin ? make("span", { class: origin }, text) : text);
+  for (const [text, origin, changed] of row.fused) {
+    const marks = [origin, changed ? "changed" : ""].filter(Boolean).join(" ");
+    fused.append(marks ? make("span", { class: marks }, text) : text);
+  }
   if (!row.fused.length) fused.append("—");
   return fused;
 }
@@ -148,6 +154,7 @@ function beside() {
   $("beside-path").textContent = B.path;
   const line = (name, a, b) => $("beside-figures").append(make("tr", a === b ? {} : { class: "differs" }, make("th", { scope: "row" }, name), make("td", {}, a), make("td", {}, b)));
   const rate = (of, kind, name) => (of.counts.planned ? share((of[kind][name] || 0) / of.counts.planned) : "–");
+  $("beside-rows").textContent = `${number(B.different)} of ${number(B.compared)} captions compared differ (${share(B.different / B.compared)}).`;
   for (const name of OUTCOMES) if (F.counts[name] || B.counts[name]) line(name, rate(F, "counts", name), rate(B, "counts", name));
   for (const [kind, label] of [["reasons", "rejected or kept"], ["flags", "flagged"]])
     for (const name of [...new Set([...Object.keys(F[kind]), ...Object.keys(B[kind])])].sort()) line(`${label}: ${name}`, rate(F, kind, name), rate(B, kind, name));

@@ -12,12 +12,13 @@ import re
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from importlib import resources
+from itertools import groupby
 from typing import Any
 
 from capsfusion_ray.provenance import align
 from capsfusion_ray.report.sample import Row
 
-_TOKEN = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
+_TOKEN = re.compile(r"\w+|[^\w\s]|\s+")
 LONGEST = 1_200  # characters of a caption on the page
 
 
@@ -38,34 +39,44 @@ def _asset(name: str) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    """A row for the page; `fused` as [text, origin] pieces, origin empty between words."""
+    """A row for the page; its caption, and that of the other output, as pieces (see _pieces)."""
     raw, synthetic, fused = (_clip(text) for text in (row.raw, row.synthetic, row.fused))
-    pieces: list[tuple[str, str]] = []
-    at = 0
-    for span in align(fused, raw, synthetic):
-        if span.start > at:
-            pieces.append((fused[at : span.start], ""))
-        pieces.append((fused[span.start : span.end], str(span.origin)))
-        at = span.end
-    if at < len(fused):
-        pieces.append((fused[at:], ""))
     shown: dict[str, Any] = {
-        "id": row.id, "url": row.url[:300], "raw": raw, "synthetic": synthetic, "fused": pieces,
-        "flags": list(row.flags), "reason": row.reason, "detail": _clip(row.detail), "strata": list(row.strata),
+        "id": row.id, "url": row.url[:300], "raw": raw, "synthetic": synthetic, "strata": list(row.strata), **_verdict(row),
     }  # fmt: skip
     if row.other:
-        other = row.other
-        texts = {"fused": _changes(fused, _clip(other.fused)), "detail": _clip(other.detail)}
-        shown["other"] = {**texts, "flags": list(other.flags), "reason": other.reason}
+        other = _clip(row.other.fused)
+        here, there = _differences(fused, other)
+        shown["fused"] = _pieces(fused, raw, synthetic, here)
+        shown["other"] = {"fused": _pieces(other, raw, synthetic, there), **_verdict(row.other)}
+    else:
+        shown["fused"] = _pieces(fused, raw, synthetic, [False] * len(fused))
     return shown
 
 
-def _changes(before: str, after: str) -> list[tuple[str, str]]:
-    """`after` as [text, "changed" or empty] pieces: the words that do not stand there in `before`."""
-    old, new = _TOKEN.findall(before), _TOKEN.findall(after)
-    matcher = SequenceMatcher(None, old, new, autojunk=False)
-    spans = [("".join(new[b:b_end]), "" if kind == "equal" else "changed") for kind, _, _, b, b_end in matcher.get_opcodes()]
-    return [span for span in spans if span[0]]
+def _verdict(row: Row) -> dict[str, Any]:
+    return {"flags": list(row.flags), "reason": row.reason, "detail": _clip(row.detail)}
+
+
+def _pieces(fused: str, raw: str, synthetic: str, changed: Sequence[bool]) -> list[tuple[str, str, int]]:
+    """(text, origin or empty between words, 1 where the other output has it not) in order, without a gap."""
+    origins = [""] * len(fused)
+    for span in align(fused, raw, synthetic):
+        origins[span.start : span.end] = [str(span.origin)] * (span.end - span.start)
+    pieces = []
+    for (origin, mark), chars in groupby(zip(origins, changed, fused, strict=True), key=lambda char: char[:2]):
+        pieces.append(("".join(char for _, _, char in chars), origin, int(mark)))
+    return pieces
+
+
+def _differences(one: str, other: str) -> tuple[list[bool], list[bool]]:
+    """For each character of both captions, whether its word does not stand at that place in the other one."""
+    words, others = _TOKEN.findall(one), _TOKEN.findall(other)
+    here, there = [], []
+    for kind, a, a_end, b, b_end in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
+        here += [kind != "equal"] * sum(map(len, words[a:a_end]))
+        there += [kind != "equal"] * sum(map(len, others[b:b_end]))
+    return here, there
 
 
 def _clip(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,7 +19,8 @@ from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_
 from capsfusion_ray.storage import Store
 
 FILES_READ = 48  # of each folder, spread over all its files
-ROWS_READ = 2_000  # of each file: one batch from its first row group
+ROWS_READ = 96_000  # of each folder, spread over these files and their row groups: a small output is read whole
+BATCH_ROWS = 2_000
 MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
 DIFFERENT, EQUAL = "different", "equal"  # the strata of rows of two outputs, beside those of either
@@ -93,6 +94,8 @@ class Sample:
 
     shown: list[Row]
     measured: list[Row]
+    compared: int = 0  # rows that stand in another output too, and of these the ones whose captions differ
+    different: int = 0
 
 
 def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] | None = None) -> Sample:
@@ -101,6 +104,7 @@ def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] 
     `others`: the rows of another output by id; then only rows that are in both, each with its other, are drawn.
     """
     left: Counter[str] = Counter()
+    compared: Counter[bool] = Counter()
     drawn: list[Row] = []
     written: list[Row] = []
     for row in drawn_rows(store, state):
@@ -108,12 +112,14 @@ def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] 
             if row.id not in others:
                 continue
             row = replace(row, other=others[row.id])
+            compared[DIFFERENT in row.strata] += 1
         if row.fused and not row.reason:
             written.append(row)
         if any(left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1) for s in row.strata):
             left.update(row.strata)
             drawn.append(row)
-    return Sample(sorted(drawn, key=lambda row: row.id), list(spread(written, MEASURED_ROWS)))
+    shown = sorted(drawn, key=lambda row: row.id)
+    return Sample(shown, spread(written, MEASURED_ROWS), compared.total(), compared[True])
 
 
 def drawn_rows(store: Store, state: State) -> Iterator[Row]:
@@ -126,18 +132,27 @@ def drawn_rows(store: Store, state: State) -> Iterator[Row]:
 
 
 def _rows(store: Store, folder: str) -> Iterator[Row]:
-    names = [file.path for file in store.list(folder) if file.path.endswith(".parquet")]
-    for name in spread(names, FILES_READ):
+    names = spread([file.path for file in store.list(folder) if file.path.endswith(".parquet")], FILES_READ)
+    for name in names:
         try:
             with store.open_input(name) as source:
-                file = pq.ParquetFile(source)
-                wanted = (ROW_ID, URL, RAW, SYNTHETIC, FUSED, FLAGS, REASON, DETAIL, OUTCOME)
-                columns = [column for column in wanted if column in file.schema_arrow.names]
-                batch = next(file.iter_batches(batch_size=ROWS_READ, columns=columns), None)
+                for batch in _batches(pq.ParquetFile(source), ROWS_READ // len(names)):
+                    yield from map(_row, _as_bytes(batch).to_pylist())
         except FileNotFoundError:  # compacted between the listing and now
             continue
-        if batch is not None:
-            yield from (_row(row) for row in spread(_as_bytes(batch).to_pylist(), ROWS_READ))
+
+
+def _batches(file: pq.ParquetFile, most: int) -> Iterator[pa.RecordBatch]:
+    """At most `most` rows of one file, of row groups spread over it."""
+    wanted = (ROW_ID, URL, RAW, SYNTHETIC, FUSED, FLAGS, REASON, DETAIL, OUTCOME)
+    columns = [column for column in wanted if column in file.schema_arrow.names]
+    rows, groups = file.metadata.num_rows, file.num_row_groups
+    chosen = spread(list(range(groups)), max(1, -(-most * groups // max(rows, 1))))
+    for batch in file.iter_batches(batch_size=min(BATCH_ROWS, most), row_groups=chosen, columns=columns):
+        yield batch.slice(0, most)
+        most -= batch.num_rows
+        if most <= 0:
+            return
 
 
 def _as_bytes(batch: pa.RecordBatch) -> pa.Table:
@@ -162,7 +177,7 @@ def _row(row: dict[str, Any]) -> Row:
     )  # fmt: skip
 
 
-def spread(items: list[Any], count: int) -> Iterable[Any]:
+def spread(items: list[Any], count: int) -> list[Any]:
     """`count` items at even distances, in order."""
     if len(items) <= count:
         return items

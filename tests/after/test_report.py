@@ -15,7 +15,7 @@ from capsfusion_ray.manifest import MANIFEST, assemble
 from capsfusion_ray.parts import commit, part_schema, summarise
 from capsfusion_ray.plan import Plan, PlannedShard
 from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report, sample
 from capsfusion_ray.report.sample import ORDINARY_SHARE
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store
@@ -122,9 +122,63 @@ def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):
     assert data["figures"]["beside"]["counts"]["planned"] == 40
     assert {row["id"].partition(":")[0] for row in data["rows"]} == {"s0.parquet", "s1.parquet"}, "rows of both only"
     [changed] = [row for row in data["rows"] if "different" in row["strata"]]
-    assert "".join(text for text, _ in changed["other"]["fused"]) == "Two stalls at night."
-    assert next(text.strip() for text, mark in changed["other"]["fused"] if mark == "changed") == "Two stalls"
-    assert all(not mark for row in data["rows"] if row is not changed for _, mark in row["other"]["fused"])
+    assert text_of(changed["other"]["fused"]) == "Two stalls at night."
+    assert text_of(changed["other"]["fused"], marked=True) == "Two stalls ."
+    assert text_of(changed["fused"]) == f"A stall at night in Nürnberg in 2019, {HOSTILE}"
+    assert text_of(changed["fused"], marked=True).startswith("A stall in Nürnberg in 2019, </script>"), "what the other has not, here too"
+    assert ["stalls", "synthetic", 1] in changed["other"]["fused"], "and where a word comes from, in both"
+    assert not any(text_of(side["fused"], marked=True) for row in data["rows"] if row is not changed for side in (row, row["other"]))
+    assert data["figures"]["beside"]["compared"] == 40
+    assert data["figures"]["beside"]["different"] == 1
+
+
+def text_of(pieces, marked=False):
+    """A caption's text on the page, or of it what is marked as different."""
+    text = "".join(text if mark or not marked else " " for text, _, mark in pieces)
+    return " ".join(text.split()) if marked else text
+
+
+def test_a_small_output_is_compared_whole_whatever_became_of_a_row(tmp_path):
+    """Rejected here and fused there, beyond the first rows of a file: what two settings differ in."""
+    one, other = (run_of(tmp_path / name, [unit(0, 5_000)], 1) for name in ("one", "other"))
+    report(ReportConfig(one.output, beside=other.output))
+    figures = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "one" / COMPARISON).read_text("utf-8"), re.DOTALL)[1])["figures"]
+    assert figures["beside"]["compared"] == 5_000
+
+
+def test_what_is_read_is_bounded_and_spread_over_the_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "ROWS_READ", 60)
+    monkeypatch.setattr(sample, "FILES_READ", 5)
+    cfg = run_of(tmp_path, [unit(i, 40) for i in range(30)], 30)
+    store, opened = Store(cfg.output.path), []
+    state = sample.state_of(store)
+    monkeypatch.setattr(Store, "open_input", lambda self, path, *more, of=Store.open_input: opened.append(path) or of(self, path, *more))
+    rows = list(sample.drawn_rows(store, state))
+    assert len(opened) == 2 * 5, "of data/ and of rejected/"
+    assert len({int(path.split("=g")[1][:5]) // 6 for path in opened}) == 5, "from one end to the other"
+    assert len([row for row in rows if not row.reason]) == 60
+    assert len({row.id.partition(":")[0] for row in rows}) == 5
+
+
+def test_a_large_file_is_read_at_several_places(tmp_path):
+    table = pa.table({"row_id": [f"s:{i}" for i in range(100)]})
+    pq.write_table(table, tmp_path / "f.parquet", row_group_size=10)
+    file = pq.ParquetFile(tmp_path / "f.parquet")
+
+    def numbers(most):
+        return [int(i.split(":")[1]) for batch in sample._batches(file, most) for i in batch["row_id"].to_pylist()]
+
+    assert numbers(30) == [*range(10, 20), *range(50, 60), *range(80, 90)]
+    assert numbers(4) == [50, 51, 52, 53]
+    assert numbers(1_000) == list(range(100))
+
+
+def test_the_time_left_is_shown_as_it_was_foreseen(tmp_path):
+    cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 1)
+    history = [[10.0, 0, 0.0], [20.0, 40, 4.0], [30.0, 100, 2.0]]
+    Store(cfg.output.path).put("progress.json", json.dumps({"history": history, "captions_per_s": 2.0, "actors": 1}).encode())
+    report(cfg)
+    assert data_of(tmp_path)[1]["figures"]["speed"]["eta_history"] == [[20.0, 20.0], [30.0, 10.0]], "120 rows are planned"
 
 
 def test_outputs_without_a_common_row_cannot_be_compared(tmp_path):

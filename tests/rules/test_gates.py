@@ -44,6 +44,7 @@ def test_a_good_caption_passes_without_a_flag():
         ("The red car exhibits nice sentence structure.", Reason.INSTRUCTION_ECHO),
         ("New Sentence: a red Porsche 911.", Reason.INSTRUCTION_ECHO),
         ("The Porsche 911 lacks in-depth information.", Reason.INSTRUCTION_ECHO),
+        ("A Porsche 911, while a red car is not an accurate description of it.", Reason.INSTRUCTION_ECHO),
         ("a red car and a red car and a red car and a red car and a red car.", Reason.REPETITION),
         ("the the the the the the the the the the the the", Reason.REPETITION),
         ("Красная машина на улице", Reason.WRONG_SCRIPT),

@@ -134,13 +134,28 @@ def test_the_page_is_no_wider_than_its_window(page):
     assert page.inner_text("#totals .closes").startswith("closes: 24 planned = ")
 
 
-def test_two_outputs_stand_beside_each_other_with_their_differences_marked(browser, comparison):
-    with opened(browser, comparison, PHONE, "dark") as page:
-        assert page.is_visible("#beside")
-        assert page.locator("#beside tbody tr").count() > 4
+@WINDOWS
+def test_two_outputs_stand_beside_each_other_with_their_differences_marked(browser, comparison, size, scheme):
+    with opened(browser, comparison, size, scheme) as page:
+        assert page.inner_text("#beside-rows") == "1 of 24 captions compared differ (4.2%)."
+        gate = page.locator("#beside tbody tr", has_text="concatenation").first
+        assert re.fullmatch(r"rejected or kept: concatenation\s+(\d+\.\d%)\s+\1", gate.inner_text()), "the same rows, the same gates"
         assert page.locator("article .fused").count() == 2 * 24
         page.get_by_role("button", name="different 1").click()
         assert found(page) == [1, 24]
-        assert HOSTILE in page.locator("article .fused").first.inner_text()
-        assert page.locator("article .changed").count() > 0
+        one, other = page.locator("article .fused").all()
+        assert HOSTILE in one.inner_text()
+        assert HOSTILE not in other.inner_text()
+        assert one.locator(".changed").count() > 0
+        assert other.locator(".changed").count() > 0
+        assert one.locator(".raw").count() + one.locator(".both").count() > 0, "coloured by origin all the same"
+        left, right = one.bounding_box(), other.bounding_box()
+        if size is DESKTOP:
+            assert left["x"] + left["width"] <= right["x"]
+            assert left["y"] == right["y"]
+        else:
+            assert left["x"] == right["x"]
+            assert left["y"] + left["height"] <= right["y"]
+        page.fill("#search", "onerror=alert")
+        assert found(page) == [1, 24]
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")

@@ -4,18 +4,18 @@ import pytest
 from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
 
 from capsfusion_ray import repair as repair_module
+from capsfusion_ray import repeats, sources
 from capsfusion_ray import revision as revision_module
-from capsfusion_ray import sources
-from capsfusion_ray.config import VerifyConfig
+from capsfusion_ray.config import GateConfig, VerifyConfig
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
-from capsfusion_ray.manifest import MANIFEST, read_manifest
+from capsfusion_ray.manifest import MANIFEST, assemble, read_groups, read_manifest
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Job
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import TEMPLATE
 from capsfusion_ray.repair import open_repair
 from capsfusion_ray.revision import run_revision
-from capsfusion_ray.rewrite import refuse_unfinished
+from capsfusion_ray.rewrite import Rewriter, judge_repeats, refuse_unfinished, sweep
 from capsfusion_ray.run import read_spec
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store
@@ -114,6 +114,23 @@ def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, 
     repair_of(tmp_path, store)
     verify(VerifyConfig(config(tmp_path).output, deep=True))
     assert rows_of(tmp_path, "data") == want
+
+
+def test_recomputed_rows_are_marked_as_repeated_as_they_were(tmp_path, monkeypatch):
+    manifest = finished(tmp_path)
+    monkeypatch.setattr(repeats, "MIN_PAIRS", 1)  # in so small a run every caption is then repeated too often
+    store = Store(str(tmp_path / "out"))
+    plans = read_plans(store)
+    entries = judge_repeats(Rewriter(store, 1, plans[0].fields, config(tmp_path).output), read_groups(store), GateConfig("flag", 0.001), lambda: None)
+    judged = assemble(plans, entries, manifest.revisions)
+    store.put(MANIFEST, judged.to_bytes())
+    sweep(store, judged)
+    want = rows_of(tmp_path, "data")
+    assert judged.counts.flags["repeated_caption"] == len(want)
+    break_one(tmp_path, "corrupt")
+    assert repair_of(tmp_path, store).flags == judged.counts.flags
+    assert rows_of(tmp_path, "data") == want
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
 
 
 def test_rows_that_were_taken_down_do_not_come_back(tmp_path):

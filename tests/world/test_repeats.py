@@ -1,21 +1,28 @@
 """One caption for too many pairs: counted by group, judged over the run, marked without breaking the accounting."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from echo_run import LEASE, POOL
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import FIELDS, DiesAt, part_of, units_of
 
+from capsfusion_ray import retry as retry_module
 from capsfusion_ray.compact import compact_group
-from capsfusion_ray.config import GateConfig, OutputConfig, VerifyConfig
+from capsfusion_ray.config import EngineConfig, GateConfig, GatesConfig, OutputConfig, VerifyConfig
 from capsfusion_ray.manifest import MANIFEST, assemble, read_groups, read_manifest
 from capsfusion_ray.parts import commit, summarise
+from capsfusion_ray.pipeline import Job
 from capsfusion_ray.plan import Plan, PlannedShard
-from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.repeats import MIN_PAIRS, RECORDED, Tally, caption_key, repeated
+from capsfusion_ray.planfile import read_plans, write_plan
+from capsfusion_ray.prompt import TEMPLATE
+from capsfusion_ray.repeats import MIN_PAIRS, RECORDED, Tally, after_retry, caption_key, repeated
+from capsfusion_ray.retry import open_retry, rejects
+from capsfusion_ray.revision import run_revision
 from capsfusion_ray.rewrite import Rewriter, judge_repeats, sweep
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
@@ -63,6 +70,18 @@ def test_kept_captions_do_not_count():
     tally = Tally()
     tally.add(rows_of([LOST, LOST, "other"], ["1", "2", "3"], kept={0, 1}))
     assert set(tally.most_repeated()) == {caption_key("other")}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), unique=True, max_size=20), st.integers(0, 20), st.lists(st.sampled_from("abcd"), max_size=8))
+def test_after_a_retry_a_group_notes_what_it_would_had_it_been_written_so(rows, gone, captions):
+    def tally(of):
+        counted = Tally()
+        counted.add(rows_of([c for c, _ in of], [str(r) for _, r in of]))
+        return counted
+
+    left, come = rows[gone:], [(caption, f"new {i}") for i, caption in enumerate(captions)]
+    noted = after_retry(tally(rows).most_repeated(), tally(rows[:gone]), tally(come))
+    assert list(noted.items()) == list(tally(left + come).most_repeated().items())
 
 
 def compacted(store):
@@ -141,3 +160,86 @@ def test_judging_again_changes_nothing(tmp_path):
     again = judge_repeats(Rewriter(store, 2, FIELDS, OUTPUT), read_groups(store), GateConfig("flag", 0.001), lambda: None)
     assert all(entry.edition == 1 for entry in again)
     assert read_manifest(store) == first
+
+
+# ------------------------------------------------------------------------------------------------------- and by a retry
+
+OTHER = "An image of a product."
+
+
+def retried(store, monkeypatch, caption, action, reasons="rejected"):
+    """`retry=…`, whose engine writes `caption(row number)`. Without Ray."""
+
+    def run_batches(job, pool, source, tasks):
+        for entry, units in source._groups:
+            for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
+                numbers = [int(row_id.rpartition(":")[2]) for row_id in batch.table["row_id"].to_pylist()]
+                part = part_of(batch.unit, ["fused"] * len(numbers))
+                columns = {"laion_2b": "raw {}".format, "capsfusion": caption, "row_id": f"{batch.unit.path}:{{}}".format}
+                for name, values in ((name, list(map(write, numbers))) for name, write in columns.items()):
+                    part = part.set_column(part.schema.get_field_index(name), name, pa.array(values, pa.string()))
+                summary = summarise(UnitBatch(batch.unit, part, batch.apart), part)
+                commit(job.output, part, summary)
+                yield summary
+
+    monkeypatch.setattr(retry_module, "run_batches", run_batches)
+    retry = open_retry(store, reasons, {"seed": caption(0), "action": action}, read_plans(store), OUTPUT)
+    if retry is None:  # killed after its manifest
+        return read_manifest(store).counts
+    gates = GatesConfig(repeated_caption=GateConfig(action, 0.001))
+    job = Job(None, gates, EngineConfig(), SimpleNamespace(), TEMPLATE, FIELDS, store, "run")
+    counts = run_revision(retry, job, POOL, LEASE)
+    verify(VerifyConfig(OutputConfig(store.root), deep=True))
+    return counts
+
+
+def rejected_once(root):
+    """The run above, whose 24 repeated rows are rejected; and the counts."""
+    store = Store(str(root))
+    plan, _ = compacted(store)
+    return store, judged(store, plan, "reject").counts
+
+
+def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path, monkeypatch):
+    store, before = rejected_once(tmp_path)
+    assert before.reasons["repeated_caption"] == 24
+    assert retried(store, monkeypatch, lambda n: LOST, "reject", "repeated_caption").reasons == before.reasons
+    assert {row["detail"] for row in read(tmp_path, "rejected").values() if row["reason"] == "repeated_caption"} == {"24 pairs got this caption"}
+    assert LOST not in {row["capsfusion"] for row in read(tmp_path, "data").values()}
+
+
+def test_a_retry_that_writes_better_is_merged_and_what_was_counted_is_forgotten(tmp_path, monkeypatch):
+    store, before = rejected_once(tmp_path)
+    counts = retried(store, monkeypatch, lambda n: f"new {n}", "reject", "repeated_caption")
+    assert counts.fused == before.fused + 24
+    assert "repeated_caption" not in counts.reasons
+    assert not any(caption_key(LOST) in entry.repeats for entry in read_groups(store))
+
+
+@pytest.mark.parametrize("action", ["flag", "reject", "ignore"])
+def test_a_retry_that_loses_its_way_itself_is_marked_and_nothing_else_is(tmp_path, monkeypatch, action):
+    store, before = rejected_once(tmp_path)
+    data = {p: p.read_bytes() for p in (tmp_path / "data").rglob("*.parquet")}
+    rejected = before.rejected
+    assert rejected == 30
+    counts = retried(store, monkeypatch, lambda n: OTHER, action)
+    assert counts.reasons.get("repeated_caption", 0) == (rejected if action == "reject" else 0)
+    assert counts.flags.get("repeated_caption", 0) == (rejected if action == "flag" else 0)
+    assert counts.fused == before.fused + (0 if action == "reject" else rejected)
+    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
+
+
+def test_a_retry_killed_at_every_write_marks_the_same(tmp_path, monkeypatch):
+    want = retried(rejected_once(tmp_path / "calm")[0], monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag")
+    assert 0 < want.flags["repeated_caption"] < 30
+    died, at = True, 0
+    while died:
+        at += 1
+        store, _ = rejected_once(tmp_path / str(at))
+        try:
+            retried(DiesAt(store, at), monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag")
+            died = False
+        except KeyboardInterrupt:
+            assert retried(store, monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag") == want
+        assert read(tmp_path / str(at), "data") == read(tmp_path / "calm", "data")
+    assert at > 6

@@ -435,7 +435,7 @@ def test_a_bad_passthrough_cell_becomes_null_and_the_row_lives(
 def test_a_missing_column_is_named_with_the_shard_and_what_it_has(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", laion(1))
     write_parquet(tmp_path / "sub/b.parquet", laion(1).drop_columns(["top_caption"]))
-    with pytest.raises(SourceError, match=r"sub/b\.parquet.*'top_caption'.*it has: URL, TEXT.*join it"):
+    with pytest.raises(SourceError, match=r"sub/b\.parquet.*'top_caption'.*it has: URL, TEXT.*join the two"):
         read_all(tmp_path, LAION)
 
 

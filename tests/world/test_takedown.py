@@ -1,5 +1,10 @@
 """Rows taken out of an output: gone from every file, counted, and the accounting closes wherever it was killed."""
 
+import shutil
+from pathlib import Path
+
+import echo_run
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -8,10 +13,11 @@ from hypothesis import strategies as st
 from outputs import DiesAt, run_of, units_of
 
 from capsfusion_ray import takedown as takedown_module
-from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.manifest import read_manifest
-from capsfusion_ray.rewrite import sweep
+from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.rewrite import PARTS_DIR, sweep
 from capsfusion_ray.storage import Store
 from capsfusion_ray.takedown import TakedownConfig, takedown
 from capsfusion_ray.verify import verify
@@ -88,6 +94,96 @@ def test_by_url_and_by_a_columns_value(tmp_path):
     with pytest.raises(ConfigError, match="nothing to take down"):
         TakedownConfig(output)
     verify(VerifyConfig(output, deep=True))
+
+
+NUMBERED = ("source.passthrough=[lang,punsafe]",)
+
+
+@pytest.mark.parametrize("asked", [{"max_punsafe": 0.5}, {"max_punsafe": 0.3, "min_words": 5}, {"min_characters": 20}], ids=str)
+@pytest.mark.parametrize("partition_by", ["shard", "lang"])
+def test_a_filter_replayed_leaves_what_a_run_under_that_filter_leaves(tmp_path, asked, partition_by):
+    """At the threshold, above it, and where there is no value."""
+    strict = echo_run.finished(tmp_path / "strict", partition_by, *NUMBERED, *(f"filter.{name}={value}" for name, value in asked.items()))
+    echo_run.finished(tmp_path / "loose", partition_by, *NUMBERED)
+    output = OutputConfig(str(tmp_path / "loose" / "out"), partition_by=partition_by)
+    assert 0 < strict.counts.filtered < 24
+    assert takedown(TakedownConfig(output, filter=FilterConfig(**asked)))["removed"] == strict.counts.filtered
+    for folder in ("data", "rejected"):
+        assert echo_run.rows_of(tmp_path / "loose", folder) == echo_run.rows_of(tmp_path / "strict", folder)
+    verify(VerifyConfig(output, deep=True))
+
+
+def test_a_filter_on_a_column_that_was_not_carried_along_is_refused(tmp_path):
+    output = finished(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"needs a column 'punsafe', and this output has \['lang'\]"):
+        takedown(TakedownConfig(output, filter=FilterConfig(max_punsafe=0.5)))
+
+
+def test_by_what_is_above_and_below_a_value(tmp_path):
+    echo_run.finished(tmp_path, "shard", *NUMBERED)
+    output = OutputConfig(str(tmp_path / "out"))
+    assert takedown(TakedownConfig(output, above={"punsafe": 0.9}, below={"punsafe": 0.1}))["removed"] == 6, "0.0, 1.0 and 1.1 of both shards"
+    left = [row["punsafe"] for folder in ("data", "rejected") for row in echo_run.rows_of(tmp_path, folder).values()]
+    assert {None, 0.1, 0.9} <= set(left)
+
+
+# ------------------------------------------------------------------------------------------------------- no text is left
+
+FUSED, REJECTED = "https://example.com/a4.jpg", "https://example.com/a3.jpg"  # and its raw caption, which is no other row's
+TRACES = (FUSED, REJECTED, "Cape A No. 3")
+
+
+def with_copies(path):
+    """A finished output that shows two rows wherever a kill or another command may have left a copy of them."""
+    echo_run.finished(path)
+    echo_run.finished(path / "other")
+    out, output = path / "out", OutputConfig(str(path / "out"))
+    report(ReportConfig(output))
+    report(ReportConfig(output, beside=OutputConfig(str(path / "other" / "out"))))
+    for file in [*(out / "data").rglob("*.parquet"), *(out / "rejected").rglob("*.parquet")]:
+        late = f"_units/{file.parent.parent.name}-{file.parent.name}-{file.name}"  # a second attempt, after its group was compacted
+        merged = f"{PARTS_DIR}/e002/{late}"  # a retry killed after its manifest
+        old = f"{file.relative_to(out).parent}/part-r001-9{file.stem[-4:]}.parquet"  # an earlier edition, not swept yet
+        torn = f"{file.relative_to(out).parent}/.{file.name}.0123.tmp"  # of a writer killed before its rename
+        for name in (late, merged, old, torn):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(file.read_bytes())
+    return output
+
+
+def traces(out):
+    """The files that hold a text of these rows, in whatever form."""
+    found = set()
+    for file in (p for p in out.rglob("*") if p.is_file()):
+        try:
+            text = str(pq.read_table(file, partitioning=None).to_pylist())
+        except pa.ArrowInvalid:
+            text = file.read_text("utf-8", errors="replace")
+        if any(trace in text for trace in TRACES):
+            found.add(file.relative_to(out).parts[0])
+    return found
+
+
+def test_no_text_of_a_removed_row_is_left_anywhere_wherever_it_was_killed(tmp_path, monkeypatch):
+    prepared = Path(with_copies(tmp_path / "prepared").path)
+    urls, died, at = listed(tmp_path / "urls", [FUSED, REJECTED]), True, 0
+    while died:
+        at += 1
+        out = tmp_path / str(at)
+        shutil.copytree(prepared, out)
+        output = OutputConfig(str(out))
+        assert traces(out) == {"data", "rejected", "_units", PARTS_DIR, REPORT, COMPARISON}
+        monkeypatch.setattr(takedown_module, "Store", lambda root, options, at=at: DiesAt(Store(root, options), at))
+        try:
+            takedown(TakedownConfig(output, urls=urls))
+            died = False
+        except KeyboardInterrupt:
+            monkeypatch.setattr(takedown_module, "Store", Store)
+            takedown(TakedownConfig(output, urls=urls, takeover=True))
+        assert traces(out) == set()
+        assert verify(VerifyConfig(output, deep=True))["rows"]["removed"] == 2
+        assert (out / REPORT).is_file()
+    assert at > 8
 
 
 def test_another_takedown_waits_for_the_one_that_was_killed(tmp_path, monkeypatch):

@@ -1,0 +1,39 @@
+"""`retry=rejected` as a user runs it: a real Ray cluster, SIGKILL from outside while it fuses and while it merges."""
+
+import signal
+import time
+
+import pyarrow.dataset as ds
+import pytest
+
+SETTINGS = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "unit.rows=10", "output.target_file_rows=32")
+STRICT, MILD = ("gates.concatenation={action: reject, threshold: 0.9}",), ("retry=rejected", "gates.concatenation={action: flag, threshold: 0.9}")
+
+
+@pytest.mark.timeout(3600)
+def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_command(corpus, tmp_path, driver):
+    output = tmp_path / "out"
+    args = (f"input.path={corpus}", f"output.path={output}", *SETTINGS)
+    before = driver.run("fuse", *args, *STRICT)
+    assert before["rejects"] == {"concatenation": 400}, "the echo engine pastes its sources"
+
+    found = []
+    for pattern, enough in (("_retry/*/_units/*.parquet", 7), ("_run/groups/*-e002.json", 1)):
+        process = driver.start("fuse", *args, *MILD)
+        while process.poll() is None and len(list(output.glob(pattern))) < enough:
+            time.sleep(0.001)
+        assert process.poll() is None, "the retry was over before its kill"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found.append(len(list(output.glob(pattern))))
+    print("units committed and groups merged at the kills", found)
+
+    after = driver.run("fuse", *args, *MILD)
+    assert after["rows"] == before["rows"] | {"fused": 400, "rejected": 0}
+    verified = driver.run("verify", f"output.path={output}", "deep=true")
+    assert verified["rows"]["planned"] == verified["rows"]["fused"] == 400
+    rows = ds.dataset(output / "data").to_table(columns=["row_id", "flags"]).to_pylist()
+    assert len({row["row_id"] for row in rows}) == 400
+    assert all(row["flags"] == ["concatenation"] for row in rows)
+    assert not [path for path in (output / "_retry").rglob("*") if path.is_file()]
+    assert (output / "report.html").is_file(), "written at the end of a run"
