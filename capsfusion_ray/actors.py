@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,21 +26,26 @@ from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 from capsfusion_ray.stages import waiting_pairs, with_generations
-from capsfusion_ray.units import DEVICE, ENGINE_S, UnitBatch
+from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch
 
 log = logging.getLogger(__name__)
 EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED = 70, 71  # from EX_SOFTWARE up
 MAX_DEATHS = 60  # two poison rows of a unit of 10,000 take 32
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     """One unit's prompts on their way through the engine thread."""
 
     prompts: list[Prompt]
     generations: dict[str, Generation] = field(default_factory=dict)
+    busy_s: float = 0.0  # of the engine's steps, by its share of the unfinished rows
     done: threading.Event = field(default_factory=threading.Event)
     stopped: CapsFusionError | None = None
+
+    @property
+    def left(self) -> int:
+        return len(self.prompts) - len(self.generations)
 
     def stop(self, error: CapsFusionError) -> None:
         self.stopped = error
@@ -136,7 +141,7 @@ class FusionActor:
         with self._encode_lock:
             built = self._prompts.build(pairs)
         prompts = [prompt for prompt in built if isinstance(prompt, Prompt)]
-        written = self._fuse(unit.unit.id, prompts) if prompts else {}
+        written, busy_s = self._fuse(unit.unit.id, prompts) if prompts else ({}, 0.0)
         generations: dict[int, Generation] = {}
         for pair, prompt in zip(pairs, built, strict=True):
             if isinstance(prompt, RowError):
@@ -144,11 +149,11 @@ class FusionActor:
             else:
                 generation = written[prompt.id]
             generations |= dict.fromkeys(places[pair.raw, pair.synthetic], generation)
-        spent = {ENGINE_S: round(time.monotonic() - began, 3), DEVICE: self._device}
+        spent = {ENGINE_S: round(time.monotonic() - began, 3), BUSY_S: round(busy_s, 3), DEVICE: self._device}
         return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent).pack()
 
-    def _fuse(self, unit_id: str, prompts: list[Prompt]) -> dict[str, Generation]:
-        """By prompt id. A unit that was in flight when its process died twice is tried alone, range by range."""
+    def _fuse(self, unit_id: str, prompts: list[Prompt]) -> tuple[dict[str, Generation], float]:
+        """By prompt id, and the engine's time for it. A unit that was in flight when its process died twice is tried alone, range by range."""
         with self._company.together():
             attempt = self._attempts.begin(unit_id, len(prompts))
             if attempt.number > MAX_DEATHS:
@@ -156,30 +161,32 @@ class FusionActor:
                     f"unit {unit_id}: its worker died {MAX_DEATHS} times, whatever rows it was given; see the workers' logs, "
                     "and start the same command again once the cause is mended"
                 )
-            written = {} if attempt.alone else self._generate(prompts)
+            written, busy_s = ({}, 0.0) if attempt.alone else self._generate(prompts)
         if attempt.alone:
             with self._company.alone():
                 log.warning("unit %s on trial: attempt %d, %d ranges", unit_id, attempt.number, len(attempt.ranges))
                 for first, last in attempt.ranges:
                     self._attempts.note(unit_id, attempt.on((first, last)))
-                    written |= self._generate(prompts[first:last])
+                    more, seconds = self._generate(prompts[first:last])
+                    written, busy_s = written | more, busy_s + seconds
             for row in attempt.guilty:
                 error = "the process that fused this row alone died, twice"
                 written[prompts[row].id] = Generation(prompts[row].id, "", FinishReason.CRASH, error=error)
         self._attempts.end(unit_id)
-        return written
+        return written, busy_s
 
-    def _generate(self, prompts: list[Prompt]) -> dict[str, Generation]:
+    def _generate(self, prompts: list[Prompt]) -> tuple[dict[str, Generation], float]:
         request = _Request(prompts)
         self._requests.put(request)
         request.done.wait()
         if request.stopped:
             raise request.stopped
-        return request.generations
+        return request.generations, request.busy_s
 
     def _drive(self) -> None:
         """The engine thread: submit what has come, step, hand out what has finished."""
         owner: dict[str, _Request] = {}
+        working: list[_Request] = []
         stopped: CapsFusionError | None = None
         try:
             while True:
@@ -190,6 +197,7 @@ class FusionActor:
                         request.stop(stopped)
                         continue
                     owner |= dict.fromkeys((prompt.id for prompt in request.prompts), request)
+                    working.append(request)
                     self._engine.submit(request.prompts)
                 self._step_began = time.monotonic()
                 try:
@@ -203,12 +211,16 @@ class FusionActor:
                     for request in owner.values():
                         request.stop(error)
                     owner.clear()
+                    working.clear()
+                step_s = time.monotonic() - self._step_began
+                share_out(step_s, working)
                 if self._monitor:
-                    self._monitor.stepped(time.monotonic() - self._step_began, self._engine, finished)
+                    self._monitor.stepped(step_s, self._engine, finished)
                 for generation in finished:
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation
                     if len(request.generations) == len(request.prompts):
+                        working.remove(request)
                         request.done.set()
         except BaseException:
             # A dead engine must end its process: Ray would send the retry to this same actor for ever. The rows in
@@ -227,6 +239,13 @@ class FusionActor:
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_ENGINE_STALLED)
+
+
+def share_out(step_s: float, requests: Sequence[_Request]) -> None:
+    """A step's time, by unfinished rows: over the units it adds up to what the engine worked."""
+    rows = sum(request.left for request in requests)
+    for request in requests:
+        request.busy_s += step_s * request.left / rows
 
 
 def _device_name(engine: EngineConfig) -> str:

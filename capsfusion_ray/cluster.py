@@ -7,24 +7,32 @@ import inspect
 import logging
 import os
 import random
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
-from ray._private import services
+from ray._private import accelerators, services
 from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port  # type: ignore[attr-defined]  # compiled
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from capsfusion_ray.config import ClusterConfig, EngineConfig
 from capsfusion_ray.errors import ClusterError, ConfigError
-from capsfusion_ray.pipeline import READ_CPUS, Pool
+from capsfusion_ray.modelcache import folder_of
+from capsfusion_ray.models import locate, store_of
+from capsfusion_ray.pipeline import READ_CPUS, Pool, as_raised
 
 log = logging.getLogger(__name__)
 START_PATIENCE_S = 300
+ANSWER_PATIENCE_S = 15.0  # for a head that is just coming up; ray.init waits for minutes, and then aborts the process
 AGENT_PORT_RANGE = range(20_000, 32_000)
 AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port", "metrics_export_port")
 
@@ -38,20 +46,83 @@ class Resources:
     here: bool  # started by this process, on this machine alone
 
 
+def named(cluster: ClusterConfig) -> str:
+    """The key and the address of the cluster that is asked for; empty: one is started here."""
+    if cluster.address != "auto":
+        return f"cluster.address={cluster.address}"
+    address = os.environ.get("RAY_ADDRESS", "")  # `ray job submit` sets it
+    return f"RAY_ADDRESS={address}" if address else ""
+
+
+def this_machine() -> Resources:
+    """What a cluster started here would have."""
+    gpus = accelerators.get_accelerator_manager_for_resource("GPU").get_current_node_num_accelerators()
+    # One logical CPU beside the cores: reads and commits wait on the store, and actors may hold every core.
+    return Resources((os.cpu_count() or 1) + 1, gpus, here=True)
+
+
 def connect(cluster: ClusterConfig) -> Resources:
-    """Join the cluster named by cluster.address or RAY_ADDRESS (as `ray job submit` sets it), else start one here."""
-    address = None if cluster.address == "auto" else cluster.address
-    here = address is None and "RAY_ADDRESS" not in os.environ
+    """Join the cluster named by cluster.address or RAY_ADDRESS, else start one here.
+
+    Raises ConfigError where nobody answers there, ClusterError where none can be started, and KeyboardInterrupt for a SIGTERM.
+    """
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-    if here:
-        # One logical CPU beside the cores: reads and commits wait on the store, and actors may hold every core.
-        start_here(num_cpus=(os.cpu_count() or 1) + 1, **common)
-    else:
-        ray.init(address, **common)
-    for name in ("ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    total = ray.cluster_resources()
-    return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here)
+    with _sigterm_interrupts():
+        if asked := named(cluster):
+            _join(asked, **common)
+        else:
+            start_here(num_cpus=this_machine().cpus, **common)
+        for name in ("ray.data", "ray"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        total = ray.cluster_resources()
+    return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here=not asked)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """ray.init sets a handler of its own, which ends the process with code 15 and without a word: the caller's comes back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        # Without one of the caller's, Ray's stays: it ends the processes that were started here, the system's would not.
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _join(asked: str, **options: Any) -> None:
+    """`asked`: as `named` says it. Raises ConfigError."""
+    address = asked.partition("=")[2]
+    way_out = "start that cluster, give the address of another, or unset it to run on this machine alone"
+    _refuse_silence(asked, address, way_out)
+    try:
+        ray.init(address, **options)
+    except Exception as error:  # Ray raises ValueError, ConnectionError, RuntimeError or its own, by what is wrong
+        raise ConfigError(f"{asked}: no Ray cluster that this process can join ({str(error).strip().splitlines()[0]}); {way_out}") from error
+
+
+def _refuse_silence(asked: str, address: str, way_out: str) -> None:
+    """Raises ConfigError where nobody listens at host:port. Other forms of an address are for Ray to judge."""
+    try:
+        place = urlsplit(address if "://" in address else f"//{address}")
+        host, port = place.hostname, place.port
+    except ValueError:
+        return
+    if place.scheme not in ("", "ray") or not host or not port:
+        return
+    until = time.monotonic() + ANSWER_PATIENCE_S
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_PATIENCE_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ConfigError(f"{asked}: nobody answers there ({error}); {way_out}") from None
+        time.sleep(0.5)
 
 
 def start_here(**options: Any) -> None:
@@ -122,12 +193,19 @@ def disconnect() -> None:
 
 def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resources, units: int) -> Pool:
     """How many actors, and what each asks for. Raises ConfigError for a pool that this cluster cannot hold."""
-    gpus = cluster.gpus_per_actor
+    gpus, split = cluster.gpus_per_actor, engine.vllm.tensor_parallel
     if gpus is None:
-        gpus = 0.0 if engine.device == "cpu" or not engine.loads_model or not resources.gpus else 1.0
+        gpus = 0.0 if engine.device == "cpu" or not engine.loads_model or not resources.gpus else float(split)
+    if gpus > 1 and engine.kind != "vllm":
+        raise ConfigError(
+            f"cluster.gpus_per_actor={gpus:g}: engine.kind={engine.kind} uses one GPU an actor; give at most 1, or engine.kind=vllm "
+            "engine.vllm.tensor_parallel=… for a model that does not fit one GPU"
+        )
+    if max(gpus, 1) != split and gpus:
+        raise ConfigError(f"cluster.gpus_per_actor={gpus:g} with engine.vllm.tensor_parallel={split}: give the same number")
     if gpus and resources.here and resources.gpus < gpus * cluster.min_actors:
         raise ConfigError(
-            f"cluster.gpus_per_actor={gpus} with cluster.min_actors={cluster.min_actors}: this machine has {resources.gpus:g} "
+            f"cluster.gpus_per_actor={gpus:g} with cluster.min_actors={cluster.min_actors}: this machine has {resources.gpus:g} "
             "GPUs; give cluster.gpus_per_actor=0 to run on the CPU"
         )
     fits = int(resources.gpus / gpus) if gpus else int(max(resources.cpus - 1, 1) / cluster.cpus_per_actor)
@@ -142,10 +220,46 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
 
 
 def settle_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:
-    """Fill in what depends on the machine: dtype and device by GPU, CPU threads by the actor's share of the cores."""
+    """Fill in what depends on the machine: dtype and device by GPU, CPU threads by the actor's share of the cores.
+
+    The model is fetched on every node that may hold an actor now; one that comes later fetches it when its first actor starts.
+    """
+    _spread_model(engine, pool, resources)
     device = engine.device if engine.device != "auto" else ("cuda" if pool.gpus_per_actor else "cpu")
     dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     threads = engine.threads
     if threads is None and resources.here and device == "cpu":
         threads = max((os.cpu_count() or 1) // pool.max_actors, 1)
     return dataclasses.replace(engine, device=device, dtype=dtype, threads=threads)
+
+
+def _spread_model(engine: EngineConfig, pool: Pool, resources: Resources) -> None:
+    """Raises what `folder_of` raises on any node: before the pool, in one line, and for a folder that is not the same on all."""
+    if not engine.loads_model:
+        return
+    fetched = store_of(engine) is None or "://" in engine.model
+    if resources.here:
+        if fetched:
+            folder_of(engine)
+        return
+    fit = [node["NodeID"] for node in ray.nodes() if node["Alive"] and _holds(node["Resources"], pool)]
+    log.info("looking for %s on %d nodes", locate(engine.model), len(fit))
+    began = time.monotonic()
+    # Waiting and reading take no CPU to speak of, and a node whose CPUs are all taken must not hold the others up.
+    task = ray.remote(folder_of)
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in fit]
+    asked = [task.options(num_cpus=0, max_retries=3, scheduling_strategy=node).remote(engine) for node in there]
+    gone = 0
+    with as_raised():
+        for answer in asked:
+            try:
+                ray.get(answer)
+            except RayTaskError:
+                raise
+            except ray.exceptions.RayError:  # a node that left meanwhile; actors look for the model themselves
+                gone += 1
+    log.info("the model is on %d nodes, after %.0f s", len(fit) - gone, time.monotonic() - began)
+
+
+def _holds(resources: dict[str, float], pool: Pool) -> bool:
+    return resources.get("CPU", 0.0) >= pool.cpus_per_actor and resources.get("GPU", 0.0) >= pool.gpus_per_actor

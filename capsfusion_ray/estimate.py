@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from typing import Any, Literal
 
-from capsfusion_ray import models, sources
+from capsfusion_ray import cluster, models, sources
 from capsfusion_ray.calibrate import calibrate
 from capsfusion_ray.config import FuseConfig, PlanConfig
 from capsfusion_ray.errors import SourceError
+from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.plan import Estimate
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import PromptBuilder
@@ -17,6 +19,7 @@ from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair
 from capsfusion_ray.run import Survey, next_plan, read_spec, speed, survey
 from capsfusion_ray.storage import Store
 
+log = logging.getLogger(__name__)
 SAMPLE_ROWS = 400  # of the input, to count tokens and to calibrate
 OUTPUT_PER_SUFFIX_TOKEN = 36 / 46  # mean fused tokens over mean caption tokens of a prompt, published examples (SPEC)
 
@@ -25,15 +28,15 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     """The plan that jobs/fuse.py would make now, and its price. Raises what the survey of a fuse run raises."""
     found = survey(cfg)
     store = Store(cfg.output.path, cfg.output.storage)
-    has_gpu = bool(cfg.cluster.gpus_per_actor) if cfg.cluster.gpus_per_actor is not None else cfg.engine.device == "cuda"
-    device: Literal["cuda", "cpu"] = "cuda" if has_gpu else "cpu"
+    gpus, actors = expected_pool(cfg)
+    device: Literal["cuda", "cpu"] = "cuda" if gpus else "cpu"
     engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
     if cfg.calibrate:
         if not (pairs := sample(cfg, found)):
             raise SourceError(f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with")
         measured = calibrate(dataclasses.replace(cfg, engine=engine, decode=decode), found.model.template, pairs)
-        device, has_gpu = measured.device, measured.device == "cuda"
-    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if has_gpu else "float32")
+        device, gpus = measured.device, gpus or 1.0 if measured.device == "cuda" else 0.0
+    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
     plan = next_plan(cfg, found, device, read_plans(store))
     if cfg.calibrate:
@@ -46,11 +49,11 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     quote = Estimate(
         rows=plan.rows,
         units=len(plan.units),
-        actors=cfg.cluster.max_actors or cfg.cluster.min_actors,
+        actors=actors,
         captions_per_s=captions_per_s,
         prompt_tokens=tokens[0],
         output_tokens=tokens[1],
-        gpus_per_actor=(1.0 if cfg.cluster.gpus_per_actor is None else cfg.cluster.gpus_per_actor) if has_gpu else 0.0,
+        gpus_per_actor=gpus,
         price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
         speed_source=source,
         errors={shard.path: shard.error for shard in found.shards if shard.error},
@@ -60,10 +63,28 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         "seconds": round(quote.seconds, 1),
         "gpu_hours": round(quote.gpu_hours, 3),
         "price_usd": round(quote.price, 2),
+        "captions_per_gpu_hour": quote.captions_per_gpu_hour,
         "shards": len(found.shards),
         "unit_rows": plan.unit_rows,
         "fingerprint": plan.fingerprint,
     }
+
+
+def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
+    """GPUs an actor, and actors: what is asked for; where that is left open, what a run on this machine would take.
+
+    A cluster is not asked: one that scales up has few GPUs or none until a run wants them. Then it is a CPU's quote, and says so.
+    """
+    asked, elsewhere = cfg.cluster, cluster.named(cfg.cluster)
+    if asked.gpus_per_actor is not None:
+        return asked.gpus_per_actor, asked.max_actors or asked.min_actors
+    if not elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto" and (here := cluster.this_machine()).gpus:
+        pool = cluster.settle_pool(asked, cfg.engine, here, units=sys.maxsize)
+        return pool.gpus_per_actor, pool.max_actors
+    if elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto":
+        log.warning("%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's", elsewhere)
+    gpus = float(cfg.engine.vllm.tensor_parallel) if cfg.engine.device == "cuda" else 0.0
+    return gpus, asked.max_actors or asked.min_actors
 
 
 def sample(cfg: FuseConfig, found: Survey) -> list[CaptionPair]:
@@ -82,7 +103,7 @@ def expected_tokens(cfg: FuseConfig, found: Survey, pairs: list[CaptionPair]) ->
         return words + len(found.model.template.split()), words
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(models.locate(cfg.engine.model), trust_remote_code=cfg.engine.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(cfg.engine, weights=False), trust_remote_code=cfg.engine.trust_remote_code)
     builder = PromptBuilder(found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens)
     prompts = [p for p in builder.build(pairs) if not isinstance(p, Exception)]
     suffix = sum(len(p.suffix_ids) for p in prompts) / max(len(prompts), 1)

@@ -131,7 +131,7 @@ configs:
 | --- | --- |
 {outcome}
 
-{_table("Rejected and kept, by reason", counts.reasons)}{_table("Flagged in the dataset", counts.flags)}{_settings(manifest)}"""
+{_table("Rejected, by reason", counts.reasons)}{_table("Flagged in the dataset", counts.flags)}{_settings(manifest)}"""
 
 
 _MEANS = {

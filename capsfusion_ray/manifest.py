@@ -132,7 +132,7 @@ class Manifest:
     unreadable_shards: dict[str, str]
     units: tuple[UnitSummary, ...]
     files: tuple[FileEntry, ...]
-    revisions: tuple[dict[str, Any], ...]  # revision, kind, units, rows, seconds
+    revisions: tuple[dict[str, Any], ...]  # revision, kind, units, rows, seconds, and of a plan its cost: estimate and actual
 
     def to_bytes(self) -> bytes:
         return json.dumps({"version": MANIFEST_VERSION, **asdict(self)}, indent=1).encode()

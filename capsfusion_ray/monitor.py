@@ -22,7 +22,7 @@ from capsfusion_ray.storage import client_faults
 
 COUNTERS = {
     "capsfusion_rows": ("Rows committed, by what became of them", ("outcome",)),
-    "capsfusion_reasons": ("Rows rejected, kept or filtered, by reason", ("reason",)),
+    "capsfusion_reasons": ("Rows rejected or filtered, by reason", ("reason",)),
     "capsfusion_flags": ("Rows of data/ that carry a flag", ("flag",)),
     "capsfusion_units": ("Units committed", ()),
     "capsfusion_tokens": ("Tokens of finished captions, by kind: prompt or generated", ("kind",)),

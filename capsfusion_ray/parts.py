@@ -52,12 +52,13 @@ class UnitSummary:
     unreadable: int = 0
     settled: int = 0  # of a retry's part alone: rows of the unit that were not retried
     filtered: dict[str, int] = field(default_factory=dict)  # FilterReason -> rows, not stored
-    reasons: dict[str, int] = field(default_factory=dict)  # Reason of the rejected and kept rows -> rows
+    reasons: dict[str, int] = field(default_factory=dict)  # Reason of the rejected rows -> rows; that of a kept one is a flag
     flags: dict[str, int] = field(default_factory=dict)  # Reason -> rows of data/ that carry the flag
     unreadable_errors: tuple[str, ...] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0
     engine_s: float = 0.0  # wall time from the unit's first prompt to its last caption
+    busy_s: float = 0.0  # its share of the time that the engine was at work: these add up over units in flight, engine_s overlaps
     device: str = ""
 
     def check(self) -> None:
@@ -67,6 +68,8 @@ class UnitSummary:
             raise AccountingError(
                 f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.stop - self.start} rows planned, {total} accounted for"
             )
+        if sum(self.reasons.values()) != self.rejected:
+            raise AccountingError(f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.rejected} rows rejected, for {self.reasons}")
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> UnitSummary:
@@ -83,7 +86,7 @@ def summarise(batch: UnitBatch, part: pa.Table) -> UnitSummary:
     """Count a part's rows by outcome, reason and flag, and check that no planned row is missing."""
     unit = batch.unit
     outcomes = Counter(part[OUTCOME].to_pylist())
-    reasons = Counter(reason for reason in part[REASON].to_pylist() if reason)
+    reasons = Counter(part.filter(pc.equal(part[OUTCOME], str(Outcome.REJECTED)))[REASON].to_pylist())
     stored = part.filter(pc.not_equal(part[OUTCOME], str(Outcome.REJECTED)))
     flags = Counter(flag for row in stored[FLAGS].to_pylist() for flag in row or ())
     unreadable = batch.apart.unreadable

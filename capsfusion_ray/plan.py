@@ -27,6 +27,8 @@ GUESSED_CAPTIONS_PER_S = {
     ("beam", "cpu"): 10.0,
     ("transformers", "cuda"): 1.5,
     ("transformers", "cpu"): 1.5,
+    ("vllm", "cuda"): 150.0,  # no beams: computed, never measured; calibrate=true measures
+    ("vllm", "cpu"): 1.5,
     ("api", "cuda"): 10.0,  # 32 requests in flight of 3 s each
     ("api", "cpu"): 10.0,
     ("echo", "cuda"): 20_000.0,
@@ -306,6 +308,10 @@ class Estimate:
     @property
     def price(self) -> float:
         return self.gpu_hours * self.price_per_gpu_hour
+
+    @property
+    def captions_per_gpu_hour(self) -> float | None:
+        return round(self.captions_per_s * 3600 / self.gpus_per_actor, 1) if self.gpus_per_actor else None
 
     def text(self) -> str:
         """For people: what will happen, how long it takes and what it costs."""

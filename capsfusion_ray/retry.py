@@ -54,7 +54,7 @@ class Retry(Revision):
     @property
     def unit_rows(self) -> dict[str, int]:
         # A kept row has a reason too, so it may be fewer.
-        counts = {unit.id: min(unit.rejected, sum(unit.reasons.get(r, 0) for r in self.reasons)) for unit in self.manifest.units}
+        counts = {unit.id: sum(unit.reasons.get(r, 0) for r in self.reasons) for unit in self.manifest.units}
         return {unit_id: rows for unit_id, rows in counts.items() if rows}
 
     def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:

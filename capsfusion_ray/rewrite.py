@@ -240,16 +240,15 @@ def _without(unit: UnitSummary, rows: pa.Table, removed: bool) -> UnitSummary:
         reasons.subtract(reason for reason in rows[REASON].to_pylist() if reason)
         change["rejected"] = unit.rejected - rows.num_rows
     else:
-        kept = [row[1] for row in rows[FLAGS].to_pylist() if row and row[0] == str(Outcome.KEPT)]
-        reasons.subtract(kept)
+        kept = sum(bool(row) and row[0] == str(Outcome.KEPT) for row in rows[FLAGS].to_pylist())
         flags.subtract(flag for row in rows[FLAGS].to_pylist() for flag in row or ())
-        change |= {"kept": unit.kept - len(kept), "fused": unit.fused - (rows.num_rows - len(kept))}
+        change |= {"kept": unit.kept - kept, "fused": unit.fused - (rows.num_rows - kept)}
     return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **change)
 
 
 def _with(unit: UnitSummary, more: UnitSummary) -> UnitSummary:
     """The summary with what a retry of some of its rows came to."""
-    sums = {name: getattr(unit, name) + getattr(more, name) for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s")}
+    sums = {name: getattr(unit, name) + getattr(more, name) for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s", "busy_s")}
     reasons, flags = Counter(unit.reasons) + Counter(more.reasons), Counter(unit.flags) + Counter(more.flags)
     return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **sums)
 

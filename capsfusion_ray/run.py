@@ -21,9 +21,9 @@ from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import MANIFEST, Counts, GroupEntry, Manifest, assemble, read_groups, read_manifest
 from capsfusion_ray.models import ModelInfo
 from capsfusion_ray.monitor import RunMonitor
-from capsfusion_ray.parts import committed, read_summaries
+from capsfusion_ray.parts import UnitSummary, committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool, run_units
-from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Plan, make_plan, refuse_lost_input
+from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
 from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.repair import open_repair
@@ -95,6 +95,8 @@ def base_of(cfg: FuseConfig, model: ModelInfo) -> dict[str, Any]:
     }
     if cfg.engine.kind == "api":
         keep["engine.api"] = {key: plain["engine"]["api"][key] for key in ("model", "chat", "temperature", "request")}
+    if cfg.engine.kind == "vllm":
+        keep["engine.vllm"] = {key: plain["engine"]["vllm"][key] for key in ("temperature", "sampling", "options")}
     for section, values in keep.items():
         base |= {f"{section}.{key}": value for key, value in values.items()}
     return base
@@ -275,23 +277,47 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
     rewriter = Rewriter(run.store, len(before.revisions if before else ()) + 1, run.plans[0].fields, cfg.output)
     entries = judge_repeats(rewriter, entries, cfg.gates.repeated_caption, lease.check)
     lease.check()
-    manifest = _publish(run, entries, before, round(time.monotonic() - began, 1))
+    manifest = _publish(run, entries, before, round(time.monotonic() - began, 1), cfg, pool)
     clean(run.store, manifest)
     return manifest
 
 
-def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float) -> Manifest:
+def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool) -> Manifest:
     """Assemble the manifest and swap it in, last."""
     revisions = list(before.revisions) if before else []
     planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
     for plan in run.plans[planned:]:
         kind = "extension" if plan.revision > 1 else "base"
-        revisions.append({"revision": plan.revision, "kind": kind, "units": len(plan.units), "rows": plan.rows, "seconds": seconds})
+        revision = {"revision": plan.revision, "kind": kind, "units": len(plan.units), "rows": plan.rows, "seconds": seconds}
+        units = [unit for entry in entries if entry.revision == plan.revision for unit in entry.units]
+        revisions.append(revision | {"cost": cost(cfg, pool, plan, units)})
     manifest = assemble(run.plans, entries, revisions)
     current = run.store.get_with_etag(MANIFEST)
     if run.store.put_if_match(MANIFEST, manifest.to_bytes(), current[1] if current else None) is None:
         raise AccountingError(f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again")
     return manifest
+
+
+def cost(cfg: FuseConfig, pool: Pool, plan: Plan, units: Sequence[UnitSummary]) -> dict[str, Any]:
+    """What the GPUs of a plan were expected to take, and what its units took: the engines at work, over all processes of the run.
+
+    Loading a model and waiting for rows are in neither figure: a cloud's bill is larger by them.
+    """
+    gpus, usd = pool.gpus_per_actor, cfg.cluster.price_per_gpu_hour
+    device = "cuda" if gpus else "cpu"
+    quote = Estimate(plan.rows, len(plan.units), pool.max_actors, speed(cfg, device), 0.0, 0.0, gpus, usd, "")
+    gpu_hours = sum(unit.busy_s for unit in units) * gpus / 3600
+    rows = sum(unit.fused + unit.kept + unit.rejected for unit in units)
+
+    def figures(hours: float, captions_per_gpu_hour: float | None) -> dict[str, Any]:
+        return {"gpu_s": round(hours * 3600, 1), "usd": round(hours * usd, 4), "captions_per_gpu_hour": captions_per_gpu_hour}
+
+    return {
+        "gpus_per_actor": gpus,
+        "usd_per_gpu_hour": usd,
+        "estimate": figures(quote.gpu_hours, quote.captions_per_gpu_hour),
+        "actual": figures(gpu_hours, round(rows / gpu_hours, 1) if gpu_hours else None),
+    }
 
 
 def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:

@@ -202,9 +202,7 @@ def _print_counts(console: Console, manifest: Manifest) -> None:
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("planned", f"{counts.planned:,}", "")
-    by_reason = _list_counts(counts.reasons)
-    notes = {"filtered": _list_counts(counts.filtered_by)}
-    notes["rejected" if counts.rejected else "kept"] = by_reason
+    notes = {"rejected": _list_counts(counts.reasons), "filtered": _list_counts(counts.filtered_by)}
     for outcome in ("fused", "kept", "rejected", "filtered", "removed", "unreadable"):
         grid.add_row(outcome, f"{getattr(counts, outcome):,}", Text(notes.get(outcome, ""), style="dim"))
     console.print(grid)

@@ -21,9 +21,19 @@ def test_the_pip_environment_holds_the_dependencies_of_the_package():
     assert pip == [name for name in wanted if not name.startswith("ray[")], "Ray comes with the cluster"
 
 
-def test_both_environments_upload_the_job_and_leave_the_rest_at_home():
+def test_the_environment_of_vllm_is_that_of_its_extra_and_holds_the_core_to_nothing_newer():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pip = yaml.safe_load((ROOT / "deploy/runtime_env_vllm.yaml").read_text())["pip"]
+    plain = yaml.safe_load((ROOT / "deploy/runtime_env_pip.yaml").read_text())["pip"]
+    assert pip == plain + project["optional-dependencies"]["vllm"]
+    assert not any("==" in name for name in pip), "vLLM pins, we follow"
+    assert "vllm" not in " ".join(project["dependencies"] + project["optional-dependencies"]["dev"]), "nor does vLLM constrain the core"
+
+
+def test_all_environments_upload_the_job_and_leave_the_rest_at_home():
     files = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "deploy").glob("runtime_env*.yaml"))]
-    assert files[0]["excludes"] == files[1]["excludes"]
+    assert len(files) == 3
+    assert files[0]["excludes"] == files[1]["excludes"] == files[2]["excludes"]
     for folder in ("jobs", "capsfusion_ray", "conf", "examples", "models"):
         assert f"/{folder}/" not in files[0]["excludes"]
     for excluded in files[0]["excludes"]:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 FLOORS = [
     ("words", ["rows", "errors", "config"]),
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing", "repeats"]),
-    ("the world", ["storage", "sources", "models", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
+    ("the world", ["storage", "sources", "models", "modelcache", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages"]),
     ("engines", ["engines"]),
     ("the run", ["actors", "pipeline", "cluster", "compactor", "monitor", "progress", "calibrate", "estimate", "revision", "retry", "repair", "run", "pair"]),
     ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "label", "doorway"]),

@@ -18,6 +18,7 @@ from capsfusion_ray.config.schema import (
     SourceConfig,
     UnitConfig,
     VerifyConfig,
+    VllmConfig,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SourceConfig",
     "UnitConfig",
     "VerifyConfig",
+    "VllmConfig",
     "as_dict",
     "describe",
     "fingerprint",

@@ -15,6 +15,7 @@ ENGINES = {
     "transformers": "capsfusion_ray.engines.transformers:TransformersEngine",
     "echo": "capsfusion_ray.engines.echo:EchoEngine",
     "api": "capsfusion_ray.engines.api:ApiEngine",
+    "vllm": "capsfusion_ray.engines.vllm:VllmEngine",
 }
 
 

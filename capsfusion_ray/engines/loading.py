@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
+from capsfusion_ray.modelcache import folder_of
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# engine.model="" means this one; in a wheel it lies inside the package, in a checkout beside it.
-_DEMO_PLACES = (_PACKAGE / "_models" / "capsfusion-tiny", _PACKAGE.parent / "models" / "capsfusion-tiny")
-DEMO_MODEL = next((place for place in _DEMO_PLACES if place.exists()), _DEMO_PLACES[-1])
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -63,13 +59,13 @@ def resolve_device(engine: EngineConfig) -> torch.device:
 
 
 def load_model(engine: EngineConfig) -> LoadedModel:
-    """The model and tokenizer of `engine.model`, in the dtype and on the device asked, ready to decode.
+    """The model and tokenizer of `engine.model` at `engine.revision`, in the dtype and on the device asked, ready to decode.
 
     Weights are read in the dtype asked; there is never a float32 copy of a bfloat16 model. Raises ConfigError for a model
     that is not there or not usable as asked, EngineError for damaged weights.
     """
-    name = engine.model or str(DEMO_MODEL)
-    device = resolve_device(engine)
+    device = resolve_device(engine)  # before gigabytes are fetched
+    name = folder_of(engine)
     dtype = (
         _DTYPES["bfloat16" if device.type == "cuda" else "float32"] if engine.dtype == "auto" else _DTYPES[engine.dtype]
     )
@@ -91,7 +87,10 @@ def load_model(engine: EngineConfig) -> LoadedModel:
     except ValueError as error:  # "Unrecognized configuration class": not a causal language model
         raise ConfigError(f"engine.model={name!r}: not loadable as a causal language model: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise EngineError(f"engine.model={name!r}: no memory for its weights on {device} ({error}); use a larger GPU") from error
+        raise EngineError(
+            f"engine.model={name!r}: no memory for its weights on {device} ({error}); use a larger GPU, or engine.kind=vllm "
+            "with engine.vllm.tensor_parallel=2, which splits a model and has no beam search"
+        ) from error
     except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError: by the form that is damaged
         raise EngineError(
             f"engine.model={name!r}: its weights cannot be read ({error}); download them again"

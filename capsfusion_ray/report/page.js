@@ -80,7 +80,7 @@ function cards() {
   card("Words a caption", lines(bars, "words"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${F.lengths[s].mean} (95%: ${F.lengths[s].p95})`).join(" · ")));
   const last = (side) => (F.diversity[side].length ? F.diversity[side][F.diversity[side].length - 1][1] : 0);
   card("Distinct trigrams", lines(F.diversity, "captions"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${number(last(s))}`).join(" · ")));
-  if (Object.keys(F.reasons).length) card("Rejected and kept, by reason", ...meters(F.reasons, F.counts.planned, "rejected"));
+  if (Object.keys(F.reasons).length) card("Rejected, by reason", ...meters(F.reasons, F.counts.planned, "rejected"));
   if (Object.keys(F.flags).length) card("Flagged in the dataset", ...meters(F.flags, F.counts.planned, "synthetic"));
   if (Object.keys(F.filtered_by).length) card("Filtered out", ...meters(F.filtered_by, F.counts.planned, "filtered"));
 }
@@ -156,7 +156,7 @@ function beside() {
   const rate = (of, kind, name) => (of.counts.planned ? share((of[kind][name] || 0) / of.counts.planned) : "–");
   $("beside-rows").textContent = `${number(B.different)} of ${number(B.compared)} captions compared differ (${share(B.different / B.compared)}).`;
   for (const name of OUTCOMES) if (F.counts[name] || B.counts[name]) line(name, rate(F, "counts", name), rate(B, "counts", name));
-  for (const [kind, label] of [["reasons", "rejected or kept"], ["flags", "flagged"]])
+  for (const [kind, label] of [["reasons", "rejected"], ["flags", "flagged"]])
     for (const name of [...new Set([...Object.keys(F[kind]), ...Object.keys(B[kind])])].sort()) line(`${label}: ${name}`, rate(F, kind, name), rate(B, kind, name));
   line("knowledge kept", share(F.knowledge.fused), share(B.knowledge.fused));
   line("words from neither source", share(F.origins.neither), share(B.origins.neither));
