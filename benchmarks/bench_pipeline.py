@@ -3,10 +3,8 @@
     python benchmarks/bench_pipeline.py [--rows 1e6,1e7] [--work DIR] [--actors 1] [--json FILE] [--keep] [fuse settings, key=value]
 
 For each size a synthetic corpus is made (make_corpus.py), read and written once by a bare loop (the columns that the job uses,
-zstd, a batch at a time), and fused by `python jobs/fuse.py`, as a user would. A thread samples the resident memory of the job's
-process tree: the driver, Ray's workers (the sum, and the largest one) and Ray's own processes. `private` leaves out shared
-pages, which are the object store seen from every worker and the libraries. Needs psutil, and Linux for `private`. The last
-line is JSON.
+zstd, a batch at a time), and fused by `python jobs/fuse.py`, as a user would, while processes.py samples the memory and the CPU
+seconds of its process tree. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,17 +18,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import make_corpus
-import psutil
+from processes import ROOT, end_with_children, figures, job_env, watched
 
-ROOT = Path(__file__).resolve().parents[1]
-SAMPLE_S = 1.0  # a look walks every process of the machine
 SHARD_ROWS = 200_000  # on average
 COLUMNS = (
     "URL",
@@ -58,92 +51,17 @@ print(rows)
 """
 
 
-class TreeMemory(threading.Thread):
-    """Peaks of the memory of a process and all its descendants, in bytes, by role."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self._root = psutil.Process(pid)
-        self._over = threading.Event()
-        self.peaks: dict[str, int] = defaultdict(int)
-        self.samples = 0
-
-    def run(self) -> None:
-        while not self._over.wait(SAMPLE_S):
-            self._sample()
-
-    def stop(self) -> None:
-        self._over.set()
-        self.join()
-
-    def _sample(self) -> None:
-        now: dict[str, int] = defaultdict(int)
-        try:
-            tree = [self._root, *self._root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return
-        for process in tree:
-            try:
-                memory, role = process.memory_info(), "driver" if process == self._root else role_of(process)
-            except psutil.Error:
-                continue  # it ended, or is ending
-            now[role] += memory.rss
-            private = memory.rss - getattr(memory, "shared", 0)
-            now[f"{role}_private"] += private
-            if role == "workers":
-                now["largest_worker"] = max(now["largest_worker"], memory.rss)
-                now["largest_worker_private"] = max(now["largest_worker_private"], private)
-        self.samples += 1
-        for name, value in now.items():
-            self.peaks[name] = max(self.peaks[name], value)
-
-
-def role_of(process: psutil.Process) -> str:
-    """Ray names its workers after what they run: `ray::FusionActor`, `ray::IDLE`, ..."""
-    title = " ".join(process.cmdline()[:2])
-    return "workers" if title.startswith("ray::") or "default_worker.py" in title else "ray"
-
-
-@contextmanager
-def watched(process: subprocess.Popen[str], timeout_s: float) -> Iterator[TreeMemory]:
-    """Sample a process while it runs; whatever happens, it and its descendants are gone afterwards."""
-    memory = TreeMemory(process.pid)
-    late = threading.Timer(timeout_s, end_tree, (process.pid,))
-    memory.start()
-    late.start()
-    try:
-        yield memory
-    finally:
-        late.cancel()
-        memory.stop()
-        if process.poll() is None:
-            end_tree(process.pid)
-
-
-def end_tree(pid: int) -> None:
-    try:
-        root = psutil.Process(pid)
-        tree = [*root.children(recursive=True), root]
-    except psutil.NoSuchProcess:
-        return
-    for process in tree:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
 def bare_loop(corpus: Path, work: Path, timeout_s: float) -> dict[str, object]:
     began = time.monotonic()
     command = [sys.executable, "-c", BARE, str(corpus), str(work / "bare.parquet"), *COLUMNS]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    with watched(process, timeout_s) as memory:
+    with watched(process, timeout_s) as watch:
         out, _ = process.communicate()
     seconds = time.monotonic() - began
     (work / "bare.parquet").unlink(missing_ok=True)
     if process.returncode:
         raise SystemExit(f"the bare loop ended with exit code {process.returncode}")
-    return figures("bare loop", int(out), seconds, memory)
+    return figures("bare loop", int(out), seconds, watch)
 
 
 def fuse(corpus: Path, output: Path, actors: int, settings: list[str], timeout_s: float) -> dict[str, object]:
@@ -155,20 +73,22 @@ def fuse(corpus: Path, output: Path, actors: int, settings: list[str], timeout_s
         f"output.path={output}",
     ]
     command += ["engine.kind=echo", "cluster.gpus_per_actor=0", f"cluster.max_actors={actors}", *settings]
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONDONTWRITEBYTECODE")} | {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
     began = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=job_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout
     assert process.stderr
     seen: dict[str, float] = {}
     log: list[str] = []
     listener = threading.Thread(target=follow, args=(process.stderr, began, seen, log), daemon=True)
-    with watched(process, timeout_s) as memory:
+    with watched(process, timeout_s) as watch:
         listener.start()
         out = process.stdout.read()
         process.wait()
@@ -180,7 +100,7 @@ def fuse(corpus: Path, output: Path, actors: int, settings: list[str], timeout_s
     # From the first actor's start to the end of compaction: what grows with the rows.
     steady = seconds - seen.get("pipeline", 0.0)
     stages = {"ray_and_plan_s": round(seen.get("pipeline", 0.0), 1), "pipeline_and_compaction_s": round(steady, 1)}
-    found = figures("fuse, echo", totals["rows"]["planned"], seconds, memory)
+    found = figures("fuse, echo", totals["rows"]["planned"], seconds, watch)
     return found | {
         "stages": stages,
         "rows_per_s_without_start": round(totals["rows"]["planned"] / steady),
@@ -194,18 +114,6 @@ def follow(stream: IO[str], began: float, seen: dict[str, float], log: list[str]
         sys.stderr.write(line)
         if PIPELINE_BEGINS in line:
             seen.setdefault("pipeline", time.monotonic() - began)
-
-
-def figures(what: str, rows: int, seconds: float, memory: TreeMemory) -> dict[str, object]:
-    peaks = {name: round(value / 1e6) for name, value in sorted(memory.peaks.items())}
-    return {
-        "what": what,
-        "rows": rows,
-        "seconds": round(seconds, 1),
-        "rows_per_s": round(rows / seconds),
-        "peak_mb": peaks,
-        "samples": memory.samples,
-    }
 
 
 def table(results: list[dict[str, object]]) -> str:
@@ -237,6 +145,7 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=24 * 3600.0, help="of one run")
     parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py, e.g. unit.rows=20000")
     options = parser.parse_args()
+    end_with_children()
     work = options.work or Path(tempfile.mkdtemp(prefix="bench_pipeline_"))
     results: list[dict[str, object]] = []
     for rows in (int(float(size)) for size in options.rows.split(",")):

@@ -1,0 +1,296 @@
+"""The estimate of jobs/plan.py against whole runs with sleeping engines: 1, 8 and 64 actor processes, undisturbed and preempted.
+
+    python benchmarks/simulate.py [--actors 1,8,64] [--captions-per-s 20] [--unit-s 15] [--units 8] [--work DIR] [--json FILE]
+
+The real jobs/fuse.py and jobs/plan.py calibrate=true on a Ray of their own; only their workers' engine is another (sleeping.py).
+Every actor gets --units units of --unit-s seconds. Preempted: an actor's process is killed (SIGKILL) at a rate of one in
+PREEMPT_UNITS units that an actor fuses.
+
+    predicted   seconds of jobs/plan.py: rows over the actors' measured speed, and the last units
+    simulated   from the mean moment at which an actor got its first unit to the last commit: starting 64 processes on few
+                cores takes minutes that no estimate of a run of hours needs to know; `start_s` has them
+    throughput  words written between the moment at which all actors had a unit and the last hand-out of one, over the most
+                that the slots could have written in that time
+    with kills  predicted, and for each kill one unit's time (two in flight, each half done) and the time from it to the
+                next actor's first unit
+
+The scheduling cost of a unit is CPU of the driver, of Ray's daemons and of all workers (which read, judge, commit and step), for
+every unit committed after all actors had one. The bars: predicted and simulated within 10%, throughput 95%. The last line
+is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import make_corpus
+import psutil
+from processes import ROOT, TreeWatch, end_with_children, job_env, megabytes, watched
+from run_120m import Output
+from sleeping import JOURNAL, STEP_S
+
+WORDS = 20.0  # of an echoed caption of make_corpus, on average; the calibration tells the true speed
+PREEMPT_UNITS = 16  # unit times that an actor lives on average: 20 minutes at 90 s, a poor spot market
+LOOK_S = 0.25
+START_TIMEOUT_S, TIMEOUT_S = 3600.0, 12 * 3600.0
+PREDICTION_BAR, THROUGHPUT_BAR = 0.10, 0.95
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How fast the engines are, and how much each gets."""
+
+    captions_per_s: float
+    unit_s: float
+    units: int  # an actor
+
+    @property
+    def slots(self) -> int:
+        return max(round(self.captions_per_s * WORDS * STEP_S), 1)
+
+    @property
+    def unit_rows(self) -> int:
+        return round(self.captions_per_s * self.unit_s)
+
+    def rows(self, actors: int) -> int:
+        return actors * self.units * self.unit_rows
+
+
+@dataclass
+class Life:
+    """One engine's process, from its journal."""
+
+    notes: list[tuple[float, int, float]] = field(
+        default_factory=list
+    )  # when, words until then, when prompts came last
+
+    @classmethod
+    def read(cls, journal: Path) -> Life:
+        lines = (line.split() for line in journal.read_text().splitlines())
+        return cls(
+            [
+                (float(at), int(words), float(submitted))
+                for at, words, submitted in (line for line in lines if len(line) == 3)
+            ]
+        )
+
+    @property
+    def began(self) -> float:
+        """When its first unit came; infinite if none did."""
+        return next((submitted for _, _, submitted in self.notes if submitted), float("inf"))
+
+    def words(self, at: float) -> float:
+        """Written until then; a straight line between two notes."""
+        for (t0, w0, _), (t1, w1, _) in zip(self.notes, self.notes[1:], strict=False):
+            if at < t1:
+                return w0 + (w1 - w0) * max(at - t0, 0.0) / (t1 - t0)
+        return self.notes[-1][1]
+
+
+def workers_env(journal: Path | None) -> dict[str, str]:
+    """As `ray job submit` hands a job its runtime_env: Ray merges it into whatever ray.init the job makes."""
+    variables = {"PYTHONPATH": str(Path(__file__).resolve().parent)} | ({JOURNAL: str(journal)} if journal else {})
+    runtime_env = {"worker_process_setup_hook": "sleeping.plug_in", "env_vars": variables}
+    return job_env() | {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": runtime_env})}
+
+
+def settings(setup: Setup, actors: int, corpus: Path, output: Path) -> list[str]:
+    return [
+        f"input.path={corpus}", f"input.limit={setup.rows(actors)}", "source.preset=laion_coco", f"output.path={output}",
+        "engine.kind=echo", f"engine.slots={setup.slots}", f"unit.rows={setup.unit_rows}", "cluster.gpus_per_actor=0",
+        f"cluster.min_actors={actors}", f"cluster.max_actors={actors}",
+    ]  # fmt: skip
+
+
+def predict(setup: Setup, actors: int, corpus: Path, folder: Path) -> dict[str, Any]:
+    """What jobs/plan.py says, its speed measured on one actor's engine."""
+    command = [sys.executable, "jobs/plan.py", *settings(setup, actors, corpus, folder / "none"), "calibrate=true"]
+    with (folder / "plan.log").open("ab") as log:
+        done = subprocess.run(
+            command, cwd=ROOT, env=workers_env(None), stdout=subprocess.PIPE, stderr=log, text=True, timeout=TIMEOUT_S
+        )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {folder / 'plan.log'}")
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+class Simulation:
+    """One run: the job, its kills, and what its engines noted."""
+
+    def __init__(self, setup: Setup, actors: int, preempted: bool, folder: Path, seed: int) -> None:
+        self.setup, self.actors, self.preempted, self.folder = setup, actors, preempted, folder
+        self.journals = folder / "journals"
+        self.output = Output(folder / "output")
+        self.kills: list[float] = []
+        self._random = random.Random(seed)
+        self._looks: list[
+            tuple[float, int, int, dict[str, float]]
+        ] = []  # when, units, driver's bytes, CPU seconds by role
+
+    def run(self, corpus: Path) -> dict[str, Any]:
+        for folder in (self.journals, self.output.path):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.journals.mkdir(parents=True)
+        command = [sys.executable, "jobs/fuse.py", *settings(self.setup, self.actors, corpus, self.output.path)]
+        began = time.monotonic()
+        with (self.folder / "fuse.log").open("ab") as log, (self.folder / "fuse.out").open("wb") as out:
+            env = workers_env(self.journals)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=out, stderr=log, text=True, start_new_session=True
+            )
+        with watched(process, TIMEOUT_S) as watch:
+            self._follow(process, watch)
+        if process.returncode:
+            raise SystemExit(
+                f"{' '.join(command)}\nended with exit code {process.returncode}; see {self.folder / 'fuse.log'}"
+            )
+        said = json.loads((self.folder / "fuse.out").read_text().splitlines()[-1])
+        manifest = json.loads((self.output.path / "manifest.json").read_bytes())
+        return self._figures(began, watch, said, manifest["counts"]["output_tokens"])
+
+    def _follow(self, process: subprocess.Popen[str], watch: TreeWatch) -> None:
+        interval = PREEMPT_UNITS * self.setup.unit_s / self.actors
+        planned, next_kill = 0, float("inf")
+        while process.poll() is None:
+            time.sleep(LOOK_S)
+            now, planned = time.monotonic(), planned or self.output.units
+            units = self.output.committed() if planned else 0
+            self._looks.append((now, units, watch.now.get("driver", 0), watch.cpu_s))
+            if units == planned > 0:
+                process.wait()
+                break
+            standing = [int(journal.name) for journal in self.journals.iterdir()]
+            if self.preempted and next_kill == float("inf") and len(standing) >= self.actors:
+                next_kill = now + interval / 2
+            if now >= next_kill:
+                next_kill = now + interval
+                alive = sorted(pid for pid in standing if psutil.pid_exists(pid))
+                drawn = self._random.randrange(
+                    self.actors
+                )  # one that is being replaced, or not needed any more, may be drawn
+                if drawn < len(alive):
+                    psutil.Process(alive[drawn]).kill()
+                    self.kills.append(now)
+
+    def _figures(self, began: float, watch: TreeWatch, said: dict[str, Any], words: int) -> dict[str, Any]:
+        lives = sorted((Life.read(journal) for journal in self.journals.iterdir()), key=lambda life: life.began)
+        first, later = lives[: self.actors], lives[self.actors :]
+        stood, handed_out = first[-1].began, max(life.notes[-1][2] for life in lives)
+        ended = next(at for at, units, _, _ in self._looks if units == said["units"])
+        written = sum(life.words(handed_out) - life.words(stood) for life in lives if life.began < handed_out)
+        most = self.actors * self.setup.slots * (handed_out - stood) / STEP_S
+        simulated_s = mean(ended - life.began for life in first)
+        looks = [look for look in self._looks if stood <= look[0] <= ended]
+        units = max(looks[-1][1] - looks[0][1], 1)
+        roles = ("driver", "ray", "workers")
+        spent = {role: looks[-1][3].get(role, 0.0) - looks[0][3].get(role, 0.0) for role in roles}
+        restarts = [life.began - kill for life, kill in zip(later, self.kills, strict=False)]
+        return {
+            "actors": self.actors,
+            "preempted": self.preempted,
+            "rows": said["rows"]["planned"],
+            "units": said["units"],
+            "start_s": round(stood - began, 1),
+            "simulated_s": round(simulated_s, 1),
+            "ideal_s": round(words * STEP_S / self.setup.slots / self.actors, 1),  # every slot busy from first to last
+            "steady_s": round(handed_out - stood, 1),
+            "throughput": round(written / most, 4),
+            "kills": len(self.kills),
+            "restart_s": round(mean(restarts), 1) if restarts else None,
+            "words_again": round(sum(life.notes[-1][1] for life in lives) / words - 1, 4),
+            "driver_mb": [round(look[2] / 1e6) for look in (looks[0], looks[len(looks) // 2], looks[-1])],
+            "cpu_ms_a_unit": {role: round(1000 * seconds / units, 1) for role, seconds in spent.items()},
+            "peak_mb": megabytes(watch.peaks),
+        }
+
+
+def compared(found: dict[str, Any], predicted: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """A run beside the plan's word for it."""
+    with_kills = predicted["seconds"] + found["kills"] * (setup.unit_s + (found["restart_s"] or 0.0)) / found["actors"]
+    return found | {
+        "captions_per_s": predicted["captions_per_s"],
+        "predicted_s": predicted["seconds"],
+        "predicted_with_kills_s": round(with_kills, 1),
+        "off": round(predicted["seconds"] / found["simulated_s"] - 1, 3),
+        "off_with_kills": round(with_kills / found["simulated_s"] - 1, 3),
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    columns = [
+        "actors",
+        "kills",
+        "units",
+        "start_s",
+        "ideal_s",
+        "predicted_s",
+        "predicted_with_kills_s",
+        "simulated_s",
+        "off",
+    ]
+    columns += ["off_with_kills", "throughput"]
+    lines = [" ".join(f"{name.replace('_', ' '):>8}" for name in columns) + "   driver MB, CPU ms a unit"]
+    for found in results:
+        figures = " ".join(f"{found[name]:>{max(len(name), 8)}}" for name in columns)
+        lines.append(f"{figures}   {found['driver_mb']} {found['cpu_ms_a_unit']}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--actors", default="1,8,64", help="numbers, separated by commas")
+    parser.add_argument("--captions-per-s", type=float, default=20.0, help="of one engine, about")
+    parser.add_argument("--unit-s", type=float, default=15.0)
+    parser.add_argument("--units", type=int, default=8, help="an actor")
+    parser.add_argument("--preempted", choices=("both", "yes", "no"), default="both")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="a folder for corpus, outputs and logs; default: a temporary one")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    options = parser.parse_args()
+    end_with_children()
+    setup = Setup(options.captions_per_s, options.unit_s, options.units)
+    folder = (options.work or Path(tempfile.mkdtemp(prefix="simulate_"))).resolve() / "simulate"
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [int(text) for text in options.actors.split(",")]
+    corpus = folder / "corpus"
+    # More than is needed: a limit takes the same number of rows from each shard, so that units are of one size.
+    make_corpus.make(corpus, 3 * setup.rows(max(sizes)), 4, options.seed)
+    results: list[dict[str, Any]] = []
+    try:
+        for actors in sizes:
+            predicted = predict(setup, actors, corpus, folder)
+            for preempted in {"both": (False, True), "yes": (True,), "no": (False,)}[options.preempted]:
+                found = Simulation(setup, actors, preempted, folder, options.seed).run(corpus)
+                results.append(compared(found, predicted, setup))
+                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+    finally:
+        for name in ("corpus", "output", "journals"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    print(table(results))
+    whole = {
+        "cpus": os.cpu_count(),
+        "setup": vars(setup) | {"slots": setup.slots, "unit_rows": setup.unit_rows, "step_s": STEP_S},
+        "within_10_percent": all(abs(found["off_with_kills"]) <= PREDICTION_BAR for found in results),
+        "throughput_95": all(found["throughput"] >= THROUGHPUT_BAR for found in results if not found["preempted"]),
+        "results": results,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(whole))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""An engine that sleeps as a host does while its GPU computes: a token for every busy slot a step. No torch, no Ray.
+
+A caption is the echo engine's; it takes a step a word. Slots are refilled while others are in work, as the beam engine does,
+so that the order of units, their drain and a killed process cost what they would. `plug_in` is a `worker_process_setup_hook`:
+Ray calls it in each worker of a job that is submitted with such a runtime_env; the job stays as it is (engine.kind=echo).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from pathlib import Path
+
+from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import ENGINES, Load
+from capsfusion_ray.engines.echo import EchoEngine
+from capsfusion_ray.rows import Generation, Prompt
+
+STEP_S = 0.25  # a real step takes a tenth of it; so many processes on few cores must not be kept busy by waking up
+JOURNAL = "SLEEPING_JOURNAL"  # variable: a folder for one file an engine, named by its pid
+JOURNAL_S = 1.0
+
+
+def plug_in() -> None:
+    """Have build_engine make this one for engine.kind=echo, in this process."""
+    ENGINES["echo"] = "sleeping:SleepingEngine"
+
+
+class SleepingEngine(EchoEngine):
+    """Implements engines.base.Engine. Writes slots / (mean words * STEP_S) captions/s while it is full."""
+
+    def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
+        super().__init__(engine, decode)
+        self._waiting: deque[Prompt] = deque()
+        self._ends: dict[int, list[Generation]] = {}  # by the step that writes their last word
+        self._room, self._busy, self._steps = engine.slots or 64, 0, 0
+        self._words, self._submitted_at, self._noted_at = 0, 0.0, 0.0
+        folder = os.environ.get(JOURNAL)
+        self._journal = Path(folder, str(os.getpid())) if folder else None
+        self._note()
+
+    def submit(self, prompts: list[Prompt]) -> None:  # type: ignore[override]
+        self._waiting.extend(prompts)
+        self._submitted_at = time.monotonic()
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._waiting) + self._busy
+
+    @property
+    def load(self) -> Load:
+        return Load(self._busy, self._room)
+
+    def step(self) -> list[Generation]:
+        while self._waiting and self._busy < self._room:
+            generation = self._write(self._waiting.popleft())
+            self._ends.setdefault(self._steps + max(generation.output_tokens, 1), []).append(generation)
+            self._busy += 1
+        time.sleep(STEP_S)
+        self._steps += 1
+        self._words += self._busy
+        finished = self._ends.pop(self._steps, [])
+        self._busy -= len(finished)
+        if not self.unfinished or time.monotonic() - self._noted_at >= JOURNAL_S:
+            self._note()
+        return finished
+
+    def _note(self) -> None:
+        """When, the words written until then, and when prompts came last; seconds of the machine's monotonic clock."""
+        self._noted_at = time.monotonic()
+        if self._journal:
+            with self._journal.open("a") as journal:
+                print(self._noted_at, self._words, self._submitted_at, file=journal)
