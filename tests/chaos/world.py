@@ -73,6 +73,8 @@ class Nodes:
             self._cluster = Cluster(initialize_head=True, head_node_args=NODE | head)
         self.address: str = self._cluster.address
         self.replenish()
+        # Nodes that come later are added by a fault's thread, where Ray cannot set its handler of SIGTERM; they end with the head.
+        self._cluster._shutdown_at_exit = False
         return self
 
     def __exit__(self, *_: object) -> None:
