@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 import make_corpus
-from processes import ROOT, end_with_children, figures, job_env, watched
+from processes import ROOT, end_with_children, figures, job_env, tell, watched
 
 SHARD_ROWS = 200_000  # on average
 COLUMNS = (
@@ -159,9 +159,7 @@ def main() -> None:
             shutil.rmtree(folder)
     print(table(results))
     found = {"cpus": os.cpu_count(), "settings": options.settings, "actors": options.actors, "results": results}
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    tell(found, options.json)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any
 
 import bench_pipeline
 import make_corpus
-from processes import ROOT, end_with_children, figures, job_env, watched
+from processes import ROOT, end_with_children, figures, job_env, tell, watched
 
 BAR = 1.5
 UNIT = "unit.captions_per_s=90"  # plan.py's guess for LLaMA-2-13B on one GPU
@@ -48,20 +48,21 @@ def plain(what: str, corpus: Path, folder: Path, options: list[str], rows: int, 
     seconds = time.monotonic() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with exit code {process.returncode}")
-    files = list(output.rglob("*.parquet"))
     found: dict[str, Any] = figures(what, rows, seconds, watch) | json.loads(out.splitlines()[-1])
-    found |= {"files": len(files), "output_mb": round(sum(file.stat().st_size for file in files) / 1e6)}
+    found |= size_of([output])
     shutil.rmtree(output)
     return found
 
 
 def ours(corpus: Path, folder: Path, actors: int, settings: list[str], timeout_s: float) -> dict[str, Any]:
     found: dict[str, Any] = bench_pipeline.fuse(corpus, folder / "ours", actors, [UNIT, *settings], timeout_s)
-    files = list((folder / "ours" / "data").rglob("*.parquet")) + list(
-        (folder / "ours" / "rejected").rglob("*.parquet")
-    )
     found |= {"what": "ours", "pipeline_s": found["stages"]["pipeline_and_compaction_s"]}
-    return found | {"files": len(files), "output_mb": round(sum(file.stat().st_size for file in files) / 1e6)}
+    return found | size_of([folder / "ours" / "data", folder / "ours" / "rejected"])
+
+
+def size_of(folders: list[Path]) -> dict[str, int]:
+    files = [file for folder in folders for file in folder.rglob("*.parquet")]
+    return {"files": len(files), "output_mb": round(sum(file.stat().st_size for file in files) / 1e6)}
 
 
 def ratios(ours: dict[str, Any], others: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -126,9 +127,7 @@ def main() -> None:
         "within_bar": against["plain"]["pipeline"] <= BAR,
         "results": results,
     }
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    tell(found, options.json)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ store lies: of the whole machine, so other Ray clusters must keep still. `spille
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -146,6 +148,49 @@ def watched(process: subprocess.Popen[str], timeout_s: float) -> Iterator[TreeWa
         watch.stop()
         if process.poll() is None:
             end_tree(process.pid)
+
+
+def said_by(command: list[str], log: Path, timeout_s: float, env: dict[str, str] | None = None) -> dict[str, Any]:
+    """Run a job to its end and return what it said last. Its stderr is added to `log`; SystemExit where it fails."""
+    with log.open("ab") as stream:
+        done = subprocess.run(
+            command, cwd=ROOT, env=env or job_env(), stdout=subprocess.PIPE, stderr=stream, text=True, timeout=timeout_s
+        )
+    _expect_success(command, done.returncode, log)
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+@contextmanager
+def watched_job(
+    command: list[str], folder: Path, timeout_s: float, env: dict[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], TreeWatch]]:
+    """The fuse job, sampled while it runs. Its stderr is added to `folder`/fuse.log; how it ended is for `last_words`."""
+    with (folder / "fuse.log").open("ab") as log, (folder / "fuse.out").open("wb") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env or job_env(), stdout=out, stderr=log, text=True, start_new_session=True
+        )
+    with watched(process, timeout_s) as watch:
+        yield process, watch
+
+
+def last_words(process: subprocess.Popen[str], folder: Path) -> dict[str, Any]:
+    """What a watched job that ran to its end said last; SystemExit where it failed."""
+    _expect_success(process.args, process.returncode, folder / "fuse.log")
+    said: dict[str, Any] = json.loads((folder / "fuse.out").read_text().splitlines()[-1])
+    return said
+
+
+def _expect_success(command: Any, code: int, log: Path) -> None:
+    if code:
+        raise SystemExit(f"{' '.join(command)}\nended with exit code {code}; see {log}")
+
+
+def tell(found: dict[str, Any], file: Path | None) -> None:
+    """The figures as the last line on stdout, and in a file where one was asked for."""
+    if file:
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found), flush=True)
 
 
 def end_with_children() -> None:

@@ -27,7 +27,7 @@ import make_corpus
 import psutil
 import pyarrow.parquet as pq
 import s3_requests
-from processes import ROOT, TreeWatch, end_with_children, job_env, megabytes, watched
+from processes import TreeWatch, end_with_children, last_words, megabytes, said_by, tell, watched_job
 
 SHARD_ROWS = 200_000  # on average
 CORPUS_BYTES, OUTPUT_BYTES = 180, 160  # a row; measured at 1M rows, and rounded up
@@ -146,40 +146,22 @@ class Bench:
 
     def _job(self, name: str, *settings: str) -> dict[str, Any]:
         """A job that runs to its end; what it said last."""
-        command = [sys.executable, f"jobs/{name}.py", *settings]
-        with (self.work / f"{name}.log").open("ab") as log:
-            done = subprocess.run(
-                command, cwd=ROOT, env=job_env(), stdout=subprocess.PIPE, stderr=log, text=True, timeout=TIMEOUT_S
-            )
-        if done.returncode:
-            raise SystemExit(
-                f"{' '.join(command)}\nended with exit code {done.returncode}; see {self.work / f'{name}.log'}"
-            )
-        said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return {"said": said}
+        return {"said": said_by([sys.executable, f"jobs/{name}.py", *settings], self.work / f"{name}.log", TIMEOUT_S)}
 
     def _fuse(self, until: float | None) -> dict[str, Any]:
         """The fuse job, until that share of the units is committed, or to its end."""
         before = self.output.committed()
         command = [sys.executable, "jobs/fuse.py", *self._settings()]
         began = time.monotonic()
-        with (self.work / "fuse.log").open("ab") as log, (self.work / "fuse.out").open("wb") as out:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=job_env(), stdout=out, stderr=log, text=True, start_new_session=True
-            )
-        with watched(process, TIMEOUT_S) as watch:
+        with watched_job(command, self.work, TIMEOUT_S) as (process, watch):
             found = self._follow(process, watch, before, until, began)
             tree = [process.pid, *(child.pid for child in _descendants(process.pid))]
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 found |= {"killed_at": round(found["units"] / self.output.units, 3)} | _outlived(tree)
-            elif process.returncode:
-                raise SystemExit(
-                    f"{' '.join(command)}\nended with exit code {process.returncode}; see {self.work / 'fuse.log'}"
-                )
             else:
-                found["said"] = json.loads((self.work / "fuse.out").read_text().splitlines()[-1])
+                found["said"] = last_words(process, self.work)
         cpu_s = {role: round(seconds, 1) for role, seconds in watch.cpu_s.items()}
         return found | {"peak_mb": megabytes(watch.peaks), "cpu_s": cpu_s}
 
@@ -344,9 +326,7 @@ def main() -> None:
     if not options.keep:
         shutil.rmtree(bench.corpus, ignore_errors=True)
         shutil.rmtree(bench.output.path, ignore_errors=True)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found), flush=True)
+    tell(found, options.json)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from typing import Any
 
 import make_corpus
 import psutil
-from processes import ROOT, TreeWatch, end_with_children, job_env, megabytes, watched
+from processes import TreeWatch, end_with_children, job_env, last_words, megabytes, said_by, tell, watched_job
 from run_120m import Output
 from sleeping import JOURNAL, STEP_S
 
@@ -117,14 +117,7 @@ def settings(setup: Setup, actors: int, corpus: Path, output: Path) -> list[str]
 def predict(setup: Setup, actors: int, corpus: Path, folder: Path) -> dict[str, Any]:
     """What jobs/plan.py says, its speed measured on one actor's engine."""
     command = [sys.executable, "jobs/plan.py", *settings(setup, actors, corpus, folder / "none"), "calibrate=true"]
-    with (folder / "plan.log").open("ab") as log:
-        done = subprocess.run(
-            command, cwd=ROOT, env=workers_env(None), stdout=subprocess.PIPE, stderr=log, text=True, timeout=TIMEOUT_S
-        )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with exit code {done.returncode}; see {folder / 'plan.log'}")
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return said
+    return said_by(command, folder / "plan.log", TIMEOUT_S, workers_env(None))
 
 
 class Simulation:
@@ -146,18 +139,9 @@ class Simulation:
         self.journals.mkdir(parents=True)
         command = [sys.executable, "jobs/fuse.py", *settings(self.setup, self.actors, corpus, self.output.path)]
         began = time.monotonic()
-        with (self.folder / "fuse.log").open("ab") as log, (self.folder / "fuse.out").open("wb") as out:
-            env = workers_env(self.journals)
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=out, stderr=log, text=True, start_new_session=True
-            )
-        with watched(process, TIMEOUT_S) as watch:
+        with watched_job(command, self.folder, TIMEOUT_S, workers_env(self.journals)) as (process, watch):
             self._follow(process, watch)
-        if process.returncode:
-            raise SystemExit(
-                f"{' '.join(command)}\nended with exit code {process.returncode}; see {self.folder / 'fuse.log'}"
-            )
-        said = json.loads((self.folder / "fuse.out").read_text().splitlines()[-1])
+        said = last_words(process, self.folder)
         manifest = json.loads((self.output.path / "manifest.json").read_bytes())
         return self._figures(began, watch, said, manifest["counts"]["output_tokens"])
 
@@ -287,9 +271,7 @@ def main() -> None:
         "throughput_95": all(found["throughput"] >= THROUGHPUT_BAR for found in results if not found["preempted"]),
         "results": results,
     }
-    if options.json:
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(whole))
+    tell(whole, options.json)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class FusionActor:
                 for generation in finished:
                     request = owner.pop(generation.id)
                     request.generations[generation.id] = generation
-                    if len(request.generations) == len(request.prompts):
+                    if not request.left:
                         working.remove(request)
                         request.done.set()
         except BaseException:

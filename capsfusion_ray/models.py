@@ -136,18 +136,10 @@ def settle(engine: EngineConfig, decode: DecodeConfig, model: ModelInfo) -> tupl
         engine = dataclasses.replace(engine, revision=model.revision)
     settled = decode.settled(model.decode)
     if engine.kind == "vllm":
-        _refuse_beams(settled)
+        settled.refuse_beams("vllm")
     if model.max_prompt_tokens and engine.max_prompt_tokens > model.max_prompt_tokens:
         engine = dataclasses.replace(engine, max_prompt_tokens=model.max_prompt_tokens)
     return engine, settled
-
-
-def _refuse_beams(decode: SettledDecode) -> None:
-    if decode.num_beams > 1 or decode.no_repeat_ngram:
-        raise ConfigError(
-            f"decode.num_beams={decode.num_beams}, decode.no_repeat_ngram={decode.no_repeat_ngram}: engine.kind=vllm decodes greedily or "
-            "by sampling; give decode.num_beams=1 decode.no_repeat_ngram=0, or use engine.kind=beam"
-        )
 
 
 def content_files(folder: Store) -> list[StoredFile]:

@@ -135,6 +135,10 @@ class Prompt:
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix_ids) + len(self.suffix_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -151,6 +155,11 @@ class Generation:
     output_tokens: int = 0
     score: float = 0.0
     error: str = ""
+
+    @classmethod
+    def failed(cls, prompt: Prompt, error: str) -> Generation:
+        """For a row that the engine could not write; `error` says why."""
+        return cls(prompt.id, "", FinishReason.ERROR, prompt.tokens, error=f"{prompt.id}: {error}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,6 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
 
 def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: float) -> dict[str, Any]:
     resources = cluster.connect(cfg.cluster)
-    _exit_on_sigterm()  # anew: ray.init installs a handler of its own, which ends with exit code 15 and without a word
     try:
         engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
         pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)

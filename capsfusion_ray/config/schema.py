@@ -196,6 +196,14 @@ class DecodeConfig:
         asked = {name: value for name, value in vars(self).items() if value is not None}
         return SettledDecode(**(dict(wish) | asked))
 
+    def refuse_beams(self, kind: str) -> None:
+        """For an engine that only decodes greedily or samples. Raises ConfigError."""
+        if self.num_beams > 1 or self.no_repeat_ngram:
+            raise ConfigError(
+                f"decode.num_beams={self.num_beams}, decode.no_repeat_ngram={self.no_repeat_ngram}: engine.kind={kind} decodes "
+                "greedily or by sampling; give decode.num_beams=1 decode.no_repeat_ngram=0, or use engine.kind=beam"
+            )
+
 
 @dataclass(frozen=True)
 class SettledDecode(DecodeConfig):
@@ -261,10 +269,11 @@ class GateConfig:
     threshold: float = 1.0
     flag_from: float | None = None
 
-    def __post_init__(self) -> None:
-        _check(self.threshold > 0, "gates.*.threshold", self.threshold, "above 0")
+    def check(self, key: str) -> None:
+        """Raises ConfigError; `key` is where the gate stands."""
+        _check(self.threshold > 0, f"{key}.threshold", self.threshold, "above 0")
         ok = self.flag_from is None or 0 < self.flag_from < self.threshold
-        _check(ok, "gates.*.flag_from", self.flag_from, f"above 0 and below the threshold ({self.threshold})")
+        _check(ok, f"{key}.flag_from", self.flag_from, f"null, or above 0 and below {key}.threshold={self.threshold:g}")
 
 
 PairPolicy = Literal["fuse", "flag", "keep_raw", "keep_synthetic", "reject"]
@@ -299,6 +308,11 @@ class GatesConfig:
     too_long: GateConfig = _gate("reject", 8, 3)  # fused words per word of both sources
     # over the whole run, once all of it is compacted
     repeated_caption: GateConfig = _gate("flag", 0.001)  # share of the run's pairs that got this caption, 20 pairs at least
+
+    def __post_init__(self) -> None:
+        for name, gate in vars(self).items():
+            if isinstance(gate, GateConfig):
+                gate.check(f"gates.{name}")
 
 
 # ------------------------------------------------------------------------------------------------ one schema a job

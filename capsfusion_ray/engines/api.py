@@ -312,11 +312,7 @@ def check(api: ApiConfig, decode: DecodeConfig) -> None:
     for name, example in (("url", "https://…/v1"), ("model", "<its name at the server>")):
         if not getattr(api, name):
             raise ConfigError(f"engine.api.{name}: missing; engine.kind=api needs engine.api.{name}={example}")
-    if decode.num_beams > 1 or decode.no_repeat_ngram:
-        raise ConfigError(
-            f"decode.num_beams={decode.num_beams}, decode.no_repeat_ngram={decode.no_repeat_ngram}: engine.kind=api decodes greedily "
-            "or by sampling; give decode.num_beams=1 decode.no_repeat_ngram=0, or use engine.kind=beam"
-        )
+    decode.refuse_beams("api")
     api_key(api)
 
 

@@ -56,6 +56,13 @@ class Engine(Protocol):
         """How full the engine is now; cheap."""
 
 
+def prompt_fault(prompt: Prompt, most_tokens: int) -> str:
+    """Why an engine that takes at most that many prompt tokens cannot take this one; empty where it can."""
+    if 0 < prompt.tokens <= most_tokens:
+        return ""
+    return f"{prompt.tokens} prompt tokens; needs 1 to engine.max_prompt_tokens={most_tokens}"
+
+
 def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:
     """Import and construct the engine of `engine.kind` (validated when the config was parsed)."""
     module, _, name = ENGINES[engine.kind].partition(":")

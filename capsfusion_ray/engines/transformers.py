@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Load, prompt_fault
 from capsfusion_ray.engines.beam.search import block_repeats
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.errors import ConfigError, EngineError
@@ -60,10 +60,8 @@ class TransformersEngine:
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-            if not 0 < tokens <= self._engine.max_prompt_tokens:
-                error = f"{tokens} prompt tokens; needs 1 to engine.max_prompt_tokens={self._engine.max_prompt_tokens}"
-                self._failed.append(_failure(prompt, error))
+            if error := prompt_fault(prompt, self._engine.max_prompt_tokens):
+                self._failed.append(Generation.failed(prompt, error))
             else:
                 self._queue.append(prompt)
 
@@ -98,7 +96,7 @@ class TransformersEngine:
             ) from error
         for prompt, new_ids, failed in zip(batch, out_BS[:, width:].tolist(), watch.failed_rows(), strict=True):
             finished.append(
-                _failure(prompt, "the model gave NaN scores") if failed else self._generation(prompt, new_ids)
+                Generation.failed(prompt, "the model gave NaN scores") if failed else self._generation(prompt, new_ids)
             )
         return finished
 
@@ -109,7 +107,7 @@ class TransformersEngine:
             id=prompt.id,
             text=self._loaded.decode(ids),
             finish=FinishReason.LENGTH if end is None else FinishReason.EOS,
-            prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
+            prompt_tokens=prompt.tokens,
             output_tokens=len(ids),
         )
 
@@ -145,10 +143,3 @@ def _refuse_reference_beams(decode: DecodeConfig) -> None:
             f"decode.scoring='reference' with decode.num_beams={decode.num_beams}: engine.kind=transformers cannot score as "
             "transformers 4.28.1 did; use engine.kind=beam, or decode.scoring=transformers, or decode.num_beams=1"
         )
-
-
-def _failure(prompt: Prompt, error: str) -> Generation:
-    tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-    return Generation(
-        id=prompt.id, text="", finish=FinishReason.ERROR, prompt_tokens=tokens, error=f"{prompt.id}: {error}"
-    )

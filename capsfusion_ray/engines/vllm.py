@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Load, prompt_fault
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -72,11 +72,10 @@ class VllmEngine:
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            ids = list(prompt.prefix_ids + prompt.suffix_ids)
-            if not 0 < len(ids) <= self._max_prompt_tokens:
-                error = f"{len(ids)} prompt tokens; needs 1 to engine.max_prompt_tokens={self._max_prompt_tokens}"
-                self._failed.append(_failure(prompt, error))
+            if error := prompt_fault(prompt, self._max_prompt_tokens):
+                self._failed.append(Generation.failed(prompt, error))
                 continue
+            ids = list(prompt.prefix_ids + prompt.suffix_ids)
             self._engine.add_request(prompt.id, self._vllm.TokensPrompt(prompt_token_ids=ids), self._params)
             self._submitted[prompt.id] = prompt
 
@@ -130,16 +129,11 @@ def _generation(prompt: Prompt, output: Any) -> Generation:
     elif written.finish_reason == "length":
         finish = FinishReason.LENGTH
     else:
-        return _failure(prompt, f"vLLM ended it: {written.finish_reason}")
+        return Generation.failed(prompt, f"vLLM ended it: {written.finish_reason}")
     return Generation(
         id=prompt.id,
         text=written.text.strip(),
         finish=finish,
-        prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
+        prompt_tokens=prompt.tokens,
         output_tokens=tokens,
     )
-
-
-def _failure(prompt: Prompt, error: str) -> Generation:
-    tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-    return Generation(id=prompt.id, text="", finish=FinishReason.ERROR, prompt_tokens=tokens, error=f"{prompt.id}: {error}")

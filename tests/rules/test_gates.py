@@ -165,10 +165,10 @@ def test_every_gate_can_be_ignored_flagged_or_rejected(reason):
 
 
 def test_a_gate_config_that_makes_no_sense_is_refused():
-    with pytest.raises(ConfigError, match="threshold"):
-        GateConfig("flag", 0)
-    with pytest.raises(ConfigError, match="flag_from"):
-        GateConfig("reject", 1, 2)
+    with pytest.raises(ConfigError, match=r"gates\.too_long\.threshold=0"):
+        GatesConfig(too_long=GateConfig("flag", 0))
+    with pytest.raises(ConfigError, match=r"gates\.too_long\.flag_from=2"):
+        GatesConfig(too_long=GateConfig("reject", 1, 2))
 
 
 def test_gates_and_config_name_the_same_reasons():

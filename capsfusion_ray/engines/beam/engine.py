@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Load, prompt_fault
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
@@ -98,13 +98,10 @@ class BeamEngine:
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
             if not prompt.suffix_ids:
-                self._failed.append(_failure(prompt, "the prompt has no token after the constant prefix"))
-            elif tokens > self._max_prompt_tokens:
-                self._failed.append(
-                    _failure(prompt, f"{tokens} prompt tokens; engine.max_prompt_tokens={self._max_prompt_tokens}")
-                )
+                self._failed.append(Generation.failed(prompt, "the prompt has no token after the constant prefix"))
+            elif error := prompt_fault(prompt, self._max_prompt_tokens):
+                self._failed.append(Generation.failed(prompt, error))
             elif len(prompt.prefix_ids) < SHARED_PREFIX:
                 self._queue.append(replace(prompt, prefix_ids=(), suffix_ids=prompt.prefix_ids + prompt.suffix_ids))
             else:
@@ -279,19 +276,12 @@ class BeamEngine:
     ) -> Generation:
         assert prompt is not None
         if failed:
-            return _failure(prompt, "the model gave NaN or infinite scores")
+            return Generation.failed(prompt, "the model gave NaN or infinite scores")
         return Generation(
             id=prompt.id,
             text=self._loaded.decode(tokens[:length]),
             finish=FinishReason.EOS if eos else FinishReason.LENGTH,
-            prompt_tokens=len(prompt.prefix_ids) + len(prompt.suffix_ids),
+            prompt_tokens=prompt.tokens,
             output_tokens=length,
             score=score,
         )
-
-
-def _failure(prompt: Prompt, error: str) -> Generation:
-    tokens = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-    return Generation(
-        id=prompt.id, text="", finish=FinishReason.ERROR, prompt_tokens=tokens, error=f"{prompt.id}: {error}"
-    )
