@@ -1,16 +1,24 @@
 """An engine without a model: for plumbing and scale. Deterministic, no torch, no tokenizer.
 
-It writes "{synthetic} {raw}" as one sentence, so that lengths, numbers and names are those of a real caption and the
-gates have something to judge. It is no fusion model: its captions are near-concatenations.
+It writes a caption out of both sources, of the length of a real one, so that everything after it works as after a model: now and then,
+as often as in the 8,000 published captions (docs/gates.md), a caption has one of the faults that the gates know. The fault is
+drawn from the two captions alone, so that it is the same in every unit, run and process.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Load
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
+
+# Words that no gate minds: they name nothing, count nothing and say nothing of the task.
+_PADDING = """and around it there are many other things to see that are not told about here because they are small or far away
+or partly hidden behind larger ones while some light falls from above onto this scene and makes it look calm and quiet just as
+one would expect on such a day with nothing else going on nearby and nobody walking past or standing still"""
 
 
 class EchoEngine:
@@ -39,8 +47,90 @@ class EchoEngine:
         return [self._write(prompt) for prompt in prompts]
 
     def _write(self, prompt: Prompt) -> Generation:
-        words = f"{prompt.synthetic.rstrip(' .!?')}: {prompt.raw.rstrip(' .!?')}.".split()
-        finish = FinishReason.EOS if len(words) <= self._max_words else FinishReason.LENGTH
-        text = " ".join(words[: self._max_words])
+        caption = write(prompt.raw, prompt.synthetic)
+        words = caption.text.split()
+        ended = caption.ended and len(words) <= self._max_words
+        written = words[: self._max_words]
         # Words stand for tokens here; no tokenizer is loaded.
-        return Generation(prompt.id, text, finish, len(prompt.text.split()), min(len(words), self._max_words))
+        return Generation(
+            prompt.id,
+            " ".join(written),
+            FinishReason.EOS if ended else FinishReason.LENGTH,
+            len(prompt.text.split()),
+            len(written),
+        )
+
+
+class Caption(NamedTuple):
+    """What a model with a limit on its tokens would have written; `ended`: before that limit."""
+
+    text: str
+    ended: bool = True
+
+
+def write(raw: str, synthetic: str) -> Caption:
+    """The caption of a pair: nearly always a faultless one."""
+    raw, synthetic = raw.strip(" .!?"), synthetic.strip(" .!?")
+    first, _, rest = synthetic.partition(" ")
+    # With another first word it is no verbatim copy.
+    woven = f"{'The' if first.lower() == 'this' else 'This'} {rest or first}: {raw}"
+    draw = zlib.crc32(f"{raw}\n{synthetic}".encode("utf-8", "replace")) / 2**32
+    fault = next((name for name, until in _UNTIL if draw < until), None)
+    return Caption(f"{woven}.") if fault is None else _faulty(fault, woven, raw, synthetic)
+
+
+# How often the published captions have a fault: of 8,000, what docs/gates.md counts.
+FAULTS = {
+    "instruction_echo": 109 / 8000,
+    "phrase of the instruction": 232 / 8000,
+    "begun inside a sentence": 39 / 8000,
+    "stopped at the limit": 234 / 8000,
+    "unsupported_number": 17 / 8000,
+    "unsupported_name": 61 / 8000,
+    "lost_entity": 247 / 8000,
+    "concatenation": 36 / 8000,
+    "repetition": 15 / 8000,
+    "copy_of_one": 6 / 8000,
+    "too_short": 14 / 8000,
+    "too_long": 43 / 8000,
+}
+
+
+def _cumulated() -> list[tuple[str, float]]:
+    total, until = 0.0, []
+    for name, rate in FAULTS.items():
+        total += rate
+        until.append((name, total))
+    return until
+
+
+_UNTIL = _cumulated()
+
+
+def _faulty(fault: str, woven: str, raw: str, synthetic: str) -> Caption:
+    words = woven.split()
+    match fault:
+        case "instruction_echo":
+            return Caption(f"{woven}. The second sentence lacks detailed real-world information.")
+        case "phrase of the instruction":
+            return Caption(f"{woven}, in a real-world setting.")
+        case "begun inside a sentence":
+            return Caption(f"that is next to it, {raw}.")
+        case "stopped at the limit":
+            return Caption(" ".join(words[:-1]), ended=False)
+        case "unsupported_number":
+            return Caption(f"{woven}, made in 1743.")
+        case "unsupported_name":
+            return Caption(f"{woven}, as seen near Ouagadougou.")
+        case "lost_entity":
+            return Caption(f"{synthetic}, of a kind that is well known and often shown.")
+        case "concatenation":
+            return Caption(f"{synthetic}. {raw}.")
+        case "repetition":
+            return Caption(f"{woven} {' '.join(words[-6:])}.")
+        case "copy_of_one":
+            return Caption(f"{synthetic}.")
+        case "too_short":
+            return Caption(f"{' '.join(words[: max(len(words) // 7, 3)])}.")
+        case _:
+            return Caption(f"{woven}, {' '.join(_PADDING.split())}.")

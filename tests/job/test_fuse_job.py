@@ -23,7 +23,8 @@ def snapshot(output):
 def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
     """One output's life: a pilot, the whole, nothing left to do, a new shard, a changed setting."""
     output = tmp_path / "out"
-    args = (f"input.path={corpus}", f"output.path={output}", *ECHO, "unit.rows=30", "output.target_file_rows=100")
+    paths = (f"input.path={corpus}", f"output.path={output}")
+    args = ("conf/gates/report_only.yaml", *paths, *ECHO, "unit.rows=30", "output.target_file_rows=100")
 
     pilot = driver.run("fuse", *args, "input.limit=40")
     assert pilot["rows"]["fused"] == 40

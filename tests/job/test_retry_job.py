@@ -6,8 +6,8 @@ import time
 import pyarrow.dataset as ds
 import pytest
 
-SETTINGS = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "unit.rows=10", "output.target_file_rows=32")
-STRICT, MILD = ("gates.concatenation={action: reject, threshold: 0.9}",), ("retry=rejected", "gates.concatenation={action: flag, threshold: 0.9}")
+SETTINGS = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "unit.rows=10", "output.target_file_rows=32", "decode.max_new_tokens=6")
+STRICT, MILD = ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",), ("retry=rejected", "gates.cut_off={action: flag, threshold: 1, flag_from: null}")
 
 
 @pytest.mark.timeout(3600)
@@ -15,7 +15,7 @@ def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_
     output = tmp_path / "out"
     args = (f"input.path={corpus}", f"output.path={output}", *SETTINGS)
     before = driver.run("fuse", *args, *STRICT)
-    assert before["rejects"] == {"concatenation": 400}, "the echo engine pastes its sources"
+    assert before["rejects"] == {"cut_off": 400}, "no caption of six words ends"
 
     found = []
     for pattern, enough in (("_retry/*/_units/*.parquet", 7), ("_run/groups/*-e002.json", 1)):
@@ -34,6 +34,6 @@ def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_
     assert verified["rows"]["planned"] == verified["rows"]["fused"] == 400
     rows = ds.dataset(output / "data").to_table(columns=["row_id", "flags"]).to_pylist()
     assert len({row["row_id"] for row in rows}) == 400
-    assert all(row["flags"] == ["concatenation"] for row in rows)
+    assert all("cut_off" in row["flags"] for row in rows)
     assert not [path for path in (output / "_retry").rglob("*") if path.is_file()]
     assert (output / "report.html").is_file(), "written at the end of a run"

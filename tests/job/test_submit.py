@@ -98,10 +98,11 @@ def read(store, key):
 
 
 def verify_all(store, output):
-    """`verify` exits 0; and every row id of the input is in data/ once, which is seen without it."""
+    """`verify` exits 0; and every row id of the input is in the output once, which is seen without it."""
     storage = f"output.storage={{endpoint_url: '{store.server}', key: {KEYS['key']}, secret: {KEYS['secret']}, region: us-east-1}}"
     assert run_job(VerifyConfig, verify, [f"output.path=s3://{BUCKET}/{output}", "deep=true", storage]) == EXIT_DONE
-    tables = [pq.ParquetFile(io.BytesIO(read(store, key))).read() for key in keys(store, f"{output}/data/")]
+    files = [key for folder in ("data", "rejected") for key in keys(store, f"{output}/{folder}/")]
+    tables = [pq.ParquetFile(io.BytesIO(read(store, key))).read(["row_id"]) for key in files]
     ids = [row_id for table in tables for row_id in table["row_id"].to_pylist()]
     assert sorted(ids) == sorted(f"{shard}.parquet:{i}" for shard in "ab" for i in range(ROWS // 2))
 

@@ -34,7 +34,7 @@ def config(path, *more):
     ])  # fmt: skip
 
 
-STRICT = ("gates.concatenation={action: reject, threshold: 0.9}",)
+STRICT = ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",)
 
 
 def actor_of(cfg, store):
@@ -42,15 +42,15 @@ def actor_of(cfg, store):
 
 
 def finished(path, partition_by="shard", *more):
-    """24 rows in two shards; every other one is rejected as a concatenation, and one caption is null."""
+    """24 rows in two shards; every other one is rejected as cut off, and one caption is null."""
     (path / "in").mkdir(parents=True)
     for shard in "ab":
         rows = [
             {
                 "url": f"https://example.com/{shard}{i}.jpg",
-                # The gate lets a caption pass that the length limit cut: only short raw captions are pasted whole.
-                "raw": None if i == 5 else f"Cape {shard.upper()} No. {i}" if i % 2 else f"Cape {shard.upper()} " + "long " * 90,
-                "synthetic": "A white lighthouse stands on a rocky coast.",
+                # The echo engine writes both sources, up to its limit of 80 words, and draws no fault for these.
+                "raw": None if i == 5 else f"Cape {shard.upper()} No. {i}" + " long" * 90 * (i % 2),
+                "synthetic": "A tall lighthouse stands at the harbour.",
                 "lang": "en" if i % 3 else None,
                 "punsafe": None if i == 2 else i / 10,
             }

@@ -104,7 +104,7 @@ def test_a_filter_shows_one_gate_and_all_brings_the_others_back(page):
     buttons = page.locator("#filters button")
     labels = buttons.all_inner_texts()
     assert labels[0] == "all 24"
-    name, count = next(label for label in labels if label.startswith("concatenation")).split()
+    name, count = next(label for label in labels if label.startswith("cut_off")).split()
     page.get_by_role("button", name=f"{name} {count}").click()
     assert found(page) == [int(count), 24]
     assert {tags.split("\n")[0] for tags in page.locator("article .tags").all_inner_texts()} == {name}
@@ -138,8 +138,8 @@ def test_the_page_is_no_wider_than_its_window(page):
 def test_two_outputs_stand_beside_each_other_with_their_differences_marked(browser, comparison, size, scheme):
     with opened(browser, comparison, size, scheme) as page:
         assert page.inner_text("#beside-rows") == "1 of 24 captions compared differ (4.2%)."
-        gate = page.locator("#beside tbody tr", has_text="concatenation").first
-        assert re.fullmatch(r"rejected: concatenation\s+(\d+\.\d%)\s+\1", gate.inner_text()), "the same rows, the same gates"
+        gate = page.locator("#beside tbody tr", has_text="cut_off").first
+        assert re.fullmatch(r"rejected: cut_off\s+(\d+\.\d%)\s+\1", gate.inner_text()), "the same rows, the same gates"
         assert page.locator("article .fused").count() == 2 * 24
         page.get_by_role("button", name="different 1").click()
         assert found(page) == [1, 24]

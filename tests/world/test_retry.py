@@ -52,7 +52,7 @@ def without_ray(monkeypatch):
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
 def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition_by):
     before = finished(tmp_path, partition_by)
-    rejected = before.counts.reasons["concatenation"]
+    rejected = before.counts.reasons["cut_off"]
     assert rejected > 4
     assert before.counts.reasons["null_caption"] == 2
     data = {p: p.read_bytes() for p in (tmp_path / "out" / "data").rglob("*.parquet")}
@@ -75,7 +75,7 @@ def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition
 
 def test_a_retry_that_changes_nothing_keeps_every_reject(tmp_path):
     before = finished(tmp_path)
-    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), *STRICT, reasons="concatenation")
+    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), *STRICT, reasons="cut_off")
     assert counts.reasons == before.counts.reasons
     assert counts.fused == before.counts.fused
     verify(VerifyConfig(config(tmp_path).output, deep=True))
