@@ -137,7 +137,7 @@ class Network:
         qk, value = heads[..., :n_qk, :], heads[..., n_qk:, :]
         half = w.head_size // 2
         turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
-        qk = qk * cos + turned * sin
+        qk = torch.addcmul(qk * cos, turned, sin)
         return qk[..., : w.kv_heads * w.group, :], qk[..., w.kv_heads * w.group :, :], value
 
     def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:

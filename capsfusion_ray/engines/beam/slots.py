@@ -10,8 +10,8 @@ import torch
 from capsfusion_ray.engines.beam.search import SearchPlan
 from capsfusion_ray.engines.beam.weights import Weights
 
-# Measured on 2 cores, float32, LLaMA 256x6 and 512x8, 3 beams: see benchmarks/.
-CPU_SLOTS = 64
+# Measured on 2 cores, float32, LLaMA 256x6 and 512x8, 3 beams: 64, 96, 128 and 192 slots, of which 96 and more are alike.
+CPU_SLOTS = 96
 # 1,200 beams: past the ridge of an H200 (about 190 sequences) by far; more only adds latency and KV reads.
 GPU_BEAMS = 1200
 FREE_SHARE = 0.85  # of the memory that is free once the weights are there; the rest is for the allocator's fragments
