@@ -207,7 +207,7 @@ class Table:
         written = run()
         _wait(self.loaded)
         seconds = time.perf_counter() - began
-        tokens = sum(v.output_tokens if isinstance(v, Generation) else len(v) for v in written.values())
+        tokens = sum(self._tokens(key, caption) for key, caption in written.items())
         suffixes = sum(len(p.suffix_ids) for p in self.bench.prompts if p.id in written)
         row = {
             "name": name,
@@ -236,6 +236,11 @@ class Table:
                 same = [self._text(mine[k]) == self._text(theirs[k]) for k in theirs if k in mine]
                 row["same_caption_as_a"] = f"{sum(same)} of {len(same)}"
         return best
+
+    def _tokens(self, key: str, caption: Any) -> int:
+        if self.bench.forced:  # an engine that is cut off has no finished hypothesis to count
+            return self.bench.lengths[key]
+        return caption.output_tokens if isinstance(caption, Generation) else len(caption)
 
     def _text(self, caption: Any) -> str:
         return caption.text if isinstance(caption, Generation) else self.loaded.decode(caption)
