@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -33,6 +33,8 @@ had having do does did can could will would shall should may might must there he
 every some any all more most other another same very just only own too if because until s t
 """
 _FUNCTION_WORDS = frozenset(_FUNCTION_TEXT.split())
+
+_Gram = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,7 @@ def measure(examples: Sequence[Example]) -> dict[str, float]:
         "numbers_in_neither": _mean(
             bool(set(_NUMBER.findall(e.fused)) - set(_NUMBER.findall(f"{e.raw} {e.synthetic}"))) for e in examples
         ),
-        "good_ending": _mean(bool(_GOOD_ENDING.search(e.fused.strip())) for e in examples),
+        "good_ending": _mean(has_good_ending(e.fused) for e in examples),
         "repeated_trigram": _mean(has_repeated_trigram(t) for t in tokens),
         "near_concatenation": _mean(is_near_concatenation(e) for e in examples),
         "instruction_echo": _mean(bool(_ECHO.search(e.fused)) for e in examples),
@@ -97,35 +99,45 @@ def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * common / (len(candidate) + len(reference))
 
 
-def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
-    """Mean CIDEr-D over the captions, one reference each; see this file's docstring."""
-    grams = [_ngrams(reference) for reference in references]
-    frequency: Counter[tuple[str, ...]] = Counter(gram for counts in grams for gram in counts)
-    log_captions = math.log(max(2, len(references)))
-    total = 0.0
-    for candidate, reference, reference_counts in zip(candidates, references, grams, strict=True):
-        counts = _ngrams(candidate)
+class Cider:
+    """CIDEr-D of one caption against one reference; document frequencies are counted once, over `corpus`."""
+
+    def __init__(self, corpus: Iterable[Sequence[str]]) -> None:
+        self._frequency: Counter[_Gram] = Counter()
+        captions = 0
+        for words in corpus:
+            self._frequency.update(_ngrams(words).keys())
+            captions += 1
+        self._log_captions = math.log(max(2, captions))
+
+    def _idf(self, gram: _Gram) -> float:
+        return self._log_captions - math.log(max(1, self._frequency[gram]))
+
+    def score(self, candidate: Sequence[str], reference: Sequence[str]) -> float:
+        """0 to 10."""
+        counts, reference_counts = _ngrams(candidate), _ngrams(reference)
         dot, squares, reference_squares = [0.0] * _CIDER_N, [0.0] * _CIDER_N, [0.0] * _CIDER_N
-
-        def idf(gram: tuple[str, ...]) -> float:
-            return log_captions - math.log(max(1, frequency[gram]))
-
         for gram, n in counts.items():
-            weight = idf(gram)
+            weight = self._idf(gram)
             squares[len(gram) - 1] += (n * weight) ** 2
             dot[len(gram) - 1] += min(n, reference_counts[gram]) * reference_counts[gram] * weight**2
         for gram, n in reference_counts.items():
-            reference_squares[len(gram) - 1] += (n * idf(gram)) ** 2
+            reference_squares[len(gram) - 1] += (n * self._idf(gram)) ** 2
         penalty = math.exp(-((len(candidate) - len(reference)) ** 2) / (2 * _CIDER_SIGMA**2))
         cosines = [
             d / math.sqrt(s * r) if s > 0 and r > 0 else 0.0
             for d, s, r in zip(dot, squares, reference_squares, strict=True)
         ]
-        total += 10 * penalty * sum(cosines) / _CIDER_N
-    return total / max(1, len(candidates))
+        return 10 * penalty * sum(cosines) / _CIDER_N
 
 
-def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
+    """Mean CIDEr-D over the captions, one reference each; see this file's docstring."""
+    scorer = Cider(references)
+    return _mean(scorer.score(c, r) for c, r in zip(candidates, references, strict=True))
+
+
+def _ngrams(words: Sequence[str]) -> Counter[_Gram]:
     return Counter(tuple(words[i : i + n]) for n in range(1, _CIDER_N + 1) for i in range(len(words) - n + 1))
 
 
@@ -136,26 +148,44 @@ def has_repeated_trigram(words: Sequence[str]) -> bool:
 
 def is_near_concatenation(example: Example) -> bool:
     """Both sources almost word for word, one after the other, and little else: a fusion in name only."""
+    return concatenated_share(example) >= 0.9
+
+
+def concatenated_share(example: Example) -> float:
+    """The share of both sources' words, one source after the other, that the fused caption holds in that order.
+
+    0 where a caption of more than 1.25 times as many words adds enough of its own, or a source has hardly a word.
+    """
     fused = words_of(example.fused)
     raw, synthetic = words_of(example.raw), words_of(example.synthetic)
-    if len(raw) < 3 or len(synthetic) < 3:
-        return False
-    for first, second in ((raw, synthetic), (synthetic, raw)):
-        both = first + second
-        if len(fused) <= 1.25 * len(both) and lcs_length(fused, both) >= 0.9 * len(both):
-            return True
-    return False
+    n = len(raw) + len(synthetic)
+    if len(raw) < 3 or len(synthetic) < 3 or len(fused) > 1.25 * n:
+        return 0.0
+    return max(lcs_length(fused, raw + synthetic), lcs_length(fused, synthetic + raw)) / n
 
 
-def _kept(find: object, examples: Sequence[Example], fold: bool) -> float:
+def _kept(find: Callable[[str], list[str]], examples: Sequence[Example], fold: bool) -> float:
     """The share of what `find` finds in raw captions that stands in the fused ones too; by distinct word, over all captions."""
-    there = kept = 0
-    for e in examples:
-        wanted = {w.lower() if fold else w for w in find(e.raw)}  # type: ignore[operator]
-        fused = set(words_of(e.fused)) | set(_NUMBER.findall(e.fused)) | set(re.findall(r"[^\W_]+", e.fused.lower()))
-        there += len(wanted)
-        kept += len(wanted & fused)
-    return kept / max(1, there)
+    counts = [_kept_of(find, e, fold) for e in examples]
+    return sum(kept for kept, _ in counts) / max(1, sum(there for _, there in counts))
+
+
+def _kept_of(find: Callable[[str], list[str]], e: Example, fold: bool) -> tuple[int, int]:
+    """How many are kept, of how many."""
+    wanted = {w.lower() if fold else w for w in find(e.raw)}
+    fused = set(words_of(e.fused)) | set(_NUMBER.findall(e.fused)) | set(re.findall(r"[^\W_]+", e.fused.lower()))
+    return len(wanted & fused), len(wanted)
+
+
+def lost_share(example: Example) -> float:
+    """The share of the raw caption's numbers and capitalised words that the fused caption lacks; 0 where there is none."""
+    numbers, capitalised = _kept_of(_NUMBER.findall, example, False), _kept_of(_CAPITALISED.findall, example, True)
+    there = numbers[1] + capitalised[1]
+    return (there - numbers[0] - capitalised[0]) / max(1, there)
+
+
+def has_good_ending(text: str) -> bool:
+    return bool(_GOOD_ENDING.search(text.strip()))
 
 
 def _in_neither(examples: Sequence[Example]) -> float:

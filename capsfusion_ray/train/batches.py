@@ -33,6 +33,7 @@ class Batch:
 
     ids_TL: Tensor  # int64
     weights_TL: Tensor  # float32; the loss weight of predicting this token from those before it
+    triples: tuple[Triple, ...] = ()  # what was drawn, a row each
 
 
 def cached_by_word(encode: Encode) -> Encode:
@@ -55,11 +56,17 @@ class Encoder:
 
     def __call__(self, triple: Triple) -> tuple[list[int], list[float]]:
         raw, synthetic, fused = (self.encode(side) for side in (triple.raw, triple.synthetic, triple.fused))
-        prompt = self.prefix_ids + raw + self.between_ids + synthetic + self.cue_ids
+        prompt = self._join(raw, synthetic)
         w = self.source_weight
         weights = [0.0] * len(self.prefix_ids) + [w] * len(raw) + [0.0] * len(self.between_ids) + [w] * len(synthetic)
         weights += [0.0] * len(self.cue_ids) + [1.0] * (len(fused) + 1)
         return (prompt + fused + [self.end_id])[:MAX_TOKENS], weights[:MAX_TOKENS]
+
+    def prompt(self, triple: Triple) -> list[int]:
+        return self._join(self.encode(triple.raw), self.encode(triple.synthetic))
+
+    def _join(self, raw: list[int], synthetic: list[int]) -> list[int]:
+        return self.prefix_ids + raw + self.between_ids + synthetic + self.cue_ids
 
 
 def copy_share(step: int, cfg: TrainConfig) -> float:
@@ -69,14 +76,14 @@ def copy_share(step: int, cfg: TrainConfig) -> float:
     return 1.0 + (a.copy_share - 1.0) * faded
 
 
-def pad(rows: Sequence[tuple[list[int], list[float]]], pad_id: int) -> Batch:
+def pad(rows: Sequence[tuple[list[int], list[float]]], pad_id: int, triples: Sequence[Triple] = ()) -> Batch:
     longest = max(len(ids) for ids, _ in rows)
     ids_TL = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     weights_TL = torch.zeros((len(rows), longest))
     for i, (ids, weights) in enumerate(rows):
         ids_TL[i, : len(ids)] = torch.tensor(ids)
         weights_TL[i, : len(ids)] = torch.tensor(weights)
-    return Batch(ids_TL, weights_TL)
+    return Batch(ids_TL, weights_TL, tuple(triples))
 
 
 def pool(
@@ -87,13 +94,13 @@ def pool(
     n = cfg.optim.batch_triples
     indices = [rng.randrange(len(triples)) for _ in range(n * POOL_BATCHES)]
     drawn = draw(triples, indices, banks, cfg.augment, copy_share(number * POOL_BATCHES, cfg), rng)
-    rows = sorted((encoder(triple) for triple in drawn), key=lambda row: len(row[0]))
+    rows = sorted(((encoder(triple), triple) for triple in drawn), key=lambda row: len(row[0][0]))
     # A caption cut at the decoder's limit has no ending; better not to learn captions that long.
-    rows = [row for row in rows if row[1].count(1.0) <= MAX_NEW_TOKENS]
+    rows = [row for row in rows if row[0][1].count(1.0) <= MAX_NEW_TOKENS]
     if len(rows) < POOL_BATCHES:
         raise SourceError(f"hardly a fused caption has at most {MAX_NEW_TOKENS} tokens; those are what a model can learn from")
     # Evenly, and not n at a time: whatever was left out above, there are as many batches as steps.
     cuts = [len(rows) * i // POOL_BATCHES for i in range(POOL_BATCHES + 1)]
-    batches = [pad(rows[a:b], pad_id) for a, b in pairwise(cuts)]
+    batches = [pad([row for row, _ in rows[a:b]], pad_id, [t for _, t in rows[a:b]]) for a, b in pairwise(cuts)]
     rng.shuffle(batches)
     return batches

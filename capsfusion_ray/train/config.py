@@ -67,6 +67,36 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """What a sampled caption is worth: its likeness to the teacher's, each metric over a usual figure, less its faults."""
+
+    usual_cider: float = 3.3
+    usual_rouge_l: float = 0.57
+    usual_bleu_4: float = 0.37
+    concatenation: float = 0.6  # taken off for both sources pasted one after the other …
+    concatenation_from: float = 0.8  # … in part from this share of their words
+    repeated_trigram: float = 0.4
+    bad_ending: float = 0.5
+    lost: float = 0.2  # for all numbers and capitalised words of the raw caption lost; less for some
+    rejected: float = 0.4  # by a gate, or with a hint of the instruction in it
+
+
+@dataclass(frozen=True)
+class ReinforceConfig:
+    """Self-critical sequence training of a model that is already trained; needs sacrebleu (the extra `train`)."""
+
+    samples: int = 0  # captions drawn from the model for every triple, at least 2; 0: supervised training alone
+    supervised_weight: float = 0.1  # of the teacher's caption, beside samples whose weights are 1 in the mean square
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.samples == 1:
+            raise ConfigError(
+                f"reinforce.samples={self.samples}: samples are measured against each other; give 0 or at least 2"
+            )
+
+
+@dataclass(frozen=True)
 class TrainOutputConfig:
     """Where the model folder goes; checkpoints and curves stand beside it in `<path>.run/`."""
 
@@ -96,8 +126,9 @@ class TrainConfig:
 
     data: TripleConfig = field(default_factory=TripleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    prompt_template: str = ""  # empty: the short one from scratch, the reference's for a pretrained model
+    prompt_template: str = ""  # empty: what the model's fusion.json says; else the short one from scratch, or the reference's
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)
     output: TrainOutputConfig = field(default_factory=TrainOutputConfig)
     cluster: TrainClusterConfig = field(default_factory=TrainClusterConfig)

@@ -93,14 +93,16 @@ def draw_curve(curve: list[dict[str, float]], folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = ("step", "train_loss", "validation_loss", "rate", "tokens_per_s")
+    names = tuple(curve[0])
     lines = ["| " + " | ".join(names) + " |", "| --- " * len(names) + "|"]
     lines += ["| " + " | ".join(f"{row[name]:g}" for name in names) + " |" for row in curve]
     (folder / "curve.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in ("train_loss", "validation_loss"):
+    # A reinforced run's loss is that of its samples by their weights and says nothing: its rewards do.
+    shown = "reward" if "train_reward" in names else "loss"
+    for name in (f"train_{shown}", f"validation_{shown}"):
         axes.plot([row["step"] for row in curve], [row[name] for row in curve], label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="nats a token")
+    axes.set(xlabel="step", ylabel="mean reward" if shown == "reward" else "nats a token")
     axes.legend()
     figure.savefig(folder / "curve.png", dpi=120, bbox_inches="tight")
     pyplot.close(figure)

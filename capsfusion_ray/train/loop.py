@@ -24,6 +24,7 @@ from capsfusion_ray.train.augment import Banks
 from capsfusion_ray.train.batches import POOL_BATCHES, Batch, Encoder, cached_by_word, pad, pool
 from capsfusion_ray.train.config import ModelConfig, OptimConfig, TrainConfig
 from capsfusion_ray.train.optim import Average, build_optimizers
+from capsfusion_ray.train.reinforce import Sampler, SelfCritic
 from capsfusion_ray.train.tokenizer import SHORT_TEMPLATE, train_tokenizer
 from capsfusion_ray.train.triples import Triple, read_triples
 
@@ -63,15 +64,20 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     optimizers = build_optimizers(plain, cfg.optim.muon_lr, cfg.optim.adam_lr, cfg.optim.weight_decay)
     base_lrs = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     average = Average(plain, cfg.optim.ema)
+    # Before the resume, which restores the random state: building the sampler's copy of the model draws numbers.
+    critic = _critic(cfg, plain, tokenizer, encoder, triples) if cfg.reinforce.samples else None
     step = _resume(work / CHECKPOINT, plain, optimizers, average)
     held_out = _batches(validation, encoder, tokenizer.pad_token_id)
     batches: list[Batch] = []
-    losses, tokens, began = [], 0, time.monotonic()
+    losses, rewards, tokens, began = [], [], 0, time.monotonic()
     while step < cfg.optim.steps:
         if not batches or step % POOL_BATCHES == 0:
             whole = pool(step // POOL_BATCHES, triples, banks, encoder, cfg, tokenizer.pad_token_id, rank)
             batches = whole[step % POOL_BATCHES :]
         batch = batches.pop(0)
+        if critic:
+            batch, reward = critic(batch.triples)
+            rewards.append(reward)
         plain.train()
         loss = loss_of(batch, device)
         loss.backward()
@@ -89,6 +95,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
             seconds = time.monotonic() - began
             average.swap(plain)
             held = validate(plain, held_out, device)
+            held_reward = critic.validate(validation) if critic else 0.0
             average.swap(plain)
             row = {
                 "step": step,
@@ -97,10 +104,12 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
                 "rate": scale,
                 "tokens_per_s": tokens / seconds,
             }
+            if critic:
+                row |= {"train_reward": sum(rewards) / len(rewards), "validation_reward": held_reward}
             with (work / CURVE).open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
             report({key: float(value) for key, value in row.items()})
-            losses, tokens, began = [], 0, time.monotonic()
+            losses, rewards, tokens, began = [], [], 0, time.monotonic()
         if rank == 0 and (step % cfg.output.checkpoint_every == 0 or last):
             _checkpoint(work / CHECKPOINT, step, plain, optimizers, average)
     folder = Path(cfg.output.path)
@@ -111,7 +120,12 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
 
 
 def template_text(cfg: TrainConfig) -> str:
-    return cfg.prompt_template or (prompt.TEMPLATE if cfg.model.path else SHORT_TEMPLATE)
+    """The prompt of the model: as configured, or as the model to start from wishes, or the one for its kind."""
+    if cfg.prompt_template or not cfg.model.path:
+        return cfg.prompt_template or SHORT_TEMPLATE
+    wish = Path(cfg.model.path) / FUSION_FILE
+    wished = json.loads(wish.read_text(encoding="utf-8")).get("prompt_template") if wish.is_file() else None
+    return wished or prompt.TEMPLATE
 
 
 def build_encoder(tokenizer: Any, template: str, source_weight: float, by_word: bool) -> Encoder:
@@ -141,9 +155,9 @@ class Loss(nn.Module):
         self.model, self.smoothing = model, smoothing
 
     def forward(self, batch: Batch, device: torch.device) -> Tensor:
-        """Mean cross-entropy over the tokens with a weight, by weight."""
+        """Mean cross-entropy over the tokens with a weight, by weight; a negative one makes its token less likely."""
         ids_BL, weights_BL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
-        scored_N = (weights_BL > 0).flatten().nonzero()[:, 0]
+        scored_N = (weights_BL != 0).flatten().nonzero()[:, 0]
         # On CPUs the backward pass of torch's fused attention takes far longer than that of plain matrix products.
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_ATTENTION[device.type]):
             hidden_BLD = self.model.model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state
@@ -152,7 +166,7 @@ class Loss(nn.Module):
         labels_N = ids_BL[:, 1:].flatten()[scored_N]
         losses_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none", label_smoothing=self.smoothing)
         weights_N = weights_BL.flatten()[scored_N]
-        return (losses_N * weights_N).sum() / weights_N.sum()
+        return (losses_N * weights_N).sum() / weights_N.abs().sum()
 
 
 @torch.no_grad()
@@ -238,6 +252,13 @@ def _add_dropout(model: nn.Module, share: float) -> None:
         for name, module in model.named_modules():
             if name.endswith((".self_attn", ".mlp")):
                 module.register_forward_hook(drop)
+
+
+def _critic(cfg: TrainConfig, model: Any, tokenizer: Any, encoder: Encoder, triples: Sequence[Triple]) -> SelfCritic:
+    from capsfusion_ray.train.reward import Reward  # needs sacrebleu
+
+    reward = Reward(cfg.reinforce.reward, triples)
+    return SelfCritic(cfg.reinforce, Sampler(model, tokenizer, encoder), reward, tokenizer.pad_token_id)
 
 
 def _batches(triples: Sequence[Triple], encoder: Encoder, pad_id: int) -> list[Batch]:

@@ -1,0 +1,103 @@
+"""Self-critical sequence training (Rennie et al., 2017): the model's own samples, weighed by how much better than
+each other they are, become a batch like any other. T triples, K samples of each, L tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from capsfusion_ray.train.batches import MAX_NEW_TOKENS, Batch, Encoder, pad
+from capsfusion_ray.train.config import ReinforceConfig
+from capsfusion_ray.train.triples import Triple
+
+if TYPE_CHECKING:
+    from capsfusion_ray.train.reward import Reward
+
+MAX_PROMPT = 256  # tokens, the budget of the reference; a longer prompt is not sampled from
+
+
+class Sampler:
+    """Captions of a model, drawn token by token or, greedily, its most likely ones."""
+
+    def __init__(self, model: Any, tokenizer: Any, encoder: Encoder) -> None:
+        self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
+        # A copy in half precision: sampling is most of the time, and need not be exact.
+        self._half = type(model)(model.config).to(model.device, torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[list[int]]]:
+        """`samples` token lists, each with its end token where it ended, for every triple; 0: one greedy list."""
+        self._half.load_state_dict(self.model.state_dict())
+        pad_id = self.tokenizer.pad_token_id
+        prompts = [self.encoder.prompt(triple) for triple in triples]
+        longest = max(map(len, prompts))
+        ids_TL = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        choice = {"do_sample": True, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples} if samples else {}
+        out_NL = self._half.generate(
+            input_ids=ids_TL, attention_mask=mask_TL, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=pad_id,
+            **({"do_sample": False} | choice),
+        )  # fmt: skip
+        rows = [self._cut(row) for row in out_NL[:, longest:].tolist()]
+        k = max(1, samples)
+        return [rows[i : i + k] for i in range(0, len(rows), k)]
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        end = self.encoder.end_id
+        return ids[: ids.index(end) + 1] if end in ids else ids
+
+    def text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+class SelfCritic:
+    """Makes a supervised batch's triples a batch of samples, followed by the supervised rows with a small weight."""
+
+    def __init__(self, cfg: ReinforceConfig, sampler: Sampler, reward: Reward, pad_id: int) -> None:
+        self.cfg, self.sampler, self.reward, self.pad_id = cfg, sampler, reward, pad_id
+
+    def __call__(self, triples: Sequence[Triple]) -> tuple[Batch, float]:
+        """The batch, and the mean reward of its samples."""
+        encoder = self.sampler.encoder
+        triples = [triple for triple in triples if len(encoder.prompt(triple)) <= MAX_PROMPT]
+        sampled_TK = self.sampler(triples, self.cfg.samples)
+        reward_TK = torch.tensor(
+            [
+                [self.reward(triple, self.sampler.text(ids)) for ids in sampled]
+                for triple, sampled in zip(triples, sampled_TK, strict=True)
+            ]
+        )
+        rows = []
+        for triple, sampled, advantages in zip(triples, sampled_TK, advantage(reward_TK).tolist(), strict=True):
+            prompt = encoder.prompt(triple)
+            rows += [
+                (prompt + ids, [0.0] * len(prompt) + [weight] * len(ids))
+                for ids, weight in zip(sampled, advantages, strict=True)
+            ]
+            ids, weights = encoder(triple)
+            rows.append((ids, [w * self.cfg.supervised_weight for w in weights]))
+        return pad(rows, self.pad_id), float(reward_TK.mean())
+
+    def validate(self, triples: Sequence[Triple], batch: int = 64) -> float:
+        """Mean reward of greedy captions."""
+        encoder = self.sampler.encoder
+        triples = sorted(triples, key=lambda triple: len(encoder.prompt(triple)))
+        triples = [triple for triple in triples if len(encoder.prompt(triple)) <= MAX_PROMPT]
+        rewards = []
+        for i in range(0, len(triples), batch):
+            some = triples[i : i + batch]
+            greedy = self.sampler(some, 0)
+            rewards += [self.reward(t, self.sampler.text(ids[0])) for t, ids in zip(some, greedy, strict=True)]
+        return math.fsum(rewards) / max(1, len(rewards))
+
+
+def advantage(reward_TK: Tensor) -> Tensor:
+    """How much better each sample is than the others of its triple are on average, in standard deviations of all."""
+    k = reward_TK.shape[1]
+    better_TK = (reward_TK - reward_TK.mean(dim=1, keepdim=True)) * k / (k - 1)
+    return better_TK / (better_TK.std() + 1e-6)
