@@ -58,9 +58,10 @@ chaos: setup ## faults at random on a local cluster of three nodes, each output 
 
 # The published example triples; they are not part of the project.
 TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
-train-tiny: setup ## train the embedded model anew: make train-tiny TRIPLES=…json ARGS="output.path=…"; hours on a CPU, resumes
+train-tiny: setup ## train the embedded model anew into out/capsfusion-tiny: make train-tiny TRIPLES=…json; hours on a CPU, resumes
 	$(INSTALL) -e '.[dev,train]'
-	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
+	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
+	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
 	$(BIN)/python jobs/evaluate.py $(ARGS)

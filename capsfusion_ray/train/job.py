@@ -30,6 +30,7 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     cfg = dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).resolve())),
+        model=dataclasses.replace(cfg.model, path=_absolute(cfg.model.path)),
         output=dataclasses.replace(cfg.output, path=str(Path(cfg.output.path).resolve())),
     )
     work = run_folder(cfg)
@@ -61,6 +62,11 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
     curve = [json.loads(line) for line in (work / CURVE).read_text(encoding="utf-8").splitlines()]
     draw_curve(curve, work)
     return {"model": cfg.output.path, **curve[-1]}
+
+
+def _absolute(model: str) -> str:
+    """A folder's path from the root; a hub id as it is."""
+    return str(Path(model).resolve()) if model and Path(model).exists() else model
 
 
 def _worker(loop: dict[str, TrainConfig]) -> None:

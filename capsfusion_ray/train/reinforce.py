@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from capsfusion_ray.train.batches import MAX_NEW_TOKENS, Batch, Encoder, pad
 from capsfusion_ray.train.config import ReinforceConfig
@@ -33,19 +34,41 @@ class Sampler:
     def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[list[int]]]:
         """`samples` token lists, each with its end token where it ended, for every triple; 0: one greedy list."""
         self._half.load_state_dict(self.model.state_dict())
-        pad_id = self.tokenizer.pad_token_id
+        pad_id, device, k = self.tokenizer.pad_token_id, self.model.device, max(1, samples)
         prompts = [self.encoder.prompt(triple) for triple in triples]
         longest = max(map(len, prompts))
-        ids_TL = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        choice = {"do_sample": True, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples} if samples else {}
-        out_NL = self._half.generate(
-            input_ids=ids_TL, attention_mask=mask_TL, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=pad_id,
-            **({"do_sample": False} | choice),
-        )  # fmt: skip
-        rows = [self._cut(row) for row in out_NL[:, longest:].tolist()]
-        k = max(1, samples)
+        ids_TL = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
+        mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        drawn_NL = torch.full((len(prompts) * k, MAX_NEW_TOKENS), self.encoder.end_id, device=device)
+        # A prompt is read once, not once a sample, and samples that ended leave the batch: half the time of `generate`.
+        cache = DynamicCache(config=self._half.config)
+        logits_NV = self._logits(ids_TL, mask_TL, cache).repeat_interleave(k, dim=0)
+        cache.batch_repeat_interleave(k)
+        mask_NL, open_N = mask_TL.repeat_interleave(k, dim=0), torch.arange(len(prompts) * k, device=device)
+        for step in range(MAX_NEW_TOKENS):
+            chances_NV = logits_NV.float().softmax(dim=-1)
+            ids_N = torch.multinomial(chances_NV, 1)[:, 0] if samples else chances_NV.argmax(dim=-1)
+            drawn_NL[open_N, step] = ids_N
+            going_N = (drawn_NL[open_N, : step + 1] != self.encoder.end_id).all(dim=1).nonzero()[:, 0]
+            if not len(going_N) or step == MAX_NEW_TOKENS - 1:
+                break
+            if len(going_N) < 0.8 * len(open_N):
+                cache.batch_select_indices(going_N)
+                open_N, mask_NL, ids_N = open_N[going_N], mask_NL[going_N], ids_N[going_N]
+            mask_NL = torch.cat((mask_NL, torch.ones_like(mask_NL[:, :1])), dim=1)
+            logits_NV = self._logits(ids_N[:, None], mask_NL, cache)
+        rows = [self._cut(row) for row in drawn_NL.tolist()]
         return [rows[i : i + k] for i in range(0, len(rows), k)]
+
+    def _logits(self, ids_NL: Tensor, mask_NC: Tensor, cache: DynamicCache) -> Tensor:
+        """Of the token after the last one; `mask_NC` covers what the cache holds, too."""
+        position_NC = (mask_NC.cumsum(dim=1) - 1).clamp(min=0)
+        out = self._half(
+            input_ids=ids_NL, attention_mask=mask_NC, position_ids=position_NC[:, -ids_NL.shape[1] :],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        logits_NV: Tensor = out.logits[:, -1]
+        return logits_NV
 
     def _cut(self, ids: list[int]) -> list[int]:
         end = self.encoder.end_id

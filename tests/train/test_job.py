@@ -35,7 +35,7 @@ def steps(folder):
 
 
 @pytest.mark.timeout(900)
-def test_a_run_killed_without_warning_resumes_and_ends_with_a_model_and_a_curve(triples_file, tmp_path):
+def test_a_run_killed_without_warning_resumes_and_a_second_stage_starts_from_its_model(triples_file, tmp_path):
     folder = tmp_path / "model"
     arguments = [f"data.path={triples_file}", f"output.path={folder}"]
     with (tmp_path / "log").open("w") as log:
@@ -57,6 +57,14 @@ def test_a_run_killed_without_warning_resumes_and_ends_with_a_model_and_a_curve(
     assert (folder / "fusion.json").is_file()
     assert (Path(f"{folder}.run") / "curve.png").stat().st_size > 1000
     assert "validation_loss" in (Path(f"{folder}.run") / "curve.md").read_text("utf-8")
+    # The second stage, from a folder named as a user names it: relative to where the job was started, not to the worker's folder.
+    second = tmp_path / "second"
+    arguments = [f"data.path={triples_file}", f"output.path={second}", f"model.path={os.path.relpath(folder, ROOT)}"]
+    with (tmp_path / "log").open("w") as log:
+        reinforced = start([*arguments, "reinforce.samples=2", "optim.steps=2", "optim.decay_steps=1"], log)
+        assert reinforced.wait(timeout=400) == 0, (tmp_path / "log").read_text()
+    assert (second / "model.safetensors").is_file()
+    assert "validation_reward" in (Path(f"{second}.run") / "curve.md").read_text("utf-8")
 
 
 def test_another_recipe_does_not_continue_a_run(triples_file, tmp_path):
