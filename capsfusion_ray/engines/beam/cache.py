@@ -104,6 +104,15 @@ class Cache:
             tensor[row] = 0
 
 
+def write_columns(
+    key_BKHD: Tensor, value_BKHD: Tensor, column_BK: Tensor, keys_BHND: Tensor, values_BHND: Tensor
+) -> None:
+    """Write one token's key and value of each beam into its column; the first B rows of whole cache tensors."""
+    row_B1 = torch.arange(len(column_BK), device=column_BK.device)[:, None]
+    keys_BHND[row_B1, :, column_BK] = key_BKHD
+    values_BHND[row_B1, :, column_BK] = value_BKHD
+
+
 def _seen_by_any(visible_BKW: Tensor) -> Tensor:
     """Which columns some beam of the row sees; bool [B, W]. Ten times as fast as any(dim=1) on a CPU."""
     return reduce(torch.logical_or, visible_BKW.unbind(1))

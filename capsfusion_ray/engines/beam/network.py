@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
-from capsfusion_ray.engines.beam.cache import Cache, Prefix
+from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
 from capsfusion_ray.engines.beam.weights import Layer, Weights
 from capsfusion_ray.errors import ConfigError
 
@@ -30,8 +30,8 @@ class Network:
 
     def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
-        self._kernel = _triton_kernel(attention, weights)
-        # The kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
+        self._kernel, self._write = _kernels(attention, weights)
+        # A kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
         self.rows_together = sys.maxsize if self._kernel else ROWS_TOGETHER[weights.device.type]
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
@@ -68,15 +68,13 @@ class Network:
         w = self.weights
         b, k = tokens_BK.shape
         write_BK = cache.claim(b, max(ends))
-        row_B1 = torch.arange(b, device=w.device)[:, None]
         attend = self._attend(cache, prefix, ends)
         position_B = len(prefix.ids) + cache.suffix_B[:b] + steps_B
         cos, sin = w.cos[position_B][:, None, None], w.sin[position_B][:, None, None]
         x = w.embedding[tokens_BK]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)  # [B, K, H*G, D] and [B, K, H, D]
-            cache.keys[i][row_B1, :, write_BK] = key
-            cache.values[i][row_B1, :, write_BK] = value
+            self._write(key, value, write_BK, cache.keys[i], cache.values[i])
             attended = attend(i, q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4))
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
         return F.linear(self._norm(x, w.norm), w.head)
@@ -153,23 +151,43 @@ class Network:
         return weight * y.to(x.dtype)
 
 
-def _triton_kernel(asked: str, weights: Weights) -> Callable[..., Tensor] | None:
-    """`attention_triton.decode_attention_triton` where it is asked for, or runs and is not refused; None: plain torch."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if asked == "torch" or (asked == "auto" and weights.device.type != "cuda"):
-        return None
-    problem = ""
-    if weights.device.type != "cuda" and not interpreted:
-        problem = "there is no GPU in this process"
-    elif find_spec("triton") is None:
-        problem = "triton is not installed"
-    elif weights.head_size < 16 or weights.head_size & (weights.head_size - 1):
-        problem = f"the model's heads have {weights.head_size} channels, not a power of 2 from 16 on"
-    if not problem:
+Attend = Callable[..., Tensor]
+Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write]:
+    """What attends (None: plain torch) and what writes keys and values, as engine.attention asks or as suits the device."""
+    cuda = weights.device.type == "cuda"
+    kind = {"auto": "triton" if cuda else "numba"}.get(asked, asked)
+    problem = {"torch": lambda _: "", "triton": _no_triton, "numba": _no_numba}[kind](weights)
+    if problem and asked != "auto":
+        raise ConfigError(f"engine.attention={asked!r}: {problem}; use engine.attention=auto or torch")
+    if problem and cuda:
+        log.warning("%s: the decode attention runs in plain torch, which is slower", problem)
+    if kind == "triton" and not problem:
         from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
 
-        return decode_attention_triton
-    if asked == "triton":
-        raise ConfigError(f"engine.attention='triton': {problem}; use engine.attention=auto or torch")
-    log.warning("%s: the decode attention runs in plain torch, which is slower", problem)
-    return None
+        return decode_attention_triton, write_columns
+    if kind == "numba" and not problem:
+        from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
+
+        return decode_attention_numba, write_columns_numba
+    return None, write_columns
+
+
+def _no_triton(weights: Weights) -> str:
+    """Why the Triton kernel cannot run; empty: it can."""
+    if weights.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "there is no GPU in this process"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if weights.head_size < 16 or weights.head_size & (weights.head_size - 1):
+        return f"the model's heads have {weights.head_size} channels, not a power of 2 from 16 on"
+    return ""
+
+
+def _no_numba(weights: Weights) -> str:
+    """Why the kernel for CPUs cannot run; empty: it can."""
+    if weights.device.type != "cpu" or weights.dtype != torch.float32:
+        return f"it computes in float32 on a CPU, and this is {weights.dtype} on {weights.device.type}"
+    return "" if find_spec("numba") else "numba is not installed"

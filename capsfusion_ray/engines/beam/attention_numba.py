@@ -1,0 +1,134 @@
+"""The decode attention on a CPU, compiled by numba: what the Triton kernel is to a GPU. float32 only.
+
+Its oracle is `attention.decode_attention`. Plain torch calls a matrix product for every row and head, of three queries each,
+and is held up by the calls; this reads each column once for all beams of its row, as fast as memory gives it, skips
+columns that nobody sees, and reads of each row what the row uses, not what the longest one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+# Sums in any order, as every matrix product has it; NaN and infinity keep their meaning.
+_compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+
+
+@_compiled
+def _scores(first, last, q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-def]
+    """Rows first..last-1: q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam sees nothing."""
+    heads, queries, size = q.shape[1:]
+    beams, width = visible.shape[1], scores.shape[3] - at
+    hidden = np.float32(-np.inf)
+    for b in range(first, last):
+        for h in range(heads):
+            for w in range(end[b]):
+                seen = False
+                for beam in range(beams):
+                    seen |= visible[b, beam, w]
+                for m in range(queries):
+                    if seen and visible[b, m % beams, w]:
+                        total = np.float32(0)
+                        for d in range(size):
+                            total += q[b, h, m, d] * k[b, h, w, d]
+                        scores[b, h, m, at + w] = total * scale
+                    else:
+                        scores[b, h, m, at + w] = hidden
+            for m in range(queries):
+                for w in range(end[b], width):
+                    scores[b, h, m, at + w] = hidden
+
+
+@_compiled
+def _weighted(first, last, weights, at, v, end, out):  # type: ignore[no-untyped-def]
+    """Rows first..last-1: weights [B, H, M, at + W] by v [B, H, N, D], added to out [B, H, M, D]."""
+    heads, queries, size = out.shape[1:]
+    for b in range(first, last):
+        whole = end[b] // 4 * 4
+        for h in range(heads):
+            for w in range(0, whole, 4):  # four columns a pass over the sums: a quarter of their loads and stores
+                for m in range(queries):
+                    w0, w1 = weights[b, h, m, at + w], weights[b, h, m, at + w + 1]
+                    w2, w3 = weights[b, h, m, at + w + 2], weights[b, h, m, at + w + 3]
+                    for d in range(size):
+                        out[b, h, m, d] += (
+                            w0 * v[b, h, w, d] + w1 * v[b, h, w + 1, d] + w2 * v[b, h, w + 2, d] + w3 * v[b, h, w + 3, d]
+                        )
+            for w in range(whole, end[b]):
+                for m in range(queries):
+                    for d in range(size):
+                        out[b, h, m, d] += weights[b, h, m, at + w] * v[b, h, w, d]
+
+
+@_compiled
+def _write(first, last, key, value, column, keys, values):  # type: ignore[no-untyped-def]
+    """Rows first..last-1: key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
+    beams, heads, size = key.shape[1:]
+    for b in range(first, last):
+        for beam in range(beams):
+            n = column[b, beam]
+            for h in range(heads):
+                for d in range(size):
+                    keys[b, h, n, d] = key[b, beam, h, d]
+                    values[b, h, n, d] = value[b, beam, h, d]
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="decode-attention")
+
+
+def _by_rows(rows: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call `kernel` on shares of the rows, in as many threads as torch uses; it holds no lock of Python's."""
+    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
+    n = min(torch.get_num_threads(), rows)
+    cuts = [rows * i // n for i in range(n + 1)]
+    others = [_threads(n - 1).submit(kernel, a, b, *arrays) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
+    kernel(0, cuts[1], *arrays)
+    for other in others:
+        other.result()
+
+
+def write_columns_numba(
+    key_BKHD: Tensor, value_BKHD: Tensor, column_BK: Tensor, keys_BHND: Tensor, values_BHND: Tensor
+) -> None:
+    """Write one token's key and value of each beam into its column; the first B rows of whole cache tensors."""
+    _by_rows(len(key_BKHD), _write, key_BKHD, value_BKHD, column_BK, keys_BHND, values_BHND)
+
+
+def decode_attention_numba(
+    q_BHGKD: Tensor,
+    prefix_k_HPD: Tensor,
+    prefix_v_HPD: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    visible_BKN: Tensor,
+    end_B: Tensor,
+) -> Tensor:
+    """Attend from K beams of each row to the shared prefix and the row's first columns, up to its end; [B, H, G, K, D].
+
+    `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous, whose first B rows are read.
+    """
+    b, h, g, k, d = q_BHGKD.shape
+    p, m = prefix_k_HPD.shape[1], g * k
+    q = q_BHGKD.reshape(b, h, m, d).contiguous()
+    scores = torch.empty(b, h, m, p + int(end_B.max()), dtype=q.dtype)
+    if p:
+        q_prefix = (q * d**-0.5).transpose(0, 1).reshape(h, b * m, d)
+        scores[..., :p] = (q_prefix @ prefix_k_HPD.transpose(1, 2)).view(h, b, m, p).transpose(0, 1)
+    _by_rows(b, _scores, q, k_BHND, visible_BKN, end_B, np.float32(d**-0.5), p, scores)
+    weights = scores.softmax(dim=-1)
+    if p:
+        from_prefix = weights[..., :p].transpose(0, 1).reshape(h, b * m, p) @ prefix_v_HPD
+        out = from_prefix.view(h, b, m, d).transpose(0, 1).contiguous()
+    else:
+        out = torch.zeros(b, h, m, d, dtype=q.dtype)
+    _by_rows(b, _weighted, weights, p, v_BHND, end_B, out)
+    return out.view(b, h, g, k, d)
