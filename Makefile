@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system chaos train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -62,6 +62,10 @@ train-tiny: setup ## train the embedded model anew into out/capsfusion-tiny: mak
 	$(INSTALL) -e '.[dev,train]'
 	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
 	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
+
+train: setup ## train or fine-tune a fusion model: make train ARGS="conf/train/….yaml data.path=… output.path=…"
+	$(INSTALL) -e '.[dev,train]'
+	$(BIN)/python jobs/train.py $(ARGS)
 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
 	$(BIN)/python jobs/evaluate.py $(ARGS)

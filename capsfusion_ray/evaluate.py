@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from capsfusion_ray import models
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import build_engine
-from capsfusion_ray.errors import ConfigError, RowError, SourceError
+from capsfusion_ray.errors import ConfigError, RowError
 from capsfusion_ray.metrics import Example, measure
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, CaptionPair
+from capsfusion_ray.train.triples import Triple, read_all
 
 LOG = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ LOG = logging.getLogger(__name__)
 class ReferenceConfig:
     """Caption pairs with the captions that a better model wrote for them."""
 
-    path: str = ""  # a JSON array or Parquet file
+    path: str = ""  # a JSON, JSON lines or Parquet file, a folder of Parquet files, or the output of a job
     raw: str = "laion_2b"
     synthetic: str = "laion_coco"
     reference: str = "capsfuion_official"  # spelled so in the published example file
-    rows: int = 500  # the last rows of the file
+    rows: int = 500  # the last ones
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class EvaluateConfig:
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     """The figures by system: the model or output, and the baselines. Writes the files that `output.path` asks for."""
     rows = read_references(cfg.data)
-    pairs = [CaptionPair(str(i), raw, synthetic) for i, (raw, synthetic, _) in enumerate(rows)]
+    pairs = [CaptionPair(str(i), triple.raw, triple.synthetic) for i, triple in enumerate(rows)]
     captions = _from_output(cfg.fused, pairs) if cfg.fused else generate(cfg.engine, cfg.decode, pairs)
     name = "output" if cfg.fused else "model"
     systems = {
@@ -66,13 +67,13 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         "synthetic": [p.synthetic for p in pairs],
         "raw. synthetic": [f"{p.raw.rstrip(' .')}. {p.synthetic}" for p in pairs],
         name: [captions.get(p.row_id) or p.raw for p in pairs],
-        "reference": [reference for _, _, reference in rows],
+        "reference": [triple.fused for triple in rows],
     }
     figures = {
         system: measure(
             [
-                Example(p.raw, p.synthetic, text, reference)
-                for p, text, (_, _, reference) in zip(pairs, texts, rows, strict=True)
+                Example(triple.raw, triple.synthetic, text, triple.fused)
+                for triple, text in zip(rows, texts, strict=True)
             ]
         )
         for system, texts in systems.items()
@@ -85,31 +86,16 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         (folder / "figures.md").write_text(table + "\n", encoding="utf-8")
         with (folder / "captions.jsonl").open("w", encoding="utf-8") as lines:
-            for pair, text, (_, _, reference) in zip(pairs, systems[name], rows, strict=True):
-                row = {RAW: pair.raw, SYNTHETIC: pair.synthetic, FUSED: text, "reference": reference}
+            for triple, text in zip(rows, systems[name], strict=True):
+                row = {RAW: triple.raw, SYNTHETIC: triple.synthetic, FUSED: text, "reference": triple.fused}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return {"rows": len(rows), "figures": figures}
 
 
-def read_references(cfg: ReferenceConfig) -> list[tuple[str, str, str]]:
-    """Raw, synthetic and reference caption of the last rows."""
-    path = Path(cfg.path)
-    if not path.is_file():
-        raise ConfigError(
-            f"data.path={cfg.path!r}: no such file; give a JSON array or Parquet file with reference captions"
-        )
-    names = (cfg.raw, cfg.synthetic, cfg.reference)
-    if path.suffix == ".parquet":
-        rows = pq.ParquetFile(path).read().to_pylist()
-    else:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        chosen = [tuple(str(row[name]) for name in names) for row in rows[-cfg.rows :]]
-    except KeyError as error:
-        raise SourceError(
-            f"{path}: a row has no column {error}; set data.raw, data.synthetic and data.reference"
-        ) from None
-    return [(raw, synthetic, reference) for raw, synthetic, reference in chosen]
+def read_references(cfg: ReferenceConfig) -> list[Triple]:
+    """The last triples of the file or folder."""
+    columns = {"data.raw": cfg.raw, "data.synthetic": cfg.synthetic, "data.reference": cfg.reference}
+    return read_all(cfg.path, columns)[-cfg.rows :]
 
 
 def generate(engine_config: EngineConfig, decode: DecodeConfig, pairs: Sequence[CaptionPair]) -> dict[str, str]:

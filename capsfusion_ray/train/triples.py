@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import GatesConfig
-from capsfusion_ray.errors import SourceError
+from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.gates import judge_text
 from capsfusion_ray.rows import FLAGS, Outcome, Reason
 from capsfusion_ray.stages import KEPT
@@ -32,38 +32,49 @@ class Triple:
 
 def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
     """Training triples without the faulty ones, and the validation triples as they are."""
-    path = Path(cfg.path)
-    if path.is_dir():  # an output of jobs/label.py or jobs/fuse.py, or a folder of Parquet files
-        files = sorted((path / "data" if (path / "data").is_dir() else path).rglob("*.parquet"))
-        rows = [row for file in files for row in _read_parquet(file, cfg)]
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path, cfg)
-    elif path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    try:
-        triples = [Triple(*(str(row[k]).strip() for k in (cfg.raw, cfg.synthetic, cfg.fused))) for row in rows]
-    except KeyError as error:
-        raise SourceError(
-            f"{path}: a row has no column {error}; set data.raw, data.synthetic and data.fused"
-        ) from error
+    triples = read_all(cfg.path, {"data.raw": cfg.raw, "data.synthetic": cfg.synthetic, "data.fused": cfg.fused})
     if len(triples) <= cfg.validation_rows:
         raise SourceError(
-            f"{path}: {len(triples)} triples; data.validation_rows={cfg.validation_rows} leaves none to train on"
+            f"{cfg.path}: {len(triples)} triples; data.validation_rows={cfg.validation_rows} leaves none to train on"
         )
     cut = len(triples) - cfg.validation_rows
     return [triple for triple in triples[:cut] if is_sound(triple)], triples[cut:]
 
 
-def _read_parquet(path: Path, cfg: TripleConfig) -> list[dict[str, Any]]:
+def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
+    """Every triple of a JSON array, JSON lines or Parquet file, of a folder of Parquet files, or of an output of the jobs.
+
+    `columns` names raw, synthetic and fused caption, each under the key that sets it. Raises ConfigError where nothing is
+    there, SourceError for a column that is missing.
+    """
+    path, names = Path(source), list(columns.values())
+    if not source or not path.exists():
+        raise ConfigError(
+            f"data.path={source!r}: no such file or folder; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
+        )
+    if path.is_dir():
+        files = sorted((path / "data" if (path / "data").is_dir() else path).rglob("*.parquet"))
+        rows = [row for file in files for row in _read_parquet(file, columns)]
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path, columns)
+    elif path.suffix == ".json":
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        return [Triple(*(str(row[name]).strip() for name in names)) for row in rows]
+    except KeyError as error:
+        raise SourceError(f"{path}: a row has no column {error}; set {', '.join(columns)}") from error
+
+
+def _read_parquet(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of one file; those that kept one source as it is are no fused captions."""
-    names = pq.read_schema(path).names
-    missing = [name for name in (cfg.raw, cfg.synthetic, cfg.fused) if name not in names]
+    names, wanted = pq.read_schema(path).names, list(columns.values())
+    missing = [name for name in wanted if name not in names]
     if missing:
-        raise SourceError(f"{path}: no columns {missing}; it has {names}; set data.raw, data.synthetic and data.fused")
+        raise SourceError(f"{path}: no columns {missing}; it has {names}; set {', '.join(columns)}")
     flags = [FLAGS] if FLAGS in names else []
-    rows = pq.ParquetFile(path).read(columns=[cfg.raw, cfg.synthetic, cfg.fused, *flags]).to_pylist()
+    rows = pq.ParquetFile(path).read(columns=[*wanted, *flags]).to_pylist()
     return [row for row in rows if KEPT not in (row.get(FLAGS) or ())]
 
 

@@ -59,3 +59,10 @@ def test_an_engine_writes_the_captions_where_no_output_is_given(triples_file):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         evaluate(load(EvaluateConfig, [f"data.path={tmp_path / 'absent.json'}"]))
+
+
+def test_the_output_of_a_job_serves_as_references_too(output):
+    cfg = load(EvaluateConfig, [f"data.path={output}", "data.reference=capsfusion", "data.rows=10", f"fused={output}"])
+    result = evaluate(cfg)
+    assert result["rows"] == 10
+    assert result["figures"]["output"]["rouge_l"] == pytest.approx(1)
