@@ -188,15 +188,26 @@ def has_good_ending(text: str) -> bool:
     return bool(_GOOD_ENDING.search(text.strip()))
 
 
+def unsupported_share(example: Example) -> float:
+    """The share of the fused caption's content words that neither source nor the reference holds, endings aside."""
+    content = _content(example.fused)
+    there = {_stem(w) for text in (example.raw, example.synthetic, example.reference) for w in words_of(text)}
+    return sum(_stem(w) not in there for w in content) / max(1, len(content))
+
+
 def _in_neither(examples: Sequence[Example]) -> float:
     """The share of the fused captions' content words (distinct, in a caption) that neither source holds, endings aside."""
     there = absent = 0
     for e in examples:
         sources = {_stem(w) for w in words_of(f"{e.raw} {e.synthetic}")}
-        content = {w for w in words_of(e.fused) if w not in _FUNCTION_WORDS}
+        content = _content(e.fused)
         there += len(content)
         absent += sum(_stem(w) not in sources for w in content)
     return absent / max(1, there)
+
+
+def _content(text: str) -> set[str]:
+    return {w for w in words_of(text) if w not in _FUNCTION_WORDS}
 
 
 def _stem(word: str) -> str:

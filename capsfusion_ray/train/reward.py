@@ -14,6 +14,7 @@ from capsfusion_ray.metrics import (
     has_repeated_trigram,
     lost_share,
     rouge_l,
+    unsupported_share,
     words_of,
 )
 from capsfusion_ray.train.config import RewardConfig
@@ -52,5 +53,6 @@ class Reward:
             + cfg.repeated_trigram * has_repeated_trigram(words_of(caption))
             + cfg.bad_ending * (not has_good_ending(caption))
             + cfg.lost * lost_share(example)
+            + cfg.unsupported * unsupported_share(example)
             + cfg.rejected * (not passes(Triple(triple.raw, triple.synthetic, caption)))
         )

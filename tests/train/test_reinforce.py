@@ -57,6 +57,7 @@ def test_the_teachers_caption_is_worth_more_than_any_faulty_one(reward):
         "Anna Berg Leather Jacket (1987) A brown leather jacket hangs on a wall.",  # pasted
         "The two sentences describe a jacket from 1987 by Anna Berg.",  # the instruction's words
         "A brown leather jacket from 1999 by Anna Berg hangs on a wall.",  # a number of its own
+        "A leather jacket from 1987 by Anna Berg is a device that hangs on a wall.",  # a word of its own
         "",
     ):
         assert reward(TRIPLE, faulty) < whole, faulty
@@ -64,9 +65,10 @@ def test_the_teachers_caption_is_worth_more_than_any_faulty_one(reward):
 
 
 def test_pasting_costs_in_part_before_it_costs_all(reward):
-    pasted = f"{TRIPLE.raw} {TRIPLE.synthetic}"
-    most = " ".join(pasted.split()[:-2]) + "."
-    assert 0 < reward.faults(TRIPLE, most) < reward.faults(TRIPLE, pasted)
+    triple = dataclasses.replace(TRIPLE, synthetic="A brown leather jacket hangs on a white garden wall.")  # 15 words with the raw ones
+    pasted = f"{triple.raw} {triple.synthetic}".split()
+    all_, most, some = (reward.faults(triple, " ".join(pasted[:n]).rstrip(".") + ".") for n in (15, 13, 11))
+    assert 0 == some < most < all_
 
 
 def test_a_student_learns_no_hint_of_the_instruction():
