@@ -148,7 +148,8 @@ class FusionActor:
                 generation = Generation(pair.row_id, "", FinishReason.ERROR, error=str(prompt))
             else:
                 generation = written[prompt.id]
-            generations |= dict.fromkeys(places[pair.raw, pair.synthetic], generation)
+            for place in places[pair.raw, pair.synthetic]:
+                generations[place] = generation
         spent = {ENGINE_S: round(time.monotonic() - began, 3), BUSY_S: round(busy_s, 3), DEVICE: self._device}
         return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent).pack()
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from capsfusion_ray.config import load
+from capsfusion_ray.config import load, usage
 from capsfusion_ray.errors import CapsFusionError, UsageError
 
 T = TypeVar("T")
@@ -20,14 +20,18 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
 def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str] | None = None) -> int:
-    """Logs go to stderr; the last line on stdout is the call's result as one JSON object."""
+    """Logs go to stderr; the last line on stdout is the call's result as one JSON object. --help: the job's keys."""
     logging.basicConfig(
         level=os.environ.get("LOG_LEVEL", "INFO"), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     for noisy in ("botocore", "aiobotocore", "s3fs", "urllib3", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\n{usage(schema)}")
+        return EXIT_DONE
     try:
-        result = call(load(schema, sys.argv[1:] if argv is None else argv))
+        result = call(load(schema, argv))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -11,12 +11,14 @@ from capsfusion_ray import cluster, models, sources
 from capsfusion_ray.calibrate import calibrate
 from capsfusion_ray.config import FuseConfig, PlanConfig
 from capsfusion_ray.errors import SourceError
+from capsfusion_ray.manifest import read_groups
 from capsfusion_ray.modelcache import folder_of
+from capsfusion_ray.parts import committed
 from capsfusion_ray.plan import Estimate
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair
-from capsfusion_ray.run import Survey, next_plan, read_spec, speed, survey
+from capsfusion_ray.run import Run, Survey, next_plan, read_spec, speed, survey
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,11 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         device, gpus = measured.device, gpus or 1.0 if measured.device == "cuda" else 0.0
     dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
     cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
-    plan = next_plan(cfg, found, device, read_plans(store))
+    before = read_plans(store)
+    plan = next_plan(cfg, found, device, before)
+    begun = Run(store, before, read_groups(store), committed(store)) if before else Run(store, [], [])
+    left = [*begun.pending, *plan.units]
+    rows = sum(unit.rows for unit in left)
     if cfg.calibrate:
         captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
         tokens = measured.prompt_tokens, measured.output_tokens
@@ -47,8 +53,8 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
         tokens = expected_tokens(cfg, found, sample(cfg, found))
     quote = Estimate(
-        rows=plan.rows,
-        units=len(plan.units),
+        rows=rows,
+        units=len(left),
         actors=actors,
         captions_per_s=captions_per_s,
         prompt_tokens=tokens[0],
@@ -57,6 +63,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
         speed_source=source,
         errors={shard.path: shard.error for shard in found.shards if shard.error},
+        rows_done=begun.planned_rows + plan.rows - rows,
     )
     print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,8 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.raise_original_map_exception = True
-    context.enable_progress_bars = False  # progress.py counts captions, from commits
+    context.enable_progress_bars = False  # progress.py counts captions, from commits …
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # … and to be told so is of use to nobody
     context.print_on_execution_start = False
     # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
     tasks = TaskPoolStrategy(size=pool.max_actors)

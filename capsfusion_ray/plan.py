@@ -284,7 +284,7 @@ def _share_group(a: WorkUnit, b: WorkUnit, row_groups: Sequence[int]) -> bool:
 class Estimate:
     """What a run will take; `captions_per_s` is of one actor."""
 
-    rows: int
+    rows: int  # still to do
     units: int
     actors: int
     captions_per_s: float
@@ -294,6 +294,7 @@ class Estimate:
     price_per_gpu_hour: float
     speed_source: str  # where captions_per_s comes from
     errors: dict[str, str] = field(default_factory=dict)  # unreadable shards
+    rows_done: int = 0  # committed in the output already
 
     @property
     def seconds(self) -> float:
@@ -315,13 +316,25 @@ class Estimate:
 
     def text(self) -> str:
         """For people: what will happen, how long it takes and what it costs."""
-        hours = self.seconds / 3600
+        done = f"; {self.rows_done:,} are done already" if self.rows_done else ""
+        if not self.rows and done:
+            return f"nothing is left to do: all {self.rows_done:,} planned rows are done"
         lines = [
-            f"rows            {self.rows:,} in {self.units:,} units",
+            f"rows            {self.rows:,} in {self.units:,} units{done}",
             f"tokens a row    {self.prompt_tokens:.0f} prompt, {self.output_tokens:.0f} output (sampled)",
             f"actors          {self.actors} with {self.gpus_per_actor:g} GPU each, {self.captions_per_s:g} captions/s each ({self.speed_source})",
-            f"time            {hours:,.1f} h" if hours >= 1 else f"time            {self.seconds:,.0f} s",
-            f"GPU-hours       {self.gpu_hours:,.1f}, {self.price:,.2f} USD at {self.price_per_gpu_hour:g} an hour",
+            f"time            {_span_of_time(self.seconds)} from the first caption to the last",
+            f"GPU-hours       {self.gpu_hours:,.1f}, {self.price:,.2f} USD at {self.price_per_gpu_hour:g} an hour"
+            if self.gpus_per_actor
+            else "GPU-hours       none: on CPUs (cluster.gpus_per_actor=1 for a GPU's quote)",
         ]
         lines += [f"unreadable      {path}: {error}" for path, error in self.errors.items()]
         return "\n".join(lines)
+
+
+def _span_of_time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    if seconds < 2 * 3600:
+        return f"{seconds / 60:,.0f} minutes"
+    return f"{seconds / 3600:,.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

@@ -13,8 +13,9 @@ nothing along unless asked: the columns of an unknown table may be huge, private
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from capsfusion_ray.config import SourceConfig
 from capsfusion_ray.errors import SourceError
@@ -73,6 +74,16 @@ class ColumnMap:
     reference: str
 
 
+def fitting(present: Sequence[str]) -> str:
+    """For a message: the presets whose columns are all there."""
+    fits = [
+        name
+        for name, preset in PRESETS.items()
+        if all(any(n in present for n in names) for names in (preset.raw, preset.synthetic, *([preset.url] if preset.url_needed else [])))
+    ]
+    return f"; {' and '.join(fits)} would do" if fits else ""
+
+
 def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> ColumnMap:
     """The roles of one shard's columns. Raises SourceError naming `shard`, what is missing and the columns it has."""
     preset, explicit, present = PRESETS[source.preset], source.columns, list(columns)
@@ -81,19 +92,23 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
         if given:
             names, needed = (given,), True
         found = next((name for name in names if name in present), "")
+        if given and not found:
+            near = get_close_matches(given, present, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SourceError(f"{shard}: no column {given!r}, which source.columns.{role} names; it has: {', '.join(present) or 'none'}{hint}")
         if needed and not found:
             wanted = " or ".join(repr(name) for name in names)
             has = ", ".join(present) or "none"
             other = "synthetic" if role == "raw" else "raw"
             pairing = ""
-            if role in ("raw", "synthetic") and any(name in present for name in getattr(preset, other)):
+            if not fitting(present) and role in ("raw", "synthetic") and any(name in present for name in getattr(preset, other)):
                 pairing = (
                     f". Only its {other} captions are known: if the {role} ones are in another table, join the two first "
                     "(jobs/pair.py, by URL or a key); a fusion needs both in one row"
                 )
             raise SourceError(
                 f"{shard}: no column {wanted} to be the {role}{' caption' if role != 'url' else ''}; it has: {has}{pairing}. "
-                f"If one of these is, set source.columns.{role}=NAME, or another source.preset (now {source.preset})"
+                f"If one of these is, set source.columns.{role}=NAME, or another source.preset (now {source.preset}{fitting(present)})"
             )
         return found
 

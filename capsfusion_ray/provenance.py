@@ -15,8 +15,9 @@ import html
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
 
 
@@ -27,6 +28,10 @@ class Origin(StrEnum):
     SYNTHETIC = "synthetic"
     BOTH = "both"
     NEITHER = "neither"
+
+
+_ORIGINS = (Origin.NEITHER, Origin.RAW, Origin.SYNTHETIC, Origin.BOTH)  # raw holds it: 1, synthetic holds it: 2
+_NEITHER, _RAW, _SYNTHETIC, _BOTH = _ORIGINS
 
 
 class Span(NamedTuple):
@@ -176,9 +181,24 @@ class _Lexicon(dict[str, str]):
 _LEXICON = _Lexicon()
 
 
-def key_of(word: str) -> str:
-    """What two writings of one word have in common."""
-    return _LEXICON[word]
+_PARTS, _NUMBERS = _LEXICON.parts, _LEXICON.numbers
+key_of: Callable[[str], str] = _LEXICON.__getitem__  # what two writings of one word have in common
+
+# Bytes are translated ten times as fast as text.
+_PLAIN = bytes(point if point < 128 and chr(point).isalnum() else ord(" ") for point in range(256))
+_NUMBERED = bytes(ord("0") if chr(point) in "0123456789" else ord(".") if chr(point) in ".," else ord(" ") for point in range(256))
+
+
+def _words(text: str) -> list[str]:
+    """The words as written. Nine captions in ten need no regular expression, which takes thrice as long."""
+    if not text.isascii():
+        found: list[str] = _WORD.findall(text)
+        return found
+    data = text.encode()
+    if b"'" in data or b"0.0" in data.translate(_NUMBERED):
+        found = _ASCII_WORD.findall(text)
+        return found
+    return data.translate(_PLAIN).decode().split()
 
 
 class Words:
@@ -188,13 +208,11 @@ class Words:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.words: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
-        self.keys: list[str] = list(map(_LEXICON.__getitem__, self.words))  # a loop in C: half the time
-        self.held = set(self.keys)
-        parts = _LEXICON.parts
-        if not parts.keys().isdisjoint(self.words):
-            for word in self.words:
-                self.held.update(parts.get(word, ()))
+        self.words = words = _words(text)
+        self.keys = keys = list(map(key_of, words))  # a loop in C: half the time
+        self.held = held = set(keys)
+        if not _PARTS.keys().isdisjoint(words):
+            held.update(*map(_PARTS.__getitem__, _PARTS.keys() & words))
         self._joins: set[str] | None = None
 
     @property
@@ -206,16 +224,15 @@ class Words:
 
     def numbers(self) -> list[str]:
         """Canonical numbers written in digits, in order, repeated as in the text."""
-        known = _LEXICON.numbers
-        if known.keys().isdisjoint(self.words):
+        if _NUMBERS.keys().isdisjoint(self.words):
             return []
-        return [n for w in self.words if w in known for n in known[w]]
+        return [n for w in self.words if w in _NUMBERS for n in _NUMBERS[w]]
 
     def holds(self, word: str, key: str) -> bool:
         """Whether this caption vouches for a word of another one, read alone (see `align` for its neighbours)."""
         if key in self.held:
             return True
-        parts = _LEXICON.parts.get(word)
+        parts = _PARTS.get(word)
         return (parts is not None and parts != () and self.held.issuperset(parts)) or key in self.joins
 
 
@@ -233,12 +250,6 @@ def _pairs(chars: str) -> set[str]:
     return out
 
 
-def _of(raw: bool, synthetic: bool) -> Origin:
-    if raw:
-        return Origin.BOTH if synthetic else Origin.RAW
-    return Origin.SYNTHETIC if synthetic else Origin.NEITHER
-
-
 def align(fused: str, raw: str, synthetic: str) -> list[Span]:
     """The origin of every word of `fused`, in order, without gaps but for what is no word."""
     return align_words(fused, source_words(raw), source_words(synthetic))
@@ -246,28 +257,43 @@ def align(fused: str, raw: str, synthetic: str) -> list[Span]:
 
 def align_words(fused: str, raw: Words, synthetic: Words) -> list[Span]:
     """`align` for sources already taken apart."""
-    pattern = _ASCII_WORD if fused.isascii() else _WORD
+    words = _words(fused)
+    keys = list(map(key_of, words))
     in_raw, in_synthetic = raw.held, synthetic.held
-    spans: list[Span] = []
-    before, loose = "", -1  # key of the word before; index of the word before where no source held it
-    runs = False
-    for match in pattern.finditer(fused):
-        word = match[0]
-        key = _LEXICON[word]
-        r, s = key in in_raw, key in in_synthetic
-        if not (r or s):
-            r, s = raw.holds(word, key), synthetic.holds(word, key)
-            if not (r or s):
-                if loose == len(spans) - 1 and loose >= 0:
-                    joined = before + key  # smart watch, where a source wrote smartwatch
-                    r, s = joined in in_raw, joined in in_synthetic
-                    if r or s:
-                        spans[loose] = spans[loose]._replace(origin=_of(r, s))
-                loose = len(spans)
-        spans.append(Span(match.start(), match.end(), _of(r, s)))
-        before = key
-        runs = runs or (word > "\u0dff" and _SPACELESS_CHAR.match(word) is not None)
+    origins = [
+        (_BOTH if key in in_synthetic else _RAW) if key in in_raw else (_SYNTHETIC if key in in_synthetic else _NEITHER)
+        for key in keys
+    ]
+    if _NEITHER in origins:
+        _second_chances(words, keys, origins, raw, synthetic)
+    find, end, spans = fused.find, 0, list[Span]()
+    for word, origin in zip(words, origins, strict=True):
+        start = find(word, end)  # nothing between two words can begin one, so this is the word's own place
+        end = start + len(word)
+        spans.append(_span((start, end, origin)))
+    runs = not fused.isascii() and _SPACELESS_CHAR.search(fused) is not None
     return _join_runs(fused, spans, raw.text, synthetic.text) if runs else spans
+
+
+_span = partial(tuple.__new__, Span)  # Span(…) without its checks: half the time
+
+
+def _second_chances(words: list[str], keys: list[str], origins: list[Origin], raw: Words, synthetic: Words) -> None:
+    """Words that no source holds as they are: by their parts and joins, or together with the word before (in place)."""
+    loose = -2  # index of the last word that no source holds at all
+    for at, origin in enumerate(origins):
+        if origin is not _NEITHER:
+            continue
+        word, key = words[at], keys[at]
+        origins[at] = _ORIGINS[raw.holds(word, key) + 2 * synthetic.holds(word, key)]
+        if origins[at] is not _NEITHER:
+            continue
+        if loose == at - 1:
+            joined = keys[loose] + key  # smart watch, where a source wrote smartwatch
+            found = _ORIGINS[(joined in raw.held) + 2 * (joined in synthetic.held)]
+            if found is not _NEITHER:
+                origins[loose] = origins[at] = found
+        loose = at
 
 
 def _join_runs(fused: str, spans: list[Span], raw: str, synthetic: str) -> list[Span]:
@@ -289,7 +315,7 @@ def _join_runs(fused: str, spans: list[Span], raw: str, synthetic: str) -> list[
             joinable = False
             continue
         start, end, _ = span
-        origin = _of(held(start, end, raw_pairs), held(start, end, synthetic_pairs))
+        origin = _ORIGINS[held(start, end, raw_pairs) + 2 * held(start, end, synthetic_pairs)]
         if joinable and out[-1].end == start and out[-1].origin == origin:
             out[-1] = Span(out[-1].start, end, origin)
         else:

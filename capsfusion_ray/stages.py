@@ -5,13 +5,13 @@ Arrow tables in, Arrow tables out. Knows no Ray, no engine and no store.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
 from capsfusion_ray.config import GatesConfig
 from capsfusion_ray.errors import AccountingError
-from capsfusion_ray.gates import judge, judge_sources, kept_text
+from capsfusion_ray.gates import judge_failed, judge_sources, judge_table, kept_text
 from capsfusion_ray.parts import UnitSummary, part_schema, summarise
 from capsfusion_ray.presets import INVALID
 from capsfusion_ray.rows import (
@@ -82,9 +82,11 @@ def waiting_pairs(table: pa.Table) -> tuple[list[CaptionPair], dict[tuple[str, s
     for i, (outcome, row_id, raw, synthetic) in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
         if outcome is not None:
             continue
-        if (raw, synthetic) not in places:
+        if (served := places.get((raw, synthetic))) is None:
+            places[raw, synthetic] = [i]
             pairs.append(CaptionPair(row_id, raw, synthetic))
-        places.setdefault((raw, synthetic), []).append(i)
+        else:
+            served.append(i)
     return pairs, places
 
 
@@ -118,16 +120,10 @@ def judge_unit(batch: UnitBatch, fields: Sequence[tuple[str, str]], gates: Gates
     reasons = table[REASON].to_pylist()
     details = table[DETAIL].to_pylist()
     flags: list[list[str]] = [[] for _ in outcomes]
-    names = (ROW_ID, RAW, SYNTHETIC, FUSED, FINISH, ERROR)
-    for i, (row_id, raw, synthetic, text, finish, error) in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
-        if outcomes[i] is not None:
-            if outcomes[i] == Outcome.KEPT:
-                flags[i] = [KEPT, reasons[i]]
-            continue
-        if finish is None:
-            raise AccountingError(f"{row_id}: the engine neither wrote a caption nor said why not")
-        generation = Generation(row_id, text or "", FinishReason(finish), error=error or "")
-        verdict = judge(CaptionPair(row_id, raw, synthetic), generation, gates)
+    for i, outcome in enumerate(outcomes):
+        if outcome == Outcome.KEPT:
+            flags[i] = [KEPT, reasons[i]]
+    for i, verdict in _verdicts(table, gates):
         outcomes[i] = str(verdict.outcome)
         reasons[i] = str(verdict.reason) if verdict.reason else None
         details[i] = verdict.detail
@@ -138,6 +134,24 @@ def judge_unit(batch: UnitBatch, fields: Sequence[tuple[str, str]], gates: Gates
     schema = part_schema(fields)
     part = table.select(schema.names).cast(schema)
     return part, summarise(batch, part)
+
+
+_FINISH_REASONS = {str(finish): finish for finish in FinishReason}
+
+
+def _verdicts(table: pa.Table, gates: GatesConfig) -> Iterator[tuple[int, Verdict]]:
+    """Of every row that an engine was asked for, by row number."""
+    waiting = [i for i, outcome in enumerate(table[OUTCOME].to_pylist()) if outcome is None]
+    asked = table.take(waiting)
+    finishes = [_FINISH_REASONS.get(finish) for finish in asked[FINISH].to_pylist()]
+    if None in finishes:
+        row_id = asked[ROW_ID][finishes.index(None)]
+        raise AccountingError(f"{row_id}: the engine neither wrote a caption nor said why not")
+    texts = [text or "" for text in asked[FUSED].to_pylist()]
+    written = judge_table(asked[RAW].to_pylist(), asked[SYNTHETIC].to_pylist(), texts, gates, finishes)
+    for i, finish, error, verdict in zip(waiting, finishes, asked[ERROR].to_pylist(), written, strict=True):
+        assert finish
+        yield i, judge_failed(finish, error or "") or verdict
 
 
 def _check_rows(batch: UnitBatch) -> None:

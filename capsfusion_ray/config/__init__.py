@@ -1,6 +1,6 @@
 """What a user can set: the schemas (schema.py) and how they are parsed (parse.py). Inside the program there are only frozen dataclasses."""
 
-from capsfusion_ray.config.parse import as_dict, describe, fingerprint, load, to_yaml, unwrap_optional
+from capsfusion_ray.config.parse import as_dict, describe, fingerprint, load, to_yaml, unwrap_optional, usage
 from capsfusion_ray.config.schema import (
     ApiConfig,
     ClusterConfig,
@@ -45,4 +45,5 @@ __all__ = [
     "load",
     "to_yaml",
     "unwrap_optional",
+    "usage",
 ]

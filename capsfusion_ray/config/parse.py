@@ -29,7 +29,7 @@ def load(schema: type[T], argv: typing.Sequence[str]) -> T:
     for argument in argv:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
-            raise ConfigError(f"{argument}: there are no flags; give YAML files first, then key=value (see docs/configuration.md)")
+            raise ConfigError(f"{argument}: there are no flags but --help; give YAML files first, then key=value (see docs/configuration.md)")
         if equals:
             part = _parse_override(key, value, valid)
         elif argument.endswith((".yaml", ".yml")):
@@ -59,7 +59,10 @@ def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except Exception as error:  # omegaconf lets the YAML parser's own exceptions through
-        raise ConfigError(f"{key}={value}: not a YAML value ({str(error).splitlines()[0]})") from None
+        raise ConfigError(
+            f"{key}={value}: not a YAML value ({str(error).splitlines()[0]}); put texts with signs of YAML in quotes, and the whole in "
+            f"those of the shell: '{key}=[\"a[0-9].json\", \"b\"]'"
+        ) from None
 
 
 def _read_yaml(path: str) -> DictConfig:
@@ -106,6 +109,18 @@ def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
         else:
             keys[prefix + f.name] = describe(hints[f.name])
     return keys
+
+
+def usage(schema: type) -> str:
+    """Every key with its default and what it wants, a line each: what --help prints."""
+    config, lines = schema(), ["key=default  (what it wants; more in docs/configuration.md)"]
+    for key, want in _keys(schema).items():
+        if want != "section":
+            value: Any = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            lines.append(f"  {key}={'null' if value is None else value}  ({want})")
+    return "\n".join(lines)
 
 
 def _refuse_unknown(part: DictConfig, valid: dict[str, str], where: str, prefix: str = "") -> None:

@@ -27,6 +27,7 @@ class EchoEngine:
     def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
         self._max_words = decode.max_new_tokens
         self._queue: list[Prompt] = []
+        self._words_around = 0  # of the instruction, which every prompt repeats: counted once
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[] for _ in texts]
@@ -44,6 +45,8 @@ class EchoEngine:
 
     def step(self) -> list[Generation]:
         prompts, self._queue = self._queue, []
+        if prompts and not self._words_around:
+            self._words_around = _words(prompts[0].text) - _words(prompts[0].raw) - _words(prompts[0].synthetic)
         return [self._write(prompt) for prompt in prompts]
 
     def _write(self, prompt: Prompt) -> Generation:
@@ -56,9 +59,13 @@ class EchoEngine:
             prompt.id,
             " ".join(written),
             FinishReason.EOS if ended else FinishReason.LENGTH,
-            len(prompt.text.split()),
+            self._words_around + _words(prompt.raw) + _words(prompt.synthetic),
             len(written),
         )
+
+
+def _words(text: str) -> int:
+    return len(text.split())
 
 
 class Caption(NamedTuple):

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.modelcache import folder_of
 
+disable_progress_bar()  # of an actor it would come out as torn lines in the driver's log
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Triple",
     "is_boilerplate",
     "judge",
+    "judge_failed",
     "judge_pair",
     "judge_sources",
     "judge_table",
@@ -59,11 +60,17 @@ GATES: tuple[tuple[Reason, Callable[[Triple], Fault | None]], ...] = (
 
 def judge(pair: CaptionPair, generation: Generation, gates: GatesConfig) -> Verdict:
     """The verdict on what an engine wrote for a pair."""
-    if generation.finish is FinishReason.CRASH:
-        return Verdict(Outcome.REJECTED, Reason.ENGINE_CRASH, clip(generation.error))
-    if generation.finish is FinishReason.ERROR:
-        return Verdict(Outcome.REJECTED, Reason.ENGINE_ROW_ERROR, clip(generation.error or "the engine gave no error"))
-    return judge_text(pair.raw, pair.synthetic, generation.text, generation.finish, gates)
+    failed = judge_failed(generation.finish, generation.error)
+    return failed or judge_text(pair.raw, pair.synthetic, generation.text, generation.finish, gates)
+
+
+def judge_failed(finish: FinishReason, error: str) -> Verdict | None:
+    """The verdict on a row that no engine could write; None: it wrote."""
+    if finish is FinishReason.CRASH:
+        return Verdict(Outcome.REJECTED, Reason.ENGINE_CRASH, clip(error))
+    if finish is FinishReason.ERROR:
+        return Verdict(Outcome.REJECTED, Reason.ENGINE_ROW_ERROR, clip(error or "the engine gave no error"))
+    return None
 
 
 def judge_text(raw: str, synthetic: str, fused: str, finish: FinishReason | None, gates: GatesConfig) -> Verdict:
@@ -78,6 +85,9 @@ def _active(gates: GatesConfig) -> _Active:
     """The gates that do something, each with its rule."""
     rules = [(name, gate, getattr(gates, name)) for name, gate in GATES]
     return [(name, gate, rule) for name, gate, rule in rules if rule.action != "ignore"]
+
+
+_FAULTLESS = Verdict(Outcome.FUSED)  # nine rows in ten
 
 
 def _judge(t: Triple, gates: GatesConfig, active: _Active) -> Verdict:
@@ -102,7 +112,7 @@ def _judge(t: Triple, gates: GatesConfig, active: _Active) -> Verdict:
         elif rule.flag_from is not None and fault.size >= rule.flag_from:
             flags.append(name)
     if reason is None:
-        return Verdict(Outcome.FUSED, None, "", tuple(flags))
+        return Verdict(Outcome.FUSED, None, "", tuple(flags)) if flags else _FAULTLESS
     return Verdict(Outcome.REJECTED, reason, clip(detail), tuple(flags))
 
 

@@ -104,7 +104,9 @@ _DEMONYMS = frozenset(
 
 def unsupported_name(t: Triple) -> Fault | None:
     """How many capitalised words inside a sentence are in neither source, in no form (American, NYC, a mended typo)."""
-    unheld = t.fused.held.difference(t.raw.held, t.synthetic.held)
+    unheld = t.fused.held - t.raw.held - t.synthetic.held
+    if not unheld:
+        return None
     missing = [w for w, k in zip(t.fused.words, t.fused.keys, strict=True) if k in unheld and w[0].isupper()]
     if not missing:
         return None
@@ -179,19 +181,20 @@ _FILE_ID = re.compile(r"\d{6,}|.*[a-z]\d.*[a-z]|.*\d[a-z]+\d.*", re.IGNORECASE) 
 
 
 def is_entity(word: str, key: str) -> bool:
-    return (word[0].isupper() or word[0].isdecimal()) and key not in STOP_KEYS and key not in BOILERPLATE_KEYS
+    first = word[0]
+    return (first.isupper() or first.isdecimal()) and key not in STOP_KEYS and key not in BOILERPLATE_KEYS
 
 
 def lost_entity(t: Triple) -> Fault | None:
     """Share of raw's names and numbers that the caption does not mention; raw needs two of them at least."""
-    pairs = list(zip(t.raw.words, t.raw.keys, strict=True))
     held = t.fused.held
-    if not any(k not in held and is_entity(w, k) for w, k in pairs):
+    missing = t.raw.held - held
+    if not missing:
         return None
-    entities = {k: w for w, k in pairs if is_entity(w, k)}
-    lost = entities.keys() - held
+    entities = {k: w for w, k in zip(t.raw.words, t.raw.keys, strict=True) if is_entity(w, k)}
     if len(entities) < 2:
         return None
+    lost = entities.keys() & missing
     text, numbers = t.fused.text.lower(), t.fused.numbers()
     gone = []
     for key, word in entities.items():

@@ -44,6 +44,7 @@ _FUNCTION = {
 }
 _FUNCTION_KEYS = {name: frozenset(map(key_of, words.split())) for name, words in _FUNCTION.items()}
 _ENGLISH = _FUNCTION_KEYS["English"]
+_ANY_FUNCTION = frozenset().union(*_FUNCTION_KEYS.values())
 
 
 def wrong_script(t: Triple) -> Fault | None:
@@ -64,6 +65,8 @@ def wrong_script(t: Triple) -> Fault | None:
 
 
 def _wrong_language(t: Triple) -> Fault | None:
+    if len(t.fused.held & _ANY_FUNCTION) < 3:
+        return None
     hits = {name: len(t.fused.held & keys) for name, keys in _FUNCTION_KEYS.items()}
     ranked = sorted(hits, key=lambda name: -hits[name])
     best = ranked[0]

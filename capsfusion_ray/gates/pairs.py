@@ -14,13 +14,22 @@ _HASHED = re.compile(
 )  # B07KX9YQ2L, 5f3a9c2e
 
 
+_HOST = re.compile(r"https?://[^/\s]+")
+_WORD = re.compile(r"[^\W_]+")
+
+
 def is_boilerplate(text: str) -> bool:
     """Whether an alt text says nothing about the picture: 'image', 'IMG_1234.jpg', 'Click to enlarge', a number."""
     if len(text) > 300:
         return False
-    words = re.sub(r"https?://[^/\s]+", " ", text)  # a host's name describes nothing, a path's words may
-    for word in re.findall(r"[^\W_]+", words):
-        if word.isdecimal() or key_of(word) in BOILERPLATE_KEYS or _HASHED.fullmatch(word):
+    words = _HOST.sub(" ", text) if "://" in text else text  # a host's name describes nothing, a path's words may
+    for match in _WORD.finditer(words):  # nearly always the first one says something
+        word = match[0]
+        if key_of(word) in BOILERPLATE_KEYS or word.isdecimal():
+            continue
+        if word.isalpha():
+            return False
+        if _HASHED.fullmatch(word):
             continue
         letters = word.rstrip("0123456789").lower()
         if letters != word.lower() and key_of(letters) in BOILERPLATE_KEYS:  # img20160502, dsc00012

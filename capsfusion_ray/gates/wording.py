@@ -31,10 +31,7 @@ _ECHO_PHRASE = re.compile(
 def instruction_echo(t: Triple) -> Fault | None:
     """Points for distinct phrases of the instruction that neither source brought in."""
     low = t.fused.text.lower()
-    for hint in _ECHO_HINTS:
-        if hint in low:
-            break
-    else:
+    if not any(map(low.__contains__, _ECHO_HINTS)):
         return None
     sources = f"{t.raw.text}\n{t.synthetic.text}".lower()
     found: dict[str, int] = {}
@@ -62,9 +59,10 @@ def cut_off(t: Triple) -> Fault | None:
     The beginning is missing where the synthetic caption was cut itself and the model went on with it.
     """
     first = t.fused.text[:1]
-    begun = t.fused.text[:12].lower() == t.synthetic.text.lstrip()[:12].lower() or t.raw.text[:1].islower()
-    if first.islower() and first.isascii() and not begun and not _SENTENCE_END.search(t.synthetic.text.rstrip()[-12:]):
-        return Fault(2.0, f"goes on where synthetic stops, begins {show(t.fused.text[:30])}")
+    if first.islower() and first.isascii():
+        begun = t.fused.text[:12].lower() == t.synthetic.text.lstrip()[:12].lower() or t.raw.text[:1].islower()
+        if not begun and not _SENTENCE_END.search(t.synthetic.text.rstrip()[-12:]):
+            return Fault(2.0, f"goes on where synthetic stops, begins {show(t.fused.text[:30])}")
     if t.finish is FinishReason.EOS:
         return None
     if t.finish is FinishReason.LENGTH:
@@ -81,8 +79,8 @@ def _fourgrams(keys: Sequence[str]) -> list[tuple[str, ...]]:
 def repetition(t: Triple) -> Fault | None:
     """Share of the 4-grams that stood in the caption before, beyond what a source repeats itself."""
     keys = t.fused.keys
-    if len(keys) - len(set(keys)) < 4:
-        return None  # a 4-gram cannot come again without four words that do
+    if len(keys) - len(set(keys)) < 4 or len(keys) - len(t.fused.joins) < 4:
+        return None  # a 4-gram cannot come again without four words and three neighbourhoods that do
     grams = _fourgrams(keys)
     again = len(grams) - len(set(grams))
     if again == 0:
@@ -105,6 +103,8 @@ def concatenation(t: Triple) -> Fault | None:
     """Share of the words that are both sources pasted verbatim, apart from glue between them."""
     raw, synthetic, fused = t.raw.keys, t.synthetic.keys, t.fused.keys
     if len(raw) < 3 or len(synthetic) < 3 or len(fused) < len(raw) + len(synthetic):
+        return None
+    if not t.fused.held.issuperset(synthetic):
         return None
     line = _sequence(fused)
     if _sequence(synthetic) not in line or _sequence(raw) not in line:
@@ -134,7 +134,7 @@ def too_short(t: Triple) -> Fault | None:
     source = max(len(t.raw.keys), len(t.synthetic.keys))
     if fused >= source:
         return None
-    size = source / fused if fused > 2 or source < 5 else math.inf
+    size = source / fused if fused > 2 or (fused and source < 5) else math.inf
     return Fault(size, f"{fused} words from {source}")
 
 

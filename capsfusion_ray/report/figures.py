@@ -62,6 +62,7 @@ def _speed(state: State, price_per_gpu_hour: float) -> dict[str, Any]:
         "captions_per_s": rate,
         "eta_s": progress.get("eta_s"),
         "actors": actors,
+        "updated_at": progress.get("updated_at", ""),
         "devices": state.devices,
         "actor_hours_per_million": actor_hours,
         "usd_per_million": actor_hours * price_per_gpu_hour if actor_hours and on_gpu else None,

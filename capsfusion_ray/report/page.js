@@ -22,6 +22,16 @@ $("theme").addEventListener("click", () => setTheme(document.documentElement.dat
 
 // --------------------------------------------------------------------------------------------------------- totals
 const OUTCOMES = ["fused", "kept", "rejected", "filtered", "removed", "unreadable"];
+function status() {
+  const done = OUTCOMES.reduce((sum, name) => sum + F.counts[name], 0);
+  const said = (name, text) => (F.base[name] && F.base[name] !== "None" ? text(F.base[name]) : "");
+  const by = [
+    F.speed.updated_at.replace("T", " ").replace(/:\d\dZ$/, " UTC"), said("engine.kind", (v) => `engine ${v}`),
+    said("decode.num_beams", (v) => (v === "1" ? "1 beam" : `${v} beams`)), said("decode.scoring", (v) => `scoring ${v}`), said("engine.dtype", (v) => v),
+  ];
+  const state = F.finished ? "finished" : `running: ${share(done / F.counts.planned)} done, the rest is to come`;
+  $("status").append(make("b", { class: F.finished ? "" : "running" }, state), ...by.filter(Boolean).map((text) => ` · ${text}`));
+}
 function totals() {
   const done = OUTCOMES.reduce((sum, name) => sum + F.counts[name], 0);
   const bar = make("div", { class: "bar", role: "img", "aria-label": OUTCOMES.map((n) => `${n} ${F.counts[n]}`).join(", ") });
@@ -31,18 +41,20 @@ function totals() {
     bar.append(make("i", { style: `width:${(100 * F.counts[name]) / F.counts.planned}%;background:var(--${name})` }));
     list.append(make("li", {}, make("span", { class: "dot", style: `background:var(--${name})` }), `${name} `, make("b", {}, number(F.counts[name])), ` ${share(F.counts[name] / F.counts.planned)}`));
   }
-  const sum = OUTCOMES.map((name) => number(F.counts[name])).join(" + ");
-  const closes = done === F.counts.planned ? `closes: ${number(F.counts.planned)} planned = ${sum}` : `${number(done)} of ${number(F.counts.planned)} rows done (${share(done / F.counts.planned)})`;
+  const sum = OUTCOMES.map((name) => `${number(F.counts[name])} ${name}`).join(" + ");
+  const closes = done === F.counts.planned ? `It closes: ${number(F.counts.planned)} planned = ${sum}.` : `${number(done)} of ${number(F.counts.planned)} rows done (${share(done / F.counts.planned)})`;
   $("totals").append(bar, list, make("p", { class: "closes" }, closes));
   for (const [path, error] of Object.entries(F.unreadable_shards)) $("totals").append(make("p", { class: "closes" }, `unreadable shard ${path}: ${error}`));
 }
 
 // ---------------------------------------------------------------------------------------------------------- cards
 function card(title, ...children) { $("cards").append(make("div", { class: "card" }, make("h3", {}, title), ...children)); }
-function meters(values, total, colour) {
-  return Object.entries(values).sort((a, b) => b[1] - a[1]).map(([name, value]) =>
-    make("div", { class: "meter" }, make("span", {}, name), make("span", {}, `${number(value)} · ${share(value / total)}`),
-      make("span", { class: "track" }, make("i", { style: `width:${Math.min(100, (100 * value) / total)}%;background:var(--${colour})` }))));
+function meter(name, said, width, colour) {
+  return make("div", { class: "meter" }, make("span", {}, name), make("span", {}, said), make("span", { class: "track" }, make("i", { style: `width:${100 * width}%;background:var(--${colour})` })));
+}
+function meters(values, total, colour) {  // as long as the longest of them: their shares of all rows are a few pixels
+  const most = Math.max(...Object.values(values));
+  return Object.entries(values).sort((a, b) => b[1] - a[1]).map(([name, value]) => meter(name, `${number(value)} · ${share(value / total)}`, value / most, colour));
 }
 function key(names) {
   return make("div", { class: "key" }, ...names.map((name) => make("span", {}, make("span", { class: "dot", style: `background:var(--${name})` }), name)));
@@ -65,23 +77,30 @@ function clock(s) { return s === null || s === undefined ? "–" : `${Math.floor
 function cards() {
   const kept = F.knowledge.fused;
   card("Knowledge kept", make("p", { class: "big" }, share(kept)),
-    make("p", {}, `of the raw captions' names and numbers stand in the fused ones; in the synthetic ones ${share(F.knowledge.synthetic)}. Measured on ${number(F.measured)} rows.`));
+    make("p", {}, "of the raw captions' names and numbers stand in the fused ones."),
+    ...[["raw", 1], ["fused", kept], ["synthetic", F.knowledge.synthetic]].map(([name, value]) => meter(name, share(value), value || 0, name)),
+    make("p", {}, `Measured on ${number(F.measured)} rows.`));
   const origins = make("div", { class: "bar", role: "img", "aria-label": "fused words by origin" });
   for (const name of ["raw", "both", "synthetic", "neither"]) origins.append(make("i", { style: `width:${100 * F.origins[name]}%;background:var(--${name})` }));
-  card("Where the fused words come from", origins, make("p", {}, ["raw", "both", "synthetic", "neither"].map((n) => `${n} ${share(F.origins[n])}`).join(" · ")));
+  const said = { raw: "the raw caption alone", both: "both", synthetic: "the synthetic one alone", neither: "neither: glue, or invented" };
+  card("Where the fused words come from", origins, ...Object.entries(said).map(([name, text]) =>
+    make("div", { class: "meter" }, make("span", {}, make("span", { class: "dot", style: `background:var(--${name})` }), text), make("span", {}, share(F.origins[name])))));
   const speed = F.speed;
   const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${speed.actor_hours_per_million.toFixed(1)} actor hours a million` : "";
   card("Speed", make("p", { class: "big" }, `${speed.captions_per_s.toFixed(1)} captions/s`),
     speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
     make("p", {}, [`${speed.actors} actor${speed.actors === 1 ? "" : "s"}`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
+  const hours = Math.max(0, ...speed.eta_history.map((h) => h[1])) > 2 * 3600;
   if (speed.eta_history.length > 1)
-    card("Hours left, as they were foreseen", lines({ fused: speed.eta_history.map((h) => [h[0] / 60, h[1] / 3600]) }, "minutes"));
+    card(`${hours ? "Hours" : "Minutes"} left, as they were foreseen`, lines({ fused: speed.eta_history.map((h) => [h[0] / 60, h[1] / (hours ? 3600 : 60)]) }, "minutes"));
   const bars = Object.fromEntries(SIDES.map((side) => [side, F.lengths[side].bars.map((n, i) => [i * 3, n])]));
   card("Words a caption", lines(bars, "words"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${F.lengths[s].mean} (95%: ${F.lengths[s].p95})`).join(" · ")));
   const last = (side) => (F.diversity[side].length ? F.diversity[side][F.diversity[side].length - 1][1] : 0);
   card("Distinct trigrams", lines(F.diversity, "captions"), key(SIDES), make("p", {}, SIDES.map((s) => `${s} ${number(last(s))}`).join(" · ")));
   if (Object.keys(F.reasons).length) card("Rejected, by reason", ...meters(F.reasons, F.counts.planned, "rejected"));
   if (Object.keys(F.flags).length) card("Flagged in the dataset", ...meters(F.flags, F.counts.planned, "synthetic"));
+  if (F.revisions.length > 1)
+    card("Revisions", ...F.revisions.map((r) => make("div", { class: "meter" }, make("span", {}, r.kind || "base"), make("span", {}, r.rows === undefined ? "" : `${number(r.rows)} rows`))));
   if (Object.keys(F.filtered_by).length) card("Filtered out", ...meters(F.filtered_by, F.counts.planned, "filtered"));
 }
 
@@ -164,4 +183,4 @@ function beside() {
   line("captions/s", F.speed.captions_per_s.toFixed(1), B.speed.captions_per_s.toFixed(1));
   for (const name of [...new Set([...Object.keys(F.base), ...Object.keys(B.base)])].sort()) if (F.base[name] !== B.base[name]) line(name, F.base[name] || "–", B.base[name] || "–");
 }
-totals(); beside(); cards(); filters(); list(); settings();
+status(); totals(); beside(); cards(); filters(); list(); settings();

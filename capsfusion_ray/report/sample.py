@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -118,7 +119,8 @@ def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] 
         if any(left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1) for s in row.strata):
             left.update(row.strata)
             drawn.append(row)
-    shown = sorted(drawn, key=lambda row: row.id)
+    # As cards are dealt: who opens the page sees rows of all shards, and the same ones every time.
+    shown = sorted(drawn, key=lambda row: zlib.crc32(row.id.encode("utf-8", "surrogatepass")))
     return Sample(shown, spread(written, MEASURED_ROWS), compared.total(), compared[True])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml
+from capsfusion_ray.doorway import EXIT_DONE, run_job
 from capsfusion_ray.errors import ConfigError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -38,13 +39,21 @@ def test_later_arguments_win_over_earlier_ones(tmp_path):
         ("unit.rows=0", "positive"),
         ("output.target_file_mb=-1", "above 0"),
         ("input.path={a: 1}", "a path or a list"),
-        ("--help", "key=value"),
+        ("--verbose", "key=value"),
+        ("input.path=[a.json,b[0-9]*]", "in quotes"),
         ("nowhere.yaml", "no such file"),
         ("cluster.max_actors=0", "cluster.min_actors"),
     ],
 )
 def test_a_mistake_is_refused_with_the_way_out(argument, says):
     assert says in refused(argument)
+
+
+def test_help_names_every_key_with_its_default(capsys):
+    assert run_job(FuseConfig, pytest.fail, ["conf/demo.yaml", "--help"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "decode.num_beams=3  (int)" in said
+    assert "engine.kind=beam  (one of beam, transformers" in said
 
 
 def test_a_text_value_is_taken_literally():

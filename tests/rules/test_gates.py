@@ -164,6 +164,15 @@ def test_every_gate_can_be_ignored_flagged_or_rejected(reason):
         assert verdict.flags == ((reason,) if action == "flag" else ())
 
 
+def test_no_words_are_measured_by_every_gate_where_they_only_flag():
+    gates = GatesConfig(empty_output=GateConfig("flag", 1))
+    for raw in (RAW, "Cat", ""):
+        verdict = judge_text(raw, "A cat.", "", FinishReason.EOS, gates)
+        assert verdict.outcome is Outcome.REJECTED
+        assert verdict.reason is Reason.TOO_SHORT
+        assert Reason.EMPTY_OUTPUT in verdict.flags
+
+
 def test_a_gate_config_that_makes_no_sense_is_refused():
     with pytest.raises(ConfigError, match=r"gates\.too_long\.threshold=0"):
         GatesConfig(too_long=GateConfig("flag", 0))

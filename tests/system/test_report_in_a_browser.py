@@ -131,7 +131,8 @@ def test_the_theme_follows_the_system_and_the_button(page, scheme):
 @WINDOWS
 def test_the_page_is_no_wider_than_its_window(page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert page.inner_text("#totals .closes").startswith("closes: 24 planned = ")
+    assert re.match(r"It closes: 24 planned = \d+ fused \+ ", page.inner_text("#totals .closes"))
+    assert page.inner_text("#status").startswith("finished")
 
 
 @WINDOWS

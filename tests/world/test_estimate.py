@@ -2,11 +2,17 @@
 
 import logging
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from capsfusion_ray import cluster
 from capsfusion_ray.config import PlanConfig, load
-from capsfusion_ray.estimate import expected_pool
+from capsfusion_ray.estimate import estimate, expected_pool
+from capsfusion_ray.parts import part_path
+from capsfusion_ray.planfile import write_plan
+from capsfusion_ray.run import next_plan
+from capsfusion_ray.storage import Store
 
 
 def pool(monkeypatch, *words, gpus_here=0, ray_address=""):
@@ -36,3 +42,21 @@ def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog)
     with caplog.at_level(logging.WARNING):
         assert pool(monkeypatch, gpus_here=8, ray_address="head:6379") == (0, 1)
     assert "RAY_ADDRESS=head:6379: what GPUs it has is not asked" in caplog.text
+
+
+def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    pq.write_table(pa.table({"raw": [f"Cape No. {i}" for i in range(40)], "synthetic": ["a lighthouse"] * 40}), tmp_path / "a.parquet")
+    cfg = load(PlanConfig, [f"input.path={tmp_path}/a.parquet", f"output.path={tmp_path}/out", "engine.kind=echo", "unit.rows=10"])
+    plans = []
+    monkeypatch.setattr("capsfusion_ray.estimate.next_plan", lambda *args: plans.append(next_plan(*args)) or plans[-1])
+    quote = estimate(cfg)
+    assert (quote["rows"], quote["units"], quote["rows_done"]) == (40, 4, 0)
+    assert not (tmp_path / "out").exists()
+
+    store = Store(cfg.output.path)
+    write_plan(store, plans[0])
+    for number, unit in enumerate(plans[0].units, 1):
+        store.put(part_path(unit.id), b"")
+        quote = estimate(cfg)
+        assert (quote["rows"], quote["units"], quote["rows_done"]) == (40 - 10 * number, 4 - number, 10 * number)
+    assert "nothing is left to do: all 40 planned rows are done" in capsys.readouterr().err

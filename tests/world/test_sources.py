@@ -439,6 +439,15 @@ def test_a_missing_column_is_named_with_the_shard_and_what_it_has(tmp_path: Path
         read_all(tmp_path, LAION)
 
 
+def test_a_mistyped_column_is_named_with_the_nearest_and_a_wrong_preset_with_the_right_one(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", pairs(1))
+    with pytest.raises(SourceError, match=r"'laion_2', which source\.columns\.raw names; it has: .*; did you mean laion_2b\?"):
+        read_all(tmp_path, SourceConfig(columns=ColumnsConfig(raw="laion_2")))
+    with pytest.raises(SourceError, match=r"now laion_coco; capsfusion_120m and .*generic would do") as caught:
+        read_all(tmp_path, LAION)
+    assert "join the two" not in str(caught.value), "both captions are there"
+
+
 def test_a_missing_filter_column_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", laion(1))
     with pytest.raises(SourceError, match=r"a\.parquet.*'punsafe'.*filter"):
