@@ -57,6 +57,8 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
         speed_source=source,
         errors={shard.path: shard.error for shard in found.shards if shard.error},
+        preempted_every_h=cfg.preempted_every_h,
+        restart_s=cfg.restart_s,
     )
     print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {
