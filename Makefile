@@ -42,13 +42,14 @@ test: setup ## the tests that need nothing but pip
 
 # What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
 SUDO ?=
-/usr/bin/chromium /usr/bin/prometheus:
+PACKAGE_ip := iproute2
+/usr/bin/chromium /usr/bin/prometheus /usr/sbin/ip:
 	$(SUDO) apt-get update -qq
-	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(notdir $@)
+	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(or $(PACKAGE_$(notdir $@)),$(notdir $@))
 
-test-system: setup /usr/bin/chromium /usr/bin/prometheus ## the tests that need system packages, which it installs by apt: the report in a browser, a Prometheus on a run
+test-system: setup /usr/bin/chromium /usr/bin/prometheus /usr/sbin/ip ## the tests that need system packages, which it installs by apt: the report in a browser, a Prometheus on a run, hosts that are lost (root)
 	$(INSTALL) -e '.[dev,system]'
-	$(BIN)/python -m pytest tests/system $(ARGS)
+	$(BIN)/python -m pytest -rs tests/system $(ARGS)
 
 # A round draws from the seed and its number alone: ARGS='--only 7' plays round 7 again.
 SEED    ?= 1
@@ -115,9 +116,11 @@ status: setup ## the jobs of that cluster
 stop: setup ## stop a job by its id; what is committed stays: make stop RAY_ADDRESS=… JOB=fuse-…
 	env -u RAY_ADDRESS $(BIN)/ray job stop --address $(RAY_ADDRESS) $(JOB)
 
-manifests: setup ## render deploy/kuberay into out/manifests, one file an overlay
+PROMETHEUS_RELEASE ?= prometheus
+manifests: setup ## render deploy/kuberay into out/manifests, one file an overlay, and one for Prometheus and Grafana
 	@mkdir -p out/manifests
 	@for o in deploy/kuberay/overlays/*; do $(BIN)/python deploy/kuberay/render.py $$o > out/manifests/$$(basename $$o).yaml || exit 1; done
+	@$(BIN)/python deploy/monitoring/kubernetes.py $(PROMETHEUS_RELEASE) > out/manifests/monitoring.yaml
 	@ls out/manifests/*.yaml
 
 configuration: setup ## write docs/configuration.md from the typed configs

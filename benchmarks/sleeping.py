@@ -1,8 +1,10 @@
 """An engine that sleeps as a host does while its GPU computes: a token for every busy slot a step. No torch, no Ray.
 
 A caption is the echo engine's; it takes a step a word. Slots are refilled while others are in work, as the beam engine does,
-so that the order of units, their drain and a killed process cost what they would. `plug_in` is a `worker_process_setup_hook`:
-Ray calls it in each worker of a job that is submitted with such a runtime_env; the job stays as it is (engine.kind=echo).
+so that the order of units, their drain and a killed process cost what they would. The steps are the GPU's: they come at their own
+times while there is work, whether or not a starved machine wakes the host up for each; it only refills late then, and loses that.
+To start takes LOAD_S, as to load a model does. `plug_in` is a `worker_process_setup_hook`: Ray calls it in each worker of a job
+that is submitted with such a runtime_env; the job stays as it is (engine.kind=echo).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.rows import Generation, Prompt
 
 STEP_S = 0.25  # a real step takes a tenth of it; so many processes on few cores must not be kept busy by waking up
+LOAD_S = 10.0
 JOURNAL = "SLEEPING_JOURNAL"  # variable: a folder for one file an engine, named by its pid
 JOURNAL_S = 1.0
 
@@ -38,11 +41,16 @@ class SleepingEngine(EchoEngine):
         self._words, self._submitted_at, self._noted_at = 0, 0.0, 0.0
         folder = os.environ.get(JOURNAL)
         self._journal = Path(folder, str(os.getpid())) if folder else None
+        time.sleep(LOAD_S)
+        self._stepped_at = time.monotonic()
         self._note()
 
     def submit(self, prompts: list[Prompt]) -> None:  # type: ignore[override]
+        now = time.monotonic()
+        if not self.unfinished:
+            self._stepped_at = now
         self._waiting.extend(prompts)
-        self._submitted_at = time.monotonic()
+        self._submitted_at = now
 
     @property
     def unfinished(self) -> int:
@@ -57,11 +65,14 @@ class SleepingEngine(EchoEngine):
             generation = self._write(self._waiting.popleft())
             self._ends.setdefault(self._steps + max(generation.output_tokens, 1), []).append(generation)
             self._busy += 1
-        time.sleep(STEP_S)
-        self._steps += 1
-        self._words += self._busy
-        finished = self._ends.pop(self._steps, [])
-        self._busy -= len(finished)
+        time.sleep(max(self._stepped_at + STEP_S - time.monotonic(), 0.0))
+        finished: list[Generation] = []
+        while self._stepped_at + STEP_S <= time.monotonic():
+            self._stepped_at += STEP_S
+            self._steps += 1
+            self._words += self._busy
+            finished += (ended := self._ends.pop(self._steps, []))
+            self._busy -= len(ended)
         if not self.unfinished or time.monotonic() - self._noted_at >= JOURNAL_S:
             self._note()
         return finished

@@ -64,6 +64,8 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         speed_source=source,
         errors={shard.path: shard.error for shard in found.shards if shard.error},
         rows_done=begun.planned_rows + plan.rows - rows,
+        preempted_every_h=cfg.preempted_every_h,
+        restart_s=cfg.restart_s,
     )
     print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from capsfusion_ray.rows import WorkUnit
 
 PLAN_VERSION = 1
 MAX_PARTITIONS = 1000
+MOST_LOST = 0.9  # of an actor's life, in an estimate
 
 # Captions/s of one actor, to cut the first units and to quote hours before anything ran; `unit.captions_per_s` and the
 # figures of a finished pilot are better. GPU: LLaMA-2-13B, 3 beams (computed: docs/laion-coco.md); CPU: the embedded
@@ -295,16 +297,37 @@ class Estimate:
     speed_source: str  # where captions_per_s comes from
     errors: dict[str, str] = field(default_factory=dict)  # unreadable shards
     rows_done: int = 0  # committed in the output already
+    preempted_every_h: float | None = None  # mean hours that an actor lives; None: to the end
+    restart_s: float = 0.0  # from an actor's death to the first caption of the one that replaces it
+
+    @property
+    def unit_s(self) -> float:
+        """Of one actor."""
+        return self.rows / self.units / self.captions_per_s if self.units else 0.0
+
+    @property
+    def lost_s(self) -> float:
+        """Work that a death destroys. An engine takes units one after the other: the first in flight is half done, the next hardly begun."""
+        return self.unit_s / 2
 
     @property
     def seconds(self) -> float:
-        # The last wave: a unit an actor is in flight while others idle; half a unit on average.
-        tail = 0.5 * self.rows / max(self.units, 1) / self.captions_per_s if self.units else 0.0
-        return self.rows / (self.captions_per_s * self.actors) + tail
+        """All actors' work and waiting, and the tail, while some have nothing left to do. Checked against simulated pools in tests/rules."""
+        gone_s = self.lost_s + self.restart_s
+        # The chance that an actor dies while the last units are at work: they wait for its successor, and are begun anew.
+        late = 1 - math.exp(-self.actors * gone_s / (self.preempted_every_h * 3600)) if self.preempted_every_h else 0.0
+        # The last units end anywhere in one unit's time. One actor waits for nobody.
+        tail = (1 - 1 / self.actors) * (0.5 * self.unit_s + late * (0.6 * self.unit_s + self.restart_s))
+        return self.rows / (self.captions_per_s * self.actors) / (1 - self._share(gone_s)) + tail
+
+    def _share(self, seconds: float) -> float:
+        """Of an actor's life, where each death takes so much of it; at most MOST_LOST: beyond, nothing would ever be finished."""
+        return min(seconds / (self.preempted_every_h * 3600), MOST_LOST) if self.preempted_every_h else 0.0
 
     @property
     def gpu_hours(self) -> float:
-        return self.rows / self.captions_per_s / 3600 * self.gpus_per_actor
+        """Engines at work, on what preemption destroys too. Nodes that start, load a model or wait are not in it."""
+        return self.rows / self.captions_per_s / (1 - self._share(self.lost_s)) / 3600 * self.gpus_per_actor
 
     @property
     def price(self) -> float:
@@ -328,6 +351,10 @@ class Estimate:
             if self.gpus_per_actor
             else "GPU-hours       none: on CPUs (cluster.gpus_per_actor=1 for a GPU's quote)",
         ]
+        if self.preempted_every_h:
+            deaths = self.seconds * self.actors / (self.preempted_every_h * 3600)
+            lost = f"a restart of {self.restart_s:g} s and {self.lost_s:.0f} s of work each"
+            lines.append(f"preempted       {deaths:,.0f} times (an actor lives {self.preempted_every_h:g} h): {lost}")
         lines += [f"unreadable      {path}: {error}" for path, error in self.errors.items()]
         return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """Imports go down only: the house of docs/architecture.md, enforced."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,12 @@ def test_ray_and_torch_stay_in_their_rooms(path):
         assert "ray" not in roots
     if room(path) not in TORCH_ROOMS:
         assert not roots & {"torch"}
+
+
+def test_what_a_worker_imports_brings_no_model_library():
+    """Ray starts a process for each actor, reader and committer: torch in all of them would be GBs and seconds for nothing."""
+    look = "import sys, capsfusion_ray.pipeline; sys.exit(bool({'torch', 'transformers', 'tokenizers'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
 
 
 def test_every_file_is_one_readable_room():

@@ -401,6 +401,20 @@ def test_the_page_names_every_overlay():
     assert set(re.findall(r"overlays/([a-z-]+)", page)) == set(OVERLAYS)
 
 
+def test_the_monitoring_objects_scrape_ports_that_pods_have_and_carry_rules_and_dashboard_whole():
+    made = runpy.run_path(str(ROOT / "deploy/monitoring/kubernetes.py"))["objects"]("mine")
+    by_kind = {each["kind"]: each for each in made}
+    ports = {endpoint["port"] for endpoint in by_kind["PodMonitor"]["spec"]["podMetricsEndpoints"]}
+    for overlay in OVERLAYS:
+        for pod in pods_of(ray_object(overlay)):
+            assert ports <= {port["name"] for port in pod["containers"][0]["ports"]}
+    assert {each["metadata"]["labels"]["release"] for each in made if each["kind"] != "ConfigMap"} == {"mine"}
+    assert by_kind["PrometheusRule"]["spec"] == yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text("utf-8"))
+    (dashboard,) = by_kind["ConfigMap"]["data"].values()
+    assert json.loads(dashboard) == json.loads((ROOT / "deploy/monitoring/grafana-dashboard.json").read_text("utf-8"))
+    assert len(dashboard) < 256 * 1024, "kubectl apply keeps a copy in an annotation, which holds so much"
+
+
 # ------------------------------------------------------------------------------------------------ the image and the renderer
 
 

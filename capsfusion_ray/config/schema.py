@@ -345,6 +345,14 @@ class PlanConfig(FuseConfig):
     """jobs/plan.py: the fuse run's own settings; it computes the same plan and writes nothing."""
 
     calibrate: bool = False  # measure one actor on a few hundred rows of the input, instead of guessing its speed
+    preempted_every_h: float | None = None  # spot: mean hours that an actor lives; null: all live to the end
+    restart_s: float = 300.0  # spot: from an actor's death to the first caption of its successor: a node, the model, the engine
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = self.preempted_every_h is None or self.preempted_every_h > 0
+        _check(ok, "preempted_every_h", self.preempted_every_h, "null, or above 0")
+        _check(self.restart_s >= 0, "restart_s", self.restart_s, "0 or more")
 
 
 @dataclass(frozen=True)

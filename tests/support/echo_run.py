@@ -57,12 +57,16 @@ def finished(path, partition_by="shard", *more):
             for i in range(12)
         ]  # fmt: skip
         pq.write_table(pa.Table.from_pylist(rows), path / "in" / f"{shard}.parquet")
-    cfg = config(path, *STRICT, f"output.partition_by={partition_by}", *more)
+    return fuse_here(config(path, *STRICT, f"output.partition_by={partition_by}", *more), 6)
+
+
+def fuse_here(cfg, unit_rows):
+    """What jobs/fuse.py leaves, in this process and one unit after the other; its manifest."""
     shards = sources.discover(cfg.input, cfg.source)
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
     fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
     base = {f"output.{key}": getattr(cfg.output, key) for key in ("target_file_mb", "target_file_rows", "partition_by")}
-    plan = make_plan(shards, base, 6, fields)
+    plan = make_plan(shards, base, unit_rows, fields)
     store = Store(cfg.output.path)
     write_plan(store, plan)
     actor = actor_of(cfg, store)

@@ -81,10 +81,11 @@ class Request:
 
 
 class FaultProxy:
-    """Listens on 127.0.0.1 while used as a context, on a thread of its own. `done` counts (kind, operation)."""
+    """Listens on `address` while used as a context, on a thread of its own. `done` counts (kind, operation)."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, address: str = "127.0.0.1") -> None:
         parts = urlsplit(upstream)
+        self._address = address
         self._upstream = (parts.hostname, parts.port)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
@@ -95,9 +96,9 @@ class FaultProxy:
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
-        start = asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 20)
+        start = asyncio.start_server(self._serve, self._address, 0, limit=1 << 20)
         self._server = asyncio.run_coroutine_threadsafe(start, self._loop).result()
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.url = f"http://{self._address}:{self._server.sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(

@@ -1,0 +1,85 @@
+"""The estimate's hours against a simulated pool of actors, event by event: undisturbed, and on spot nodes."""
+
+import heapq
+import random
+from statistics import mean
+
+import pytest
+
+from capsfusion_ray.plan import Estimate
+
+UNIT_ROWS, SPEED = 100, 1.0
+UNIT_S = UNIT_ROWS / SPEED
+QUEUED = 4  # units that an actor of the pipeline holds: two in its engine, two that wait for them
+
+
+def simulated_s(actors, units, life_s, restart_s, seed):
+    """Seconds from the actors' first unit on average to the last unit's end.
+
+    Units go to the living actor that holds the fewest, and stay with it: a dead one's wait for its successor, as Ray has it.
+    """
+    chance = random.Random(seed)
+    left, done = units, 0
+    held, alive, life = [0] * actors, [False] * actors, [0] * actors  # life: of the unit at work, so that a dead one's end is void
+    began = {}
+    events = [(chance.uniform(0, UNIT_S), "up", actor, 0) for actor in range(actors)]
+    if life_s:
+        events.append((UNIT_S + chance.expovariate(actors / life_s), "death", 0, 0))
+    heapq.heapify(events)
+
+    def work(actor, now):
+        life[actor] += 1
+        began.setdefault(actor, now)
+        heapq.heappush(events, (now + UNIT_S * chance.uniform(0.85, 1.15), "end", actor, life[actor]))
+
+    while done < units:
+        now, what, actor, of = heapq.heappop(events)
+        if what == "death":
+            actor = chance.randrange(actors)
+            if alive[actor] and (held[actor] or left):
+                alive[actor], life[actor] = False, life[actor] + 1
+                heapq.heappush(events, (now + restart_s, "up", actor, 0))
+            heapq.heappush(events, (now + chance.expovariate(actors / life_s), "death", 0, 0))
+            continue
+        if what == "end":
+            if life[actor] != of:
+                continue
+            held[actor], done = held[actor] - 1, done + 1
+        alive[actor] = True
+        if held[actor]:
+            work(actor, now)
+        while left and (free := [one for one in range(actors) if alive[one] and held[one] < QUEUED]):
+            least = min(free, key=held.__getitem__)
+            held[least], left = held[least] + 1, left - 1
+            if held[least] == 1:
+                work(least, now)
+    return now - mean(began.values())
+
+
+def predicted(actors, units, **spot):
+    return Estimate(units * UNIT_ROWS, units, actors, SPEED, 0, 0, 1.0, 2.5, "", **spot)
+
+
+@pytest.mark.parametrize("actors", [1, 8, 64])
+@pytest.mark.parametrize("units_each", [8, 40])
+@pytest.mark.parametrize(("life_units", "restart_units"), [(None, 0.0), (80, 0.2), (80, 1.0), (20, 0.2), (20, 1.0)])
+def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_units, restart_units):
+    life_s, restart_s = life_units and life_units * UNIT_S, restart_units * UNIT_S
+    runs = 200 // actors + 6  # one actor meets few deaths
+    found = mean(simulated_s(actors, actors * units_each, life_s, restart_s, seed) for seed in range(runs))
+    quote = predicted(actors, actors * units_each, preempted_every_h=life_s and life_s / 3600, restart_s=restart_s)
+    assert quote.seconds == pytest.approx(found, rel=0.10)
+
+
+def test_a_spot_market_costs_what_it_destroys_and_says_so():
+    calm = predicted(8, 400)
+    spot = predicted(8, 400, preempted_every_h=20 * UNIT_S / 3600, restart_s=60.0)
+    assert spot.gpu_hours == pytest.approx(calm.gpu_hours / (1 - 0.5 / 20))
+    assert "preempted" not in calm.text()
+    line = next(line for line in spot.text().splitlines() if line.startswith("preempted"))
+    assert "an actor lives 0.555556 h" in line
+    assert line.endswith("a restart of 60 s and 50 s of work each")
+
+
+def test_where_actors_die_faster_than_they_work_the_estimate_stays_finite():
+    assert predicted(8, 400, preempted_every_h=UNIT_S / 7200, restart_s=300.0).seconds < 20 * predicted(8, 400).seconds
