@@ -88,7 +88,7 @@ def distribute(
         yield name
 
 
-def pack(rows: pa.Table, partitions: int) -> pa.Buffer:
+def pack(rows: pa.Table, partitions: int) -> bytes:
     """An object's bytes."""
     rows = rows.take(pc.sort_indices(rows, [(BUCKET, "ascending")])).combine_chunks()
     borders = np.searchsorted(rows[BUCKET].to_numpy(), np.arange(partitions + 1)).tolist()
@@ -102,7 +102,7 @@ def pack(rows: pa.Table, partitions: int) -> pa.Buffer:
                 stream.write_table(rows.slice(start, stop - start), max_chunksize=stop - start)
         offsets[partitions] = sink.tell()
     sink.write(offsets.tobytes())
-    return sink.getvalue()
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
 def offsets_of(store: Store, objects: Sequence[StoredFile], partitions: int) -> np.ndarray:
