@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -83,8 +84,8 @@ def distribute(
         rows = to_exchange(
             span.side, span.number, unit.table, table.key, table.carried, unreadable, normalise, partitions, schema
         )
-        name, data = span.name(unit.start), pack(rows, partitions)
-        patiently(lambda name=name, data=data: store.put(name, data))
+        name = span.name(unit.start)
+        patiently(partial(store.put, name, pack(rows, partitions)))
         yield name
 
 

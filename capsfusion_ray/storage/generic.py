@@ -34,7 +34,7 @@ class FsspecBackend:
         return data, digest(data)
 
     def get_range(self, path: str, start: int, stop: int) -> bytes:
-        return bytes(self.fs.cat_file(self._full(path), start, stop))
+        return bytes(self.fs.cat_file(self._full(path), start=start, end=stop))
 
     def put(self, path: str, data: bytes) -> str:
         try:
