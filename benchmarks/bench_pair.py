@@ -127,7 +127,9 @@ class Tables:
         for side in self.sides.values():
             (folder / side.name).mkdir(parents=True)
             at = 0
-            for number, rows in enumerate(make_corpus.shard_rows(side.rows, max(side.rows // SHARD_ROWS, 2), self.seed)):
+            for number, rows in enumerate(
+                make_corpus.shard_rows(side.rows, max(side.rows // SHARD_ROWS, 2), self.seed)
+            ):
                 path = folder / side.name / f"{number:05d}.parquet"
                 writer = None
                 for start in range(at, at + rows, BLOCK_ROWS):
@@ -191,7 +193,12 @@ class Tables:
 def pair(tables: Tables, work: Path, settings: list[str]) -> dict[str, Any]:
     """Run the job, watched; SystemExit unless its audit is the expected one."""
     command = [sys.executable, "jobs/pair.py", f"raw.path={work / 'raw'}", f"synthetic.path={work / 'synthetic'}"]
-    command += ["raw.passthrough=[WIDTH]", "synthetic.passthrough=[score]", "normalise=url", f"output.path={work / 'output'}"]
+    command += [
+        "raw.passthrough=[WIDTH]",
+        "synthetic.passthrough=[score]",
+        "normalise=url",
+        f"output.path={work / 'output'}",
+    ]
     began = time.monotonic()
     with watched_job([*command, *settings], work, TIMEOUT_S) as (process, watch):
         process.wait()
@@ -206,7 +213,9 @@ def pair(tables: Tables, work: Path, settings: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=5_000_000, help="of each table")
-    parser.add_argument("--work", type=Path, help="an empty or new folder for tables and output; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, help="an empty or new folder for tables and output; default: a temporary one"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--keep", action="store_true", help="leave tables and output in --work")
