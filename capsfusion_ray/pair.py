@@ -68,9 +68,7 @@ class PairConfig:
     raw: TableConfig = field(default_factory=TableConfig)
     synthetic: TableConfig = field(default_factory=TableConfig)
     output: PairOutputConfig = field(default_factory=PairOutputConfig)
-    normalise: Literal["none", "url"] = (
-        "none"  # url: keys that differ in scheme, host case, default port or fragment are one
-    )
+    normalise: Literal["none", "url"] = "none"  # url: scheme, host case, default port and fragment are no difference
     duplicates: Literal["first", "refuse"] = "first"  # of rows with one key: take the first by shard and row, or stop
     partitions: int | None = None  # buckets of the join, and files; null: one a 500,000 rows
     address: str = "auto"  # auto: the cluster of `ray job submit`, else a local one started here; or ray://…
