@@ -122,25 +122,31 @@ class Tables:
         return pa.table({"url": self.urls("synthetic", keys), "top_caption": text, "score": score})
 
     def write(self, folder: Path) -> int:
-        """Both tables; their bytes."""
+        """Both tables, but for shards that are there; their bytes."""
         size = 0
         for side in self.sides.values():
-            (folder / side.name).mkdir(parents=True)
+            (folder / side.name).mkdir(parents=True, exist_ok=True)
             at = 0
             for number, rows in enumerate(
                 make_corpus.shard_rows(side.rows, max(side.rows // SHARD_ROWS, 2), self.seed)
             ):
                 path = folder / side.name / f"{number:05d}.parquet"
-                writer = None
-                for start in range(at, at + rows, BLOCK_ROWS):
-                    table = self.block(side, np.arange(start, min(start + BLOCK_ROWS, at + rows), dtype=np.int64))
-                    writer = writer or pq.ParquetWriter(path, table.schema, compression="snappy", use_dictionary=False)
-                    writer.write_table(table)
-                assert writer, "a shard has at least one row"
-                writer.close()
+                if not path.exists():
+                    self.write_shard(side, at, rows, path)
                 size += path.stat().st_size
                 at += rows
         return size
+
+    def write_shard(self, side: Side, at: int, rows: int, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        writer = None
+        for start in range(at, at + rows, BLOCK_ROWS):
+            table = self.block(side, np.arange(start, min(start + BLOCK_ROWS, at + rows), dtype=np.int64))
+            writer = writer or pq.ParquetWriter(temporary, table.schema, compression="snappy", use_dictionary=False)
+            writer.write_table(table)
+        assert writer, "a shard has at least one row"
+        writer.close()
+        os.replace(temporary, path)
 
     def expected(self) -> dict[str, dict[str, int]]:
         """The audit."""
@@ -214,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=5_000_000, help="of each table")
     parser.add_argument(
-        "--work", type=Path, help="an empty or new folder for tables and output; default: a temporary one"
+        "--work", type=Path, help="a folder for tables and output; shards that are there are not made again"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
