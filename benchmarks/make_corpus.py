@@ -263,6 +263,11 @@ def damaged_shards(shards: int, damaged: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng((seed, 2**32 - 2)).permutation(shards)[:damaged].tolist())
 
 
+def damage_of(shards: int, damaged: int, seed: int) -> dict[int, str]:
+    """The damaged shards' numbers, and how: "cut" or "page"."""
+    return {number: ("cut", "page")[i % 2] for i, number in enumerate(damaged_shards(shards, damaged, seed))}
+
+
 def shard_name(number: int) -> str:
     return f"laion-coco-{number:05d}.parquet"
 
@@ -329,7 +334,7 @@ def make(
     if not 0 <= damaged <= shards:
         raise ValueError(f"--damaged={damaged}: must be 0 to --shards={shards}")
     sizes = shard_rows(rows, shards, seed)
-    harm = {number: ("cut", "page")[i % 2] for i, number in enumerate(damaged_shards(shards, damaged, seed))}
+    harm = damage_of(shards, damaged, seed)
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [n for n in range(shards) if only is None or n in only]
     tasks = [(folder, number, sizes[number], seed, compression, harm.get(number, "")) for number in wanted]

@@ -92,6 +92,8 @@ class Bench:
             self.state = json.loads(self._state_file.read_text())
             if self.state["asked"] != asked:
                 raise SystemExit(f"{work}: holds a run of {self.state['asked']}, not of {asked}; give another --work")
+        # What a process that was cut off had not finished stands in no figure but the number of units that it left.
+        self.state["processes"] = self.state.get("processes", 0) + 1
 
     @property
     def stages(self) -> dict[str, dict[str, Any]]:
@@ -104,6 +106,7 @@ class Bench:
         os.replace(temporary, self._state_file)
 
     def run(self) -> None:
+        self.save()
         self._stage("disk", self._check_disk)
         self._stage("corpus", self._make_corpus)
         self._stage("plan", lambda: self._job("plan", *self._settings()))
@@ -139,10 +142,24 @@ class Bench:
         return {"free_gb": round(free / 1e9, 1), "needed_gb": round(whole / 1e9, 1), "drop_input": free < whole}
 
     def _make_corpus(self) -> dict[str, Any]:
-        damaged = max(self.shards // 100, 2)
-        made = make_corpus.make(self.corpus, self.rows, self.shards, self.seed, damaged)
-        names = [path for path in self.corpus.glob("*.parquet") if path.name not in _without_footer(made)]
-        return made | {"row_groups": sum(pq.read_metadata(path).num_row_groups for path in names)}
+        """Shard by shard: one that is there is whole, and is not made again."""
+        damage = make_corpus.damage_of(self.shards, max(self.shards // 100, 2), self.seed)
+        found = 0
+        for number in range(self.shards):
+            if (self.corpus / make_corpus.shard_name(number)).exists():
+                found += 1
+                continue
+            one = range(number, number + 1)
+            make_corpus.make(self.corpus, self.rows, self.shards, self.seed, len(damage), only=one)
+        shards = {number: self.corpus / make_corpus.shard_name(number) for number in range(self.shards)}
+        whole = [path for number, path in shards.items() if damage.get(number) != "cut"]
+        return {
+            "shards": self.shards,
+            "found": found,
+            "damaged": {shards[number].name: how for number, how in damage.items()},
+            "bytes_per_row": round(sum(path.stat().st_size for path in shards.values()) / self.rows, 1),
+            "row_groups": sum(pq.read_metadata(path).num_row_groups for path in whole),
+        }
 
     def _job(self, name: str, *settings: str) -> dict[str, Any]:
         """A job that runs to its end; what it said last."""
@@ -204,10 +221,6 @@ class Bench:
                 shard.unlink()
 
 
-def _without_footer(made: dict[str, Any]) -> set[str]:
-    return {name for name, how in made["damaged"].items() if how == "cut"}
-
-
 def _descendants(pid: int) -> list[psutil.Process]:
     try:
         children: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
@@ -235,8 +248,10 @@ def summary(bench: Bench) -> dict[str, Any]:
     peaks = {name: max(run["peak_mb"].get(name, 0) for run in runs) for name in runs[-1]["peak_mb"]}
     cpu_s = sum(sum(run["cpu_s"].values()) for run in runs)
     fuse_s = sum(run["seconds"] for run in runs)
+    # Of the runs that the figures are of: all, unless this bench itself was cut off on the way.
+    share = sum(run["units"] - run["units_before"] for run in runs) / plan["units"]
     start_cpu_s, start_units = (sum(run.get(name, 0) for run in runs) for name in ("start_cpu_s", "start_units"))
-    without_starts = round(planned * (1 - start_units / plan["units"]) / (cpu_s - start_cpu_s))
+    without_starts = round(planned * (share - start_units / plan["units"]) / (cpu_s - start_cpu_s))
     hours = planned / (REAL_ACTORS * REAL_CAPTIONS_PER_S) / 3600
     output = Output(bench.output.path)
     output.committed()
@@ -261,8 +276,10 @@ def summary(bench: Bench) -> dict[str, Any]:
         "damaged_shards": len(corpus["damaged"]),
         "seconds": {name: stage["seconds"] for name, stage in stages.items()}
         | {"after_last_commit": runs[-1].get("after_last_commit_s")},
-        "rows_per_s": round(planned / fuse_s),
-        "rows_per_cpu_s": round(planned / cpu_s),
+        "processes": bench.state["processes"],
+        "share_measured": round(share, 4),
+        "rows_per_s": round(planned * share / fuse_s),
+        "rows_per_cpu_s": round(planned * share / cpu_s),
         "rows_per_cpu_s_without_starts": without_starts,
         "first_commit_s": [run.get("first_commit_s") for run in runs],
         "killed_at": [run.get("killed_at") for run in runs],

@@ -1,63 +1,43 @@
 """Join a table of raw captions with a table of synthetic ones into one that jobs/fuse.py reads: jobs/pair.py.
 
-The graph, on one screen: read both tables -> shuffle by bucket (a hash of the key) -> join each bucket and write it. The rules
-are in pairing.py. Ray's own Dataset.join is not used: it needs polars, keeps every combination of duplicates, and a full outer
-join would be needed to count what found no partner.
+This file surveys the tables and keeps the output's promises; the two passes are in join.py, the rules in pairing.py.
 
     <output>/part-00017.parquet     the pairs of one bucket: image_url, laion_2b, laion_coco, the columns carried along
     <output>/_pair/settings.json    what decides the parts; another pairing is refused
+    <output>/_pair/exchange/        the rows on their way, as large as both tables' columns together; deleted at the end
+    <output>/_pair/buckets/         the audit of each bucket that is joined; deleted at the end
     <output>/_pair/audit.json       what became of every row of both tables; written last: that it exists is the commit
 
-A part's name and bytes follow from the input and the settings alone, so a killed run is repeated by the same command.
-Memory: a read task holds one block of rows, a shuffle task 256 MB of blocks, a join task one partition of the shuffle (some
-buckets: of 250,000 rows on average, about four of them at worst) three times over. A key that millions of rows share is one
-bucket. Ray spills what its object store cannot hold to disk.
+A part's name and bytes follow from the input and the settings alone, and a killed run is continued by the same command.
+Memory: a task holds 500,000 rows three times over, whatever the tables' size; only a key that millions of rows share makes a
+larger bucket.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
-from ray.data import DataContext, Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from capsfusion_ray import cluster
 from capsfusion_ray.config import ClusterConfig, ColumnsConfig, FilterConfig, InputConfig, SourceConfig, fingerprint
 from capsfusion_ray.errors import ConfigError, SourceError
-from capsfusion_ray.pairing import (
-    BUCKET,
-    RAW_SIDE,
-    SIDES,
-    SYNTHETIC_SIDE,
-    Audit,
-    SideAudit,
-    exchange_schema,
-    join_bucket,
-    read_spans,
-    to_exchange,
-)
+from capsfusion_ray.exchange import Table
+from capsfusion_ray.join import Join, run_join, sweep
+from capsfusion_ray.pairing import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit
 from capsfusion_ray.presets import PRESETS
 from capsfusion_ray.rows import URL
-from capsfusion_ray.sources import ReadSpec, Shard, discover, frozen_schema, iter_units
+from capsfusion_ray.sources import ReadSpec, discover, frozen_schema
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 SETTINGS, AUDIT = "_pair/settings.json", "_pair/audit.json"
-BUCKET_ROWS = 250_000  # of both tables, on average: about 60 MB of captions and URLs
-TASK_ROWS, BLOCK_ROWS = 500_000, 65_536  # of one read task, and of one block it yields
-SHUFFLE_BATCH_BYTES = 256_000_000  # Ray's default is 1 GiB a shuffle task
-READ_CPUS, JOIN_CPUS = 0.5, 1.0
-ROW_GROUP_ROWS = 16_384
+BUCKET_ROWS = 500_000  # of both tables, on average: about 120 MB of captions, URLs and keys
 
 
 @dataclass(frozen=True)
@@ -88,11 +68,9 @@ class PairConfig:
     raw: TableConfig = field(default_factory=TableConfig)
     synthetic: TableConfig = field(default_factory=TableConfig)
     output: PairOutputConfig = field(default_factory=PairOutputConfig)
-    normalise: Literal["none", "url"] = (
-        "none"  # url: keys that differ in scheme, host case, default port or fragment are one
-    )
+    normalise: Literal["none", "url"] = "none"  # url: scheme, host case, default port and fragment are no difference
     duplicates: Literal["first", "refuse"] = "first"  # of rows with one key: take the first by shard and row, or stop
-    partitions: int | None = None  # buckets of the join, and files; null: one a 250,000 rows
+    partitions: int | None = None  # buckets of the join, and files; null: one a 500,000 rows
     address: str = "auto"  # auto: the cluster of `ray job submit`, else a local one started here; or ray://…
 
     def __post_init__(self) -> None:
@@ -104,26 +82,6 @@ class PairConfig:
                 raise ConfigError(
                     f"passthrough: {name!r} starts with '_' or is named twice; rename it in its table, or leave it out"
                 )
-
-
-@dataclass(frozen=True)
-class Table:
-    """One side, surveyed: what is read of which shards, and how."""
-
-    side: str
-    shards: tuple[Shard, ...]
-    read: ReadSpec
-    key: str  # the key's name in `read.schema`
-    columns: dict[str, str]  # role -> the column that plays it
-    carried: tuple[str, ...]
-
-    @property
-    def readable(self) -> list[Shard]:
-        return [shard for shard in self.shards if shard.rows]
-
-    @property
-    def rows(self) -> int:
-        return sum(shard.rows or 0 for shard in self.shards)
 
 
 def survey(side: str, table: TableConfig, normalise: str) -> Table:
@@ -186,16 +144,20 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
     if store.exists(AUDIT):
         done: dict[str, Any] = json.loads(store.get(AUDIT))
         refuse_duplicates(cfg, Audit.from_dict(done))
+        sweep(store)  # a kill after the audit leaves it to us
         log.info("nothing is left to do: %s holds this pairing", cfg.output.path)
         return done
     cluster.connect(ClusterConfig(address=cfg.address))
     try:
-        audit = sum(run_join(tables, partitions, cfg.normalise, cfg.duplicates, store), Audit())
+        audit = run_join(
+            Join({table.side: table for table in tables}, partitions, cfg.normalise, cfg.duplicates, store)
+        )
     finally:
         cluster.disconnect()
     audit.check({table.side: table.rows for table in tables})
     refuse_duplicates(cfg, audit)
     if audit.raw.matched == 0:
+        sweep(store)
         store.delete([SETTINGS])  # no part was written: other keys may be tried with the same output
         raise SourceError(
             f"no key of raw ({tables[0].columns['key']}, e.g. {list(audit.raw.unmatched_keys)}) is one of synthetic "
@@ -215,6 +177,7 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
     report |= {"partitions": partitions, "buckets": audit.buckets, "largest_bucket": audit.largest_bucket}
     report |= {"seconds": round(time.monotonic() - began, 2), "output": cfg.output.path}
     store.put(AUDIT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    sweep(store)
     return report
 
 
@@ -260,115 +223,3 @@ def refuse_duplicates(cfg: PairConfig, audit: Audit) -> None:
         raise SourceError(
             f"duplicates=refuse: rows whose key an earlier row has: {found}; give duplicates=first, or clean the table"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------ the graph
-
-
-def run_join(
-    tables: Sequence[Table], partitions: int, normalise: str, duplicates: str, store: Store
-) -> Iterable[Audit]:
-    """Read, shuffle, join, write; every bucket's audit, in the order in which they finish."""
-    carried = carried_fields(tables)
-    source = PairSource(tables, partitions, normalise, exchange_schema(carried))
-    context = DataContext.get_current()
-    context.shuffle_input_batch_bytes = SHUFFLE_BATCH_BYTES
-    context.execution_options.preserve_order = False
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    dataset = (
-        ray.data.read_datasource(source, override_num_blocks=len(source.tasks), num_cpus=READ_CPUS)
-        .groupby(BUCKET, num_partitions=partitions)
-        .map_groups(
-            write_bucket,
-            batch_format="pyarrow",
-            num_cpus=JOIN_CPUS,
-            fn_kwargs={"carried": carried, "duplicates": duplicates, "store": store},
-        )
-    )
-    for row in dataset.iter_rows():
-        yield Audit.from_dict(json.loads(row["audit"]))
-
-
-def carried_fields(tables: Sequence[Table]) -> list[pa.Field]:
-    """The columns carried along, raw's first. The key is not among them unless it was asked for."""
-    return [table.read.schema.field(name) for table in tables for name in table.carried]
-
-
-class PairSource(Datasource):
-    """Both tables as one stream of rows of the exchange: one ReadTask a span of neighbouring rows of a shard."""
-
-    def __init__(self, tables: Sequence[Table], partitions: int, normalise: str, schema: pa.Schema) -> None:
-        super().__init__()
-        self.tasks = [
-            _Read(
-                table.side,
-                number,
-                shard,
-                tuple(ranges),
-                table.read,
-                table.key,
-                table.carried,
-                normalise,
-                partitions,
-                schema,
-            )
-            for table in tables
-            for number, shard in enumerate(table.shards)
-            for ranges in read_spans(shard.row_groups if shard.rows else (), TASK_ROWS, BLOCK_ROWS)
-        ]
-
-    def get_name(self) -> str:
-        return "Pairs"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(task, metadata) for task in self.tasks]
-
-
-@dataclass(frozen=True)
-class _Read:
-    """What one ReadTask runs."""
-
-    side: str
-    number: int  # of the shard in its table
-    shard: Shard
-    ranges: tuple[tuple[int, int], ...]
-    read: ReadSpec
-    key: str
-    carried: tuple[str, ...]
-    normalise: str
-    partitions: int
-    schema: pa.Schema
-
-    def __call__(self) -> Iterable[pa.Table]:
-        for unit in iter_units(self.shard, self.ranges, self.read):
-            unreadable = sum(damage.stop - damage.start for damage in unit.unreadable)
-            yield to_exchange(
-                self.side,
-                self.number,
-                unit.table,
-                self.key,
-                self.carried,
-                unreadable,
-                self.normalise,
-                self.partitions,
-                self.schema,
-            )
-
-
-def write_bucket(bucket: pa.Table, carried: Sequence[pa.Field], duplicates: str, store: Store) -> pa.Table:
-    """Join one bucket and write its part, unless it holds no pair, or duplicates that are to be refused."""
-    number = bucket[BUCKET][0].as_py()
-    pairs, audit = join_bucket(bucket, carried)
-    refused = duplicates == "refuse" and (audit.raw.duplicates or audit.synthetic.duplicates)
-    if pairs.num_rows and not refused:
-        sink = io.BytesIO()
-        pq.write_table(pairs, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
-        store.put(f"part-{number:05d}.parquet", sink.getvalue())
-    return pa.table({"audit": [json.dumps(asdict(audit))]})

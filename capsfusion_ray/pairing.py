@@ -243,7 +243,7 @@ def join_bucket(bucket: pa.Table, carried: Sequence[pa.Field]) -> tuple[pa.Table
     for side, lonely in ((RAW_SIDE, raw.filter(pc.is_null(at))), (SYNTHETIC_SIDE, synthetic.filter(pc.invert(back)))):
         keys = lonely[KEY].slice(0, EXAMPLES).to_pylist()  # sorted, as _first_of_each left them
         counts[side] |= {"matched": left.num_rows, "unmatched": lonely.num_rows, "unmatched_keys": tuple(keys)}
-    audit = Audit(SideAudit(**counts[RAW_SIDE]), SideAudit(**counts[SYNTHETIC_SIDE]), 1, bucket.num_rows)
+    audit = Audit(SideAudit(**counts[RAW_SIDE]), SideAudit(**counts[SYNTHETIC_SIDE]), int(bucket.num_rows > 0), bucket.num_rows)
     return pa.table(columns).cast(pair_schema(carried)), audit
 
 

@@ -33,6 +33,9 @@ class FsspecBackend:
         data = bytes(self.fs.cat_file(self._full(path)))
         return data, digest(data)
 
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        return bytes(self.fs.cat_file(self._full(path), start=start, end=stop))
+
     def put(self, path: str, data: bytes) -> str:
         try:
             self.fs.pipe_file(self._full(path), data)

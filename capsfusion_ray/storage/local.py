@@ -51,6 +51,11 @@ class LocalBackend:
         data = (self.root / path).read_bytes()
         return data, digest(data)
 
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        with (self.root / path).open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def put(self, path: str, data: bytes) -> str:
         with self._temporary(path, data) as temporary:
             os.replace(temporary, self.root / path)

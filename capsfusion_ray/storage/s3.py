@@ -93,6 +93,9 @@ class S3Backend:
             before = after
         raise FileNotFoundError(path)
 
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        return bytes(self.fs.cat_file(f"{self.bucket}/{self._key(path)}", start=start, end=stop))
+
     def put(self, path: str, data: bytes) -> str:
         answer = self.fs.call_s3("put_object", Bucket=self.bucket, Key=self._key(path), Body=data)
         return str(answer["ETag"]).strip('"')

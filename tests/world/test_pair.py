@@ -1,12 +1,14 @@
 """Pairing two tables on a store: what the stages write is what jobs/fuse.py reads. The stages run here, one after another, without Ray."""
 
 import json
+from types import SimpleNamespace
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from capsfusion_ray import exchange
+from capsfusion_ray import join as join_module
 from capsfusion_ray import pair as pair_module
 from capsfusion_ray.config import FilterConfig, InputConfig, SourceConfig, load
 from capsfusion_ray.errors import ConfigError, SourceError
@@ -15,14 +17,10 @@ from capsfusion_ray.pair import (
     SETTINGS,
     PairConfig,
     PairOutputConfig,
-    PairSource,
     TableConfig,
-    carried_fields,
     pair,
     survey,
-    write_bucket,
 )
-from capsfusion_ray.pairing import BUCKET, Audit, exchange_schema
 from capsfusion_ray.sources import ReadSpec, discover, frozen_schema, iter_units
 from capsfusion_ray.storage import Store
 
@@ -61,22 +59,17 @@ def tables(tmp_path):
     return {"raw": TableConfig(str(tmp_path / "raw")), "synthetic": TableConfig(str(tmp_path / "synthetic"))}
 
 
-def in_turn(tables, partitions, normalise, duplicates, store):
-    """What pair.run_join does with Ray, here by hand."""
-    schema = exchange_schema(carried_fields(tables))
-    exchange = pa.concat_tables(
-        [block for task in PairSource(tables, partitions, normalise, schema).tasks for block in task()]
-    )
-    for bucket in pc.unique(exchange[BUCKET]).to_pylist():
-        mine = exchange.filter(pc.equal(exchange[BUCKET], bucket))
-        yield Audit.from_dict(
-            json.loads(write_bucket(mine, carried_fields(tables), duplicates, store)["audit"][0].as_py())
-        )
+def in_turn(name, tasks):
+    """What join.outcomes does with Ray, here by hand."""
+    for task in tasks:
+        for table in task():
+            yield from table["outcome"].to_pylist()
 
 
 @pytest.fixture
 def without_ray(monkeypatch):
-    monkeypatch.setattr(pair_module, "run_join", in_turn)
+    monkeypatch.setattr(join_module, "outcomes", in_turn)
+    monkeypatch.setattr(join_module, "ray", SimpleNamespace(put=lambda value: value, get=lambda value: value))
     monkeypatch.setattr(pair_module.cluster, "connect", lambda _: None)
     monkeypatch.setattr(pair_module.cluster, "disconnect", lambda: None)
 
@@ -107,10 +100,61 @@ def test_the_paired_table_is_what_the_main_job_reads(tables, tmp_path, without_r
     assert report["raw"]["columns"] == {"caption": "TEXT", "key": "URL", "url": "URL"}
     assert report["raw"]["duplicate_keys"] == ("host.example/3.jpg",)
     assert json.loads((output / AUDIT).read_text())["pairs"] == 20
-    before = {p.name: p.read_bytes() for p in output.glob("*.parquet")}
-    (output / AUDIT).unlink()  # killed before the end
-    pair(cfg)
-    assert {p.name: p.read_bytes() for p in output.glob("*.parquet")} == before, "the same names and bytes"
+    assert sorted(p.name for p in (output / "_pair").rglob("*") if p.is_file()) == ["audit.json", "settings.json"], (
+        "what stood between the passes is gone"
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at_write(monkeypatch, at):
+    """From now on the `at`-th write to any store, from 1, raises; how many there were, in a list."""
+    writes, put = [], Store.put
+
+    def counted(self, path, data):
+        writes.append(path)
+        if len(writes) == at:
+            raise Killed(path)
+        put(self, path, data)
+
+    monkeypatch.setattr(Store, "put", counted)
+    return writes
+
+
+def test_killed_at_any_write_the_same_command_goes_on_and_the_parts_are_the_same_bytes(
+    tables, tmp_path, without_ray, monkeypatch
+):
+    """Every object between the passes, every part and every bucket's audit is written once over both runs."""
+    monkeypatch.setattr(exchange, "OBJECT_ROWS", 10)  # seven objects: row groups of 7 rows, and a text file cut at 10
+    monkeypatch.setattr(pair_module, "BUCKET_ROWS", 20)  # three buckets
+
+    def run(name):
+        return pair(PairConfig(**tables, output=PairOutputConfig(str(tmp_path / name)), normalise="url"))
+
+    def parts(name):
+        return {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.parquet")}
+
+    with monkeypatch.context() as patch:
+        all_writes = killed_at_write(patch, 0)
+        wanted = run("whole")
+    assert len(parts("whole")) == 3
+    assert len(all_writes) == len(set(all_writes)) == 7 + 3 + 3 + 1
+    for at in range(1, len(all_writes) + 1):
+        with monkeypatch.context() as patch:
+            first = killed_at_write(patch, at)
+            with pytest.raises(Killed):
+                run(f"killed{at}")
+        with monkeypatch.context() as patch:
+            second = killed_at_write(patch, 0)
+            again = run(f"killed{at}")
+        assert parts(f"killed{at}") == parts("whole")
+        assert {**again, "seconds": 0, "output": ""} == {**wanted, "seconds": 0, "output": ""}
+        part_without_audit = [path for path in first[:-1] if path.endswith(".parquet") and path == second[0]]
+        assert first[:-1] + second == all_writes or part_without_audit, (
+            "nothing is done twice, but a part without its audit"
+        )
 
 
 def test_by_a_hash_that_is_a_number_here_and_text_there_with_columns_carried_along(tables, tmp_path, without_ray):

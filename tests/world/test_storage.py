@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from moto_server import PAGE_KEYS
 
+from capsfusion_ray.errors import StorageError
 from capsfusion_ray.storage import Store, StoredFile, StoreRefused
 
 
@@ -28,6 +29,11 @@ def test_reads_back_what_was_written(store: Store) -> None:
     with store.open_input("a/b.bin") as file:
         file.seek(1)
         assert file.read() == b"wo"
+    assert [store.get_range("a/b.bin", *span) for span in ((0, 3), (1, 2), (2, 2))] == [b"two", b"w", b""]
+    with pytest.raises(StorageError, match="2 of the 9 bytes from 1 on came"):
+        store.get_range("a/b.bin", 1, 10)
+    with pytest.raises(FileNotFoundError):
+        store.get_range("a/c.bin", 0, 1)
 
 
 def test_first_writer_wins_and_the_second_learns_it_lost(store: Store) -> None:
