@@ -80,7 +80,7 @@ KINDS = (*STRIKES, *STORE, *REVISIONS, DISK)
 BUCKET = "chaos"
 ARGS = (
     "source.passthrough=[WIDTH,punsafe]", "unit.rows=12", "output.target_file_rows=40", f"engine.stall_s={STALL_S:g}",
-    "engine.kind=beam", "engine.dtype=float32", "engine.threads=1", "cluster.max_actors=2", "cluster.cpus_per_actor=0.5",
+    "engine.kind=beam", "engine.dtype=float32", "engine.threads=1", "engine.slots=24", "cluster.max_actors=2", "cluster.cpus_per_actor=0.5",
 )  # fmt: skip
 RETRY = ("retry=rejected", "gates.unsupported_number.action=flag", "gates.too_short.action=flag")
 TAKEN_DOWN = 12  # rows of one takedown
