@@ -143,21 +143,23 @@ class Store:
         return pa.PythonFile(WatchedFile(file, lambda error: self._explained("read", path, error)), mode="r")
 
     def check_writable(self, folder: str) -> None:
-        """Write, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
+        """Write, swap, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
 
-        Catches stores that ignore `If-None-Match`, on which two drivers would overwrite each other's commits.
+        Catches stores that ignore or misunderstand `If-None-Match` and `If-Match`: on the first, two drivers would
+        overwrite each other's commits; on the second, no driver could keep its lease.
         """
         path = f"{folder}/probe-{uuid.uuid4().hex}" if folder else f"probe-{uuid.uuid4().hex}"
         # A refused or failed first write leaves as it is: the deletion's own error would hide why.
-        first = self.put_if_absent(path, b"1")
+        first = self.put_if_match(path, b"1", None)
         try:
-            second = self.put_if_absent(path, b"2")
+            kept = first is not None and not self.put_if_absent(path, b"2")
+            swapped = first is not None and self.put_if_match(path, b"3", first) is not None
+            swaps = swapped and self.put_if_match(path, b"4", first) is None
         finally:
             self.delete([path])
-        if self.conditional_put and not (first and not second):
-            raise StoreRefused(
-                f"{self.url(path)}: the store ignores If-None-Match; use one that has conditional writes"
-            )
+        for condition, holds in (("If-None-Match", kept), ("If-Match", swaps)):
+            if self.conditional_put and not holds:
+                raise StoreRefused(f"{self.url(path)}: the store does not keep to {condition}; use one that has conditional writes")
 
     def _call(self, action: str, path: str, work: Callable[[], T]) -> T:
         try:
