@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from capsfusion_ray.config import is_secret
 from capsfusion_ray.errors import StorageError, UsageError
 from capsfusion_ray.storage.base import FAULTS, Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
@@ -31,7 +32,6 @@ DELETE_THREADS = (
     16  # single DELETEs: bulk DeleteObjects wants Content-MD5 on older radosgw, which new botocore leaves out
 )
 LEFTOVER_AGE_S = 3600.0  # no write of ours lasts an hour, so an older temporary file belongs to a dead process
-SECRET_OPTIONS = frozenset(("key", "secret", "token", "password", "account_key", "sas_token", "connection_string"))
 
 T = TypeVar("T")
 Files = list[StoredFile]  # inside Store, `list` is the method
@@ -58,7 +58,7 @@ class Store:
         self._connecting = threading.Lock()
 
     def __repr__(self) -> str:
-        shown = {k: "***" if k in SECRET_OPTIONS else v for k, v in self.options.items()}
+        shown = {k: "***" if is_secret(k) else v for k, v in self.options.items()}
         return f"Store({self.root!r}, {shown})"
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, str]]]:
@@ -175,8 +175,8 @@ class Store:
         return type(explained)(self._without_secrets(str(explained)))
 
     def _without_secrets(self, text: str) -> str:
-        for name in SECRET_OPTIONS & self.options.keys():
-            text = text.replace(self.options[name], "***") if self.options[name] else text
+        for name, value in self.options.items():
+            text = text.replace(value, "***") if value and is_secret(name) else text
         return text
 
 

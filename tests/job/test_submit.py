@@ -16,6 +16,7 @@ import pytest
 from lighthouses import captions
 from moto_server import KEYS, client, moto_server
 from proxy import FaultProxy, Faults
+from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 from ray_nodes import ray_nodes
 
@@ -28,6 +29,7 @@ BUCKET = "captions"
 ROWS, UNIT_ROWS = 240, 5
 MAX_ACTORS = 3
 FUSION_ACTOR = "MapWorker(MapBatches(FusionActor))"  # as Ray Data names it
+SECRETS = {"key": "AKIA0FTH1STEST", "secret": "S3cr3t-0f-th1s-test", "token": "T0ken-0f-th1s-test"}
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -149,3 +151,24 @@ def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shri
     assert max(pool) == MAX_ACTORS
     assert min(pool[pool.index(MAX_ACTORS) :]) < MAX_ACTORS, "before the driver ended"
     verify_all(store, "out")
+
+
+def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
+    """Not in what is said, in the output, in any log of the cluster, or in its list of jobs; and it is not submitted at all."""
+    store.inject(Faults())
+    words = fuse("secret", *(f"{section}.storage.{name}={value}" for section in ("input", "output", "engine") for name, value in SECRETS.items()))
+    env = os.environ | {"RAY_ADDRESS": nodes.gcs, "RAY_AUTH_MODE": "disabled", "AWS_ENDPOINT_URL": store.url, "AWS_DEFAULT_REGION": "us-east-1"}
+    ran = subprocess.run([sys.executable, "jobs/fuse.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == EXIT_DONE, ran.stderr[-5000:]
+    said = Submission(nodes, *words).result(code=EXIT_USAGE)
+    assert "input.storage.secret=*** " in said
+    entrypoints = [str(job) for job in JobSubmissionClient(nodes.dashboard).list_jobs() if "s3://captions/secret" in str(job)]
+    assert len(entrypoints) == 1
+    assert "output.storage.secret=***" in entrypoints[0]
+    written = {key: read(store, key) for key in keys(store, "secret/")}
+    logs = {path: path.read_bytes() for path in nodes.session.rglob("*") if path.is_file()}
+    assert len(written) > 5
+    assert len(logs) > 20
+    for secret in SECRETS.values():
+        assert secret not in ran.stdout + ran.stderr + said + "".join(entrypoints)
+        assert not [place for place, data in (written | logs).items() if secret.encode() in data]
