@@ -21,7 +21,7 @@ import pyarrow as pa
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.errors import CapsFusionError, EngineError, RowError
+from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -31,6 +31,7 @@ from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch
 log = logging.getLogger(__name__)
 EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED = 70, 71  # from EX_SOFTWARE up
 MAX_DEATHS = 60  # two poison rows of a unit of 10,000 take 32
+DEBUT = 16  # captions by which a model is judged
 
 
 @dataclass(eq=False)
@@ -86,6 +87,34 @@ class _Company:
                 self._changed.notify_all()
 
 
+class _Debut:
+    """A model's first captions. Where each of them fails alike, the fault is the model's, and rejecting row after row would hide it."""
+
+    def __init__(self, model: str, decode: DecodeConfig) -> None:
+        self._model, self._limit = model, decode.max_new_tokens
+        self._first: list[Generation] = []
+
+    def judge(self, finished: Sequence[Generation]) -> None:
+        """Raises ConfigError for a model that wrote nothing; logs a warning for one that never stops."""
+        if len(self._first) >= DEBUT or not finished:
+            return
+        self._first += finished
+        if len(self._first) < DEBUT:
+            return
+        finishes = {generation.finish for generation in self._first}
+        if finishes == {FinishReason.ERROR}:
+            raise ConfigError(
+                f"engine.model={self._model}: each of its first {len(self._first)} captions failed: {self._first[0].error}; try the other "
+                "engine.dtype, or give another model"
+            )
+        if finishes == {FinishReason.LENGTH}:
+            log.warning(
+                "engine.model=%s: none of its first %d captions came to an end within decode.max_new_tokens=%d; is eos_token_id in its "
+                "generation_config.json the token that it was trained to end with?",
+                self._model, len(self._first), self._limit,
+            )  # fmt: skip
+
+
 def start_engine(engine: EngineConfig, decode: DecodeConfig, template: str) -> tuple[Engine, PromptBuilder]:
     """In a worker: the engine, its model found where this process runs, and what makes its prompts."""
     if engine.loads_model:
@@ -123,6 +152,7 @@ class FusionActor:
         self._attempts = attempts
         self._monitor = monitor
         self._company = _Company()
+        self._debut = _Debut(locate(engine.model), decode) if engine.loads_model else None
         self._step_began: float | None = None
         threading.Thread(target=self._drive, name="engine", daemon=True).start()
         threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
@@ -202,11 +232,13 @@ class FusionActor:
                 self._step_began = time.monotonic()
                 try:
                     finished = self._engine.step()
+                    if self._debut:
+                        self._debut.judge(finished)
                 except EngineError:
                     raise
                 except CapsFusionError as error:
-                    # A refused key, a server that is gone, a cap that is reached: no row and no process is at fault,
-                    # and no other actor would fare better. The units raise it, and the run ends with it.
+                    # A refused key, a server that is gone, a cap that is reached, a model that writes nothing: no row and no
+                    # process is at fault, and no other actor would fare better. The units raise it, and the run ends with it.
                     stopped, finished = error, []
                     for request in owner.values():
                         request.stop(error)
