@@ -33,6 +33,7 @@ from capsfusion_ray.errors import CapsFusionError, StorageError
 from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
+from capsfusion_ray.preemption import NodeNotice
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
 from capsfusion_ray.stages import admit, judge_unit
@@ -97,7 +98,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         )
         .map_batches(
             FusionActor,
-            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor()),
+            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor(), NodeNotice()),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,

@@ -160,6 +160,7 @@ class S3Backend:
             "ExpiredToken",
             "InvalidToken",
             "AuthorizationHeaderMalformed",
+            "400",  # any of them, in answer to HEAD, which has no body
         ):
             return StoreRefused(
                 f"{where}: credentials not accepted ({code}); check storage key and secret, or AWS_* and region"
