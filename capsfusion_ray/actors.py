@@ -26,7 +26,7 @@ from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 from capsfusion_ray.stages import waiting_pairs, with_generations
-from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch
+from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch, named
 
 log = logging.getLogger(__name__)
 EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED, EXIT_NODE_GOES = 70, 71, 72  # from EX_SOFTWARE up
@@ -184,6 +184,10 @@ class FusionActor:
         if self._unusable:
             raise self._unusable
         unit = UnitBatch.unpack(batch)
+        with named(unit.unit):
+            return self._written(unit).pack()
+
+    def _written(self, unit: UnitBatch) -> UnitBatch:
         pairs, places = waiting_pairs(unit.table)
         began = time.monotonic()
         with self._encode_lock:
@@ -198,7 +202,7 @@ class FusionActor:
                 generation = written[prompt.id]
             generations |= dict.fromkeys(places[pair.raw, pair.synthetic], generation)
         spent = {ENGINE_S: round(time.monotonic() - began, 3), BUSY_S: round(busy_s, 3), DEVICE: self._device}
-        return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent).pack()
+        return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent)
 
     def _fuse(self, unit_id: str, prompts: list[Prompt]) -> tuple[dict[str, Generation], float]:
         """By prompt id, and the engine's time for it. A unit that was in flight when its process died twice is tried alone, range by range."""

@@ -38,7 +38,7 @@ from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store, patiently
-from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.units import Apart, UnitBatch, named
 
 # Asked for beside the actors' own CPUs, so that idle actors cannot starve the reads. The two differ on purpose: Ray
 # fuses stages with equal resources into one process, and an actor that also reads and judges stops feeding its GPU.
@@ -159,7 +159,10 @@ class _Read:
 
     def __call__(self) -> Iterable[pa.Table]:
         job: Job = ray.get(self.job)
-        for unit, read in zip(self.units, self._reads(job.read), strict=True):
+        reads = self._reads(job.read)
+        for unit in self.units:
+            with named(unit):
+                read = next(reads)
             filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
             tell_store_faults()
@@ -186,8 +189,10 @@ class _Read:
 
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """The last stage: verdicts, the part, one put-if-absent."""
-    part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
-    patiently(lambda: commit(job.output, part, summary))
+    unit = UnitBatch.unpack(batch)
+    with named(unit.unit):
+        part, summary = judge_unit(unit, job.fields, job.gates)
+        patiently(lambda: commit(job.output, part, summary))
     tell_store_faults()
     return pa.table({"summary": [json.dumps(asdict(summary))]})
 

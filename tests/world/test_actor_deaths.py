@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,6 +16,7 @@ from capsfusion_ray import actors
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
 from capsfusion_ray.engines.echo import EchoEngine
+from capsfusion_ray.pipeline import judge_and_commit
 from capsfusion_ray.prompt import TEMPLATE
 from capsfusion_ray.rows import FUSED, ROW_ID, WorkUnit
 from capsfusion_ray.stages import ERROR, FINISH, admit
@@ -109,6 +111,19 @@ def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, mo
     store, batch, result = Store(str(tmp_path)), unit_of(()), tmp_path / "result"
     codes = [fuse_once(FailingEngine, store, batch, result) for _ in range(4)]
     assert codes == [9, 9, 9, 1], "the fourth raises EngineError instead of trying"
+
+
+def test_a_bug_stops_the_run_with_its_traceback_and_its_units_name(tmp_path, capfd):
+    """Whichever stage it is in: the fusion or the commit."""
+    whole = UnitBatch.unpack(unit_of(()))
+    broken = UnitBatch(whole.unit, whole.table.drop_columns(["laion_2b"])).pack()
+    assert fuse_once(EchoEngine, Store(str(tmp_path)), broken, tmp_path / "result") == 1
+    said = capfd.readouterr().err
+    assert "KeyError" in said
+    assert "It was at unit id-shard.parquet: shard.parquet, rows 0 to 12." in said
+    with pytest.raises(KeyError) as bug:
+        judge_and_commit(broken, SimpleNamespace(fields=(), gates=GatesConfig(), output=Store(str(tmp_path))))
+    assert bug.value.__notes__ == ["It was at unit id-shard.parquet: shard.parquet, rows 0 to 12."]
 
 
 class SlowEngine(EchoEngine):
