@@ -35,9 +35,11 @@ def ray_head() -> Iterator[str]:
     assert head.stdin
     assert head.stdout
     lines = iter(head.stdout.readline, "")
-    yield next(line.split()[1] for line in lines if line.startswith("address"))
-    head.stdin.close()
-    head.wait(120)
+    try:
+        yield next(line.split()[1] for line in lines if line.startswith("address"))
+    finally:
+        head.stdin.close()
+        head.wait(120)
 
 
 class Driver:
