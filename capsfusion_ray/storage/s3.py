@@ -177,7 +177,7 @@ class S3Backend:
             return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")
         if code == "NotImplemented":
             return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
-        return other_error(error, f"{action} it at {self.endpoint}", url)
+        return other_error(error, action, url, f" at {self.endpoint}")
 
 
 @functools.cache

@@ -160,7 +160,8 @@ def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shri
 def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
     """Not in what is said, in the output, in any log of the cluster, or in its list of jobs; and it is not submitted at all."""
     store.inject(Faults())
-    words = fuse("secret", *(f"{section}.storage.{name}={value}" for section in ("input", "output", "engine") for name, value in SECRETS.items()))
+    storage = SECRETS | {"endpoint_url": store.url, "region": "us-east-1"}
+    words = fuse("secret", *(f"{section}.storage.{name}={value}" for section in ("input", "output", "engine") for name, value in storage.items()))
     env = os.environ | {"RAY_ADDRESS": nodes.gcs, "RAY_AUTH_MODE": "disabled"}
     ran = subprocess.run([sys.executable, "jobs/fuse.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert ran.returncode == EXIT_DONE, ran.stderr[-5000:]
