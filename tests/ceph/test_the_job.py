@@ -45,7 +45,7 @@ def test_killed_drivers_lose_nothing_and_double_nothing(proxy: FaultProxy, uploa
     args = [
         f"input.path=s3://{uploaded}/in", *keys("input", proxy), f"engine.model=s3://{uploaded}/model", *keys("engine", proxy),
         "engine.dtype=float32", "engine.threads=1", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[WIDTH,punsafe]",
-        "unit.rows=12", "output.target_file_rows=40", *keys("output", proxy),
+        "input.limit=120", "unit.rows=12", "output.target_file_rows=40", *keys("output", proxy),
     ]  # fmt: skip
     undisturbed, output = (Store(f"s3://{uploaded}/{name}", options(proxy.url)) for name in ("undisturbed", "out"))
     proxy.done.clear()
