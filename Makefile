@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system test-ceph chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,18 +38,21 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
 
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system --ignore tests/ceph $(ARGS)
 
 # What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
 SUDO ?=
 PACKAGE_ip := iproute2
-/usr/bin/chromium /usr/bin/prometheus /usr/sbin/ip:
+/usr/bin/chromium /usr/bin/prometheus /usr/sbin/ip /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd:
 	$(SUDO) apt-get update -qq
 	$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(or $(PACKAGE_$(notdir $@)),$(notdir $@))
 
 test-system: setup /usr/bin/chromium /usr/bin/prometheus /usr/sbin/ip ## the tests that need system packages, which it installs by apt: the report in a browser, a Prometheus on a run, hosts that are lost (root)
 	$(INSTALL) -e '.[dev,system]'
 	$(BIN)/python -m pytest -rs tests/system $(ARGS)
+
+test-ceph: setup /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd ## the job killed and resumed on a real object store, Ceph, which it installs by apt and starts on this machine
+	$(BIN)/python -m pytest tests/ceph $(ARGS)
 
 # A round draws from the seed and its number alone: ARGS='--only 7' plays round 7 again.
 SEED    ?= 1

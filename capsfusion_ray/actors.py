@@ -18,19 +18,22 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from capsfusion_ray.attempts import AttemptLog
+from capsfusion_ray.attempts import Attempt, AttemptLog
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.errors import CapsFusionError, EngineError, RowError
+from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 from capsfusion_ray.stages import waiting_pairs, with_generations
-from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch
+from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch, named
 
 log = logging.getLogger(__name__)
-EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED = 70, 71  # from EX_SOFTWARE up
+EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED, EXIT_NODE_GOES = 70, 71, 72  # from EX_SOFTWARE up
+NOTICE_EVERY_S = 3.0  # a node is given 30 s by Ray, 30 to 120 s by a cloud
+LEAVE_S = 3.0  # before its node goes an actor is away: with its notes in order, and what is finished handed to Ray
 MAX_DEATHS = 60  # two poison rows of a unit of 10,000 take 32
+DEBUT = 16  # captions by which a model is judged
 
 
 @dataclass(eq=False)
@@ -58,12 +61,18 @@ class _Company:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside = 0
-        self._taken = False
+        self._taken = self._closed = False
+
+    def close(self, timeout_s: float) -> bool:
+        """No unit comes in any more; True once the last one is out, False after that time."""
+        with self._changed:
+            self._closed = True
+            return self._changed.wait_for(lambda: not (self._inside or self._taken), max(timeout_s, 0.0))
 
     @contextmanager
     def together(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._taken)
+            self._changed.wait_for(lambda: not (self._taken or self._closed))
             self._inside += 1
         try:
             yield
@@ -86,6 +95,34 @@ class _Company:
                 self._changed.notify_all()
 
 
+class _Debut:
+    """A model's first captions. Where each of them fails alike, the fault is the model's, and rejecting row after row would hide it."""
+
+    def __init__(self, model: str, decode: DecodeConfig) -> None:
+        self._model, self._limit = model, decode.max_new_tokens
+        self._first: list[Generation] = []
+
+    def judge(self, finished: Sequence[Generation]) -> None:
+        """Raises ConfigError for a model that wrote nothing; logs a warning for one that never stops."""
+        if len(self._first) >= DEBUT or not finished:
+            return
+        self._first += finished
+        if len(self._first) < DEBUT:
+            return
+        finishes = {generation.finish for generation in self._first}
+        if finishes == {FinishReason.ERROR}:
+            raise ConfigError(
+                f"engine.model={self._model}: each of its first {len(self._first)} captions failed: {self._first[0].error}; try the other "
+                "engine.dtype, or give another model"
+            )
+        if finishes == {FinishReason.LENGTH}:
+            log.warning(
+                "engine.model=%s: none of its first %d captions came to an end within decode.max_new_tokens=%d; is eos_token_id in its "
+                "generation_config.json the token that it was trained to end with?",
+                self._model, len(self._first), self._limit,
+            )  # fmt: skip
+
+
 def start_engine(engine: EngineConfig, decode: DecodeConfig, template: str) -> tuple[Engine, PromptBuilder]:
     """In a worker: the engine, its model found where this process runs, and what makes its prompts."""
     if engine.loads_model:
@@ -100,6 +137,13 @@ class Monitor(Protocol):
     def stepped(self, seconds: float, engine: Engine, finished: list[Generation]) -> None: ...
 
 
+class Notice(Protocol):
+    """Whoever knows when this node will be taken away."""
+
+    def left_s(self) -> float | None:
+        """Seconds from now; None while it stays."""
+
+
 class FusionActor:
     """The callable that Ray Data runs: a one-row batch holding a unit -> the same unit with its generations.
 
@@ -108,7 +152,7 @@ class FusionActor:
     """
 
     def __init__(
-        self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None
+        self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None, notice: Notice | None = None
     ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._unusable: CapsFusionError | None = None
@@ -123,9 +167,13 @@ class FusionActor:
         self._attempts = attempts
         self._monitor = monitor
         self._company = _Company()
+        self._under_way: dict[str, Attempt] = {}  # by unit id, those that are noted
+        self._debut = _Debut(locate(engine.model), decode) if engine.loads_model else None
         self._step_began: float | None = None
         threading.Thread(target=self._drive, name="engine", daemon=True).start()
         threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
+        if notice:
+            threading.Thread(target=self._look_out, args=(notice,), name="notice", daemon=True).start()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Fuse one unit. Every row that was waiting has a generation afterwards, or an error of its own.
@@ -136,6 +184,10 @@ class FusionActor:
         if self._unusable:
             raise self._unusable
         unit = UnitBatch.unpack(batch)
+        with named(unit.unit):
+            return self._written(unit).pack()
+
+    def _written(self, unit: UnitBatch) -> UnitBatch:
         pairs, places = waiting_pairs(unit.table)
         began = time.monotonic()
         with self._encode_lock:
@@ -151,12 +203,12 @@ class FusionActor:
             for place in places[pair.raw, pair.synthetic]:
                 generations[place] = generation
         spent = {ENGINE_S: round(time.monotonic() - began, 3), BUSY_S: round(busy_s, 3), DEVICE: self._device}
-        return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent).pack()
+        return UnitBatch(unit.unit, with_generations(unit.table, generations), unit.apart, spent)
 
     def _fuse(self, unit_id: str, prompts: list[Prompt]) -> tuple[dict[str, Generation], float]:
         """By prompt id, and the engine's time for it. A unit that was in flight when its process died twice is tried alone, range by range."""
         with self._company.together():
-            attempt = self._attempts.begin(unit_id, len(prompts))
+            attempt = self._under_way[unit_id] = self._attempts.begin(unit_id, len(prompts))
             if attempt.number > MAX_DEATHS:
                 raise EngineError(
                     f"unit {unit_id}: its worker died {MAX_DEATHS} times, whatever rows it was given; see the workers' logs, "
@@ -174,6 +226,7 @@ class FusionActor:
                 error = "the process that fused this row alone died, twice"
                 written[prompts[row].id] = Generation(prompts[row].id, "", FinishReason.CRASH, error=error)
         self._attempts.end(unit_id)
+        del self._under_way[unit_id]
         return written, busy_s
 
     def _generate(self, prompts: list[Prompt]) -> tuple[dict[str, Generation], float]:
@@ -203,11 +256,13 @@ class FusionActor:
                 self._step_began = time.monotonic()
                 try:
                     finished = self._engine.step()
+                    if self._debut:
+                        self._debut.judge(finished)
                 except EngineError:
                     raise
                 except CapsFusionError as error:
-                    # A refused key, a server that is gone, a cap that is reached: no row and no process is at fault,
-                    # and no other actor would fare better. The units raise it, and the run ends with it.
+                    # A refused key, a server that is gone, a cap that is reached, a model that writes nothing: no row and no
+                    # process is at fault, and no other actor would fare better. The units raise it, and the run ends with it.
                     stopped, finished = error, []
                     for request in owner.values():
                         request.stop(error)
@@ -240,6 +295,24 @@ class FusionActor:
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_ENGINE_STALLED)
+
+
+    def _look_out(self, notice: Notice) -> None:
+        """The notice thread: on a node that goes, finish what can be finished and leave the rest as if it had not begun.
+
+        Ray Data would send units to this actor until its node is gone, and each of them would count a death.
+        """
+        while (left_s := notice.left_s()) is None:
+            time.sleep(NOTICE_EVERY_S)
+        log.warning("this node goes in %.0f s: no other unit begins here, %d are under way", left_s, len(self._under_way))
+        finished = self._company.close(left_s - 2 * LEAVE_S)
+        if finished:
+            time.sleep(LEAVE_S)  # for Ray to take the last unit's rows
+        for unit_id, attempt in list(self._under_way.items()):
+            self._attempts.abandon(unit_id, attempt)
+        log.warning("leaving this node: %d units go elsewhere", len(self._under_way))
+        sys.stderr.flush()
+        os._exit(EXIT_NODE_GOES)
 
 
 def share_out(step_s: float, requests: Sequence[_Request]) -> None:

@@ -77,6 +77,13 @@ class AttemptLog:
         data = json.dumps(dataclasses.asdict(attempt)).encode()
         patiently(lambda: self._store.put(_path(unit_id), data))
 
+    def abandon(self, unit_id: str, attempt: Attempt) -> None:
+        """The attempt was broken off, and nobody died: the next one stands where it stood."""
+        if attempt.number == 1:
+            self.end(unit_id)
+        else:
+            self.note(unit_id, dataclasses.replace(attempt, number=attempt.number - 1, trying=None))
+
     def end(self, unit_id: str) -> None:
         """The unit came through."""
         patiently(lambda: self._store.delete([_path(unit_id)]))

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import random
+import shlex
 import signal
 import socket
 import sys
@@ -20,11 +21,12 @@ from urllib.parse import urlsplit
 
 import ray
 from ray._private import accelerators, services
+from ray._private import utils as ray_utils
 from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port  # type: ignore[attr-defined]  # compiled
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from capsfusion_ray.config import ClusterConfig, EngineConfig
+from capsfusion_ray.config import ClusterConfig, EngineConfig, without_secrets
 from capsfusion_ray.errors import ClusterError, ConfigError
 from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.models import locate, store_of
@@ -62,12 +64,12 @@ def this_machine() -> Resources:
 
 
 def connect(cluster: ClusterConfig) -> Resources:
-    """Join the cluster named by cluster.address or RAY_ADDRESS, else start one here.
+    """Join the cluster named by cluster.address or RAY_ADDRESS, else start one here. Ray's list of jobs is told no secret.
 
     Raises ConfigError where nobody answers there, ClusterError where none can be started, and KeyboardInterrupt for a SIGTERM.
     """
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-    with _sigterm_interrupts():
+    with _sigterm_interrupts(), _secrets_kept():
         if asked := named(cluster):
             _join(asked, **common)
         else:
@@ -92,6 +94,17 @@ def _sigterm_interrupts() -> Iterator[None]:
         # Without one of the caller's, Ray's stays: it ends the processes that were started here, the system's would not.
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _secrets_kept() -> Iterator[None]:
+    """Ray keeps a driver's command line, and shows it to whoever sees the cluster; keys of a store may stand in it."""
+    named = ray_utils.get_entrypoint_name
+    ray_utils.get_entrypoint_name = lambda: shlex.join(without_secrets(sys.orig_argv))
+    try:
+        yield
+    finally:
+        ray_utils.get_entrypoint_name = named
 
 
 def _join(asked: str, **options: Any) -> None:

@@ -34,11 +34,12 @@ from capsfusion_ray.errors import CapsFusionError, StorageError
 from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
+from capsfusion_ray.preemption import NodeNotice
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store, patiently
-from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.units import Apart, UnitBatch, named
 
 # Asked for beside the actors' own CPUs, so that idle actors cannot starve the reads. The two differ on purpose: Ray
 # fuses stages with equal resources into one process, and an actor that also reads and judges stops feeding its GPU.
@@ -99,7 +100,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         )
         .map_batches(
             FusionActor,
-            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor()),
+            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor(), NodeNotice()),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
@@ -160,7 +161,10 @@ class _Read:
 
     def __call__(self) -> Iterable[pa.Table]:
         job: Job = ray.get(self.job)
-        for unit, read in zip(self.units, self._reads(job.read), strict=True):
+        reads = self._reads(job.read)
+        for unit in self.units:
+            with named(unit):
+                read = next(reads)
             filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
             tell_store_faults()
@@ -187,8 +191,10 @@ class _Read:
 
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """The last stage: verdicts, the part, one put-if-absent."""
-    part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
-    patiently(lambda: commit(job.output, part, summary))
+    unit = UnitBatch.unpack(batch)
+    with named(unit.unit):
+        part, summary = judge_unit(unit, job.fields, job.gates)
+        patiently(lambda: commit(job.output, part, summary))
     tell_store_faults()
     return pa.table({"summary": [json.dumps(asdict(summary))]})
 

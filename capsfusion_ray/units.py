@@ -7,11 +7,14 @@ unit's table travels as one binary cell (Arrow IPC: opened without a copy), and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from capsfusion_ray.errors import CapsFusionError
 from capsfusion_ray.rows import WorkUnit
 
 ENGINE_S = "engine_s"
@@ -60,3 +63,15 @@ class UnitBatch:
         unit, apart, spent = (json.loads(row[name][0].as_py()) for name in ("unit", "apart", "spent"))
         unreadable = tuple((start, stop, error) for start, stop, error in apart["unreadable"])
         return cls(WorkUnit(**unit), table, Apart(apart["filtered"], unreadable, apart["settled"]), spent)
+
+
+@contextmanager
+def named(unit: WorkUnit) -> Iterator[None]:
+    """A bug's traceback says which unit it was at; what is raised on purpose says what it must by itself."""
+    try:
+        yield
+    except CapsFusionError:
+        raise
+    except Exception as error:
+        error.add_note(f"It was at unit {unit.id}: {unit.path}, rows {unit.start} to {unit.stop}.")
+        raise

@@ -5,6 +5,8 @@ python deploy/submit.py <address> <runtime env file> jobs/fuse.py key=value … 
 It prints and runs one `ray job submit` line, which may as well be typed by hand. The line's own exit code is 1 whatever a
 job failed with, and 0 for one that was stopped, so the job's is asked for afterwards: 2 means that the configuration must
 change, anything else but 0 that the same command resumes. A driver that a signal ended counts as in a shell: 137 is SIGKILL.
+
+Secrets are refused: the line stands in the cluster's list of jobs, for all who can see it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import uuid
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
+
+from capsfusion_ray.config import without_secrets
+from capsfusion_ray.doorway import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,6 +38,13 @@ def command(address: str, runtime_env: str, submission_id: str, script: list[str
 def main(address: str, runtime_env: str, *script: str) -> int:
     if not script:
         raise SystemExit("no job given; write: deploy/submit.py <address> <runtime env file> jobs/fuse.py key=value …")
+    if hidden := [word for word in without_secrets(script) if word not in script]:
+        print(
+            f"error: {' '.join(hidden)}: everybody who sees the cluster would read it in its list of jobs; put AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY into the environment of every node, or give the nodes a role",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
     submission_id = f"{Path(script[0]).stem}-{uuid.uuid4().hex[:8]}"
     line = command(address, runtime_env, submission_id, list(script))
     print(shlex.join(line), file=sys.stderr, flush=True)

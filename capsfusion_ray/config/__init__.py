@@ -1,6 +1,16 @@
 """What a user can set: the schemas (schema.py) and how they are parsed (parse.py). Inside the program there are only frozen dataclasses."""
 
-from capsfusion_ray.config.parse import as_dict, describe, fingerprint, load, to_yaml, unwrap_optional, usage
+from capsfusion_ray.config.parse import (
+    as_dict,
+    describe,
+    fingerprint,
+    is_secret,
+    load,
+    to_yaml,
+    unwrap_optional,
+    usage,
+    without_secrets,
+)
 from capsfusion_ray.config.schema import (
     ApiConfig,
     ClusterConfig,
@@ -42,8 +52,10 @@ __all__ = [
     "as_dict",
     "describe",
     "fingerprint",
+    "is_secret",
     "load",
     "to_yaml",
     "unwrap_optional",
     "usage",
+    "without_secrets",
 ]

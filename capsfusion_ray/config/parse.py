@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from capsfusion_ray.errors import ConfigError
 
 T = TypeVar("T")
+_SECRET = ("secret", "key", "token", "password", "credential", "connection_string")
 
 
 def load(schema: type[T], argv: typing.Sequence[str]) -> T:
@@ -51,8 +52,9 @@ def load(schema: type[T], argv: typing.Sequence[str]) -> T:
 
 
 def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
-    # A value of a text field is taken literally: a caption column named `null` or a path with `[` must not become YAML.
-    if valid.get(key, "").startswith("str"):
+    # A value of a text field is taken literally: a caption column named `null`, a path with `[` or a secret of figures
+    # must not become YAML.
+    if valid.get(key, "").startswith("str") or _section(key) == "storage":
         part = OmegaConf.create({})
         OmegaConf.update(part, key, value)
         return part
@@ -144,13 +146,34 @@ def _first_below(key: str, valid: dict[str, str]) -> str:
     return next(k for k in valid if k.startswith(key + "."))
 
 
+def is_secret(option: str) -> bool:
+    """Of a storage option's name: its value must not be seen."""
+    return any(word in option.lower() for word in _SECRET)
+
+
+def without_secrets(words: typing.Sequence[str]) -> list[str]:
+    """A command line as it may be shown: the value of a `….storage.secret=…` masked."""
+
+    def shown(word: str) -> str:
+        key, _, value = word.partition("=")
+        secret = is_secret(key.rpartition(".")[2]) if _section(key) == "storage" else key.endswith("storage") and is_secret(value)
+        return f"{key}=***" if secret and value else word
+
+    return [shown(word) for word in words]
+
+
+def _section(key: str) -> str:
+    """The section that a dotted key stands in."""
+    return key.rpartition(".")[0].rpartition(".")[2]
+
+
 def as_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain nested dicts, secrets (`*secret*`, `*key*`, `*token*` of storage options) masked."""
+    """A config dataclass as plain nested dicts, secrets of storage options masked."""
 
     def masked(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {k: masked(v, f"{name}.{k}") for k, v in value.items()}
-        secret = ".storage." in name and any(word in name.rsplit(".", 1)[-1].lower() for word in ("secret", "key", "token", "password"))
+        secret = _section(name) == "storage" and is_secret(name.rpartition(".")[2])
         return "***" if secret and value else value
 
     return {k: masked(v, k) for k, v in dataclasses.asdict(config).items()}

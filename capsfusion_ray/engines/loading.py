@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.modelcache import folder_of
 
+log = logging.getLogger(__name__)
 disable_progress_bar()  # of an actor it would come out as torn lines in the driver's log
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -104,6 +106,7 @@ def load_model(engine: EngineConfig) -> LoadedModel:
                 f"engine.model={name!r}: {len(report[what])} {what.replace('_', ' ')} ({some}, …); the checkpoint is incomplete or "
                 "of another model; download it again"
             )
+    _refuse_foreign_tokens(model, tokenizer, name)
     model = model.to(device).eval()
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -111,7 +114,34 @@ def load_model(engine: EngineConfig) -> LoadedModel:
             raise EngineError(
                 f"engine.model={name!r}: {parameter_name} holds NaN or infinite values; download the weights again"
             )
+    _name_empty_rows(model, tokenizer, name)
     return LoadedModel(model, tokenizer, eos_ids_of(model, tokenizer, name), name)
+
+
+def _refuse_foreign_tokens(model: Any, tokenizer: Any, name: str) -> None:
+    """Raises ConfigError for a tokenizer that writes ids the model has no row for: on a GPU they would kill the process.
+
+    A pad token may be such a one: the mask hides it.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    foreign = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= known and id_ != tokenizer.pad_token_id)
+    if foreign:
+        raise ConfigError(
+            f"engine.model={name!r}: its tokenizer has {len(foreign)} tokens beyond the {known} of the model (first {foreign[0][1]!r}, id "
+            f"{foreign[0][0]}); tokenizer and weights are not of one model"
+        )
+
+
+def _name_empty_rows(model: Any, tokenizer: Any, name: str) -> None:
+    """An output row without weights scores 0 whatever the text, and most scores of a trained model are lower."""
+    head = model.get_output_embeddings()
+    empty = [] if head is None else (head.weight == 0).all(dim=1).nonzero()[:, 0].tolist()
+    if empty:
+        some = ", ".join(f"{id_} {tokenizer.convert_ids_to_tokens(id_)!r}" for id_ in empty[:3])
+        log.warning(
+            "engine.model=%r: %d rows of its vocabulary are empty (id %s); captions may hold such tokens. It was enlarged and not trained since",
+            name, len(empty), some,
+        )  # fmt: skip
 
 
 def eos_ids_of(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:

@@ -41,8 +41,9 @@ class TransformersEngine:
         self._loaded = loaded
         self._engine = engine
         self._decode = decode.settled()
-        pad = loaded.tokenizer.pad_token_id
-        self._pad_id = loaded.eos_ids[0] if pad is None else pad
+        pad, rows = loaded.tokenizer.pad_token_id, loaded.model.get_input_embeddings().weight.shape[0]
+        # Masked, so any will do that the model has a row for: many a LLaMA's pad token was added, and its weights were not.
+        self._pad_id = loaded.eos_ids[0] if pad is None or pad >= rows else pad
         self._queue: deque[Prompt] = deque()
         self._failed: list[Generation] = []
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from capsfusion_ray.config import is_secret
 from capsfusion_ray.errors import StorageError, UsageError
 from capsfusion_ray.storage.base import FAULTS, Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
@@ -31,7 +32,6 @@ DELETE_THREADS = (
     16  # single DELETEs: bulk DeleteObjects wants Content-MD5 on older radosgw, which new botocore leaves out
 )
 LEFTOVER_AGE_S = 3600.0  # no write of ours lasts an hour, so an older temporary file belongs to a dead process
-SECRET_OPTIONS = frozenset(("key", "secret", "token", "password", "account_key", "sas_token", "connection_string"))
 
 T = TypeVar("T")
 Files = list[StoredFile]  # inside Store, `list` is the method
@@ -58,7 +58,7 @@ class Store:
         self._connecting = threading.Lock()
 
     def __repr__(self) -> str:
-        shown = {k: "***" if k in SECRET_OPTIONS else v for k, v in self.options.items()}
+        shown = {k: "***" if is_secret(k) else v for k, v in self.options.items()}
         return f"Store({self.root!r}, {shown})"
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, str]]]:
@@ -154,21 +154,23 @@ class Store:
         return pa.PythonFile(WatchedFile(file, lambda error: self._explained("read", path, error)), mode="r")
 
     def check_writable(self, folder: str) -> None:
-        """Write, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
+        """Write, swap, refuse to overwrite, delete: in seconds, before anything is spent. Raises StoreRefused.
 
-        Catches stores that ignore `If-None-Match`, on which two drivers would overwrite each other's commits.
+        Catches stores that ignore or misunderstand `If-None-Match` and `If-Match`: on the first, two drivers would
+        overwrite each other's commits; on the second, no driver could keep its lease.
         """
         path = f"{folder}/probe-{uuid.uuid4().hex}" if folder else f"probe-{uuid.uuid4().hex}"
         # A refused or failed first write leaves as it is: the deletion's own error would hide why.
-        first = self.put_if_absent(path, b"1")
+        first = self.put_if_match(path, b"1", None)
         try:
-            second = self.put_if_absent(path, b"2")
+            kept = first is not None and not self.put_if_absent(path, b"2")
+            swapped = first is not None and self.put_if_match(path, b"3", first) is not None
+            swaps = swapped and self.put_if_match(path, b"4", first) is None
         finally:
             self.delete([path])
-        if self.conditional_put and not (first and not second):
-            raise StoreRefused(
-                f"{self.url(path)}: the store ignores If-None-Match; use one that has conditional writes"
-            )
+        for condition, holds in (("If-None-Match", kept), ("If-Match", swaps)):
+            if self.conditional_put and not holds:
+                raise StoreRefused(f"{self.url(path)}: the store does not keep to {condition}; use one that has conditional writes")
 
     def _call(self, action: str, path: str, work: Callable[[], T]) -> T:
         try:
@@ -184,8 +186,8 @@ class Store:
         return type(explained)(self._without_secrets(str(explained)))
 
     def _without_secrets(self, text: str) -> str:
-        for name in SECRET_OPTIONS & self.options.keys():
-            text = text.replace(self.options[name], "***") if self.options[name] else text
+        for name, value in self.options.items():
+            text = text.replace(value, "***") if value and is_secret(name) else text
         return text
 
 

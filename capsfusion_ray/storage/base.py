@@ -126,26 +126,26 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def other_error(error: Exception, action: str, url: str) -> Exception:
+def other_error(error: Exception, action: str, url: str, at: str = "") -> Exception:
     if isinstance(error, FileNotFoundError):
         if action.startswith("write"):
-            return StoreRefused(f"{url}: cannot {action} it: no such folder can be made; choose another place")
-        return FileNotFoundError(f"{url}: cannot {action} it: no such object")
+            return StoreRefused(f"{url}: cannot {action} it{at}: no such folder can be made; choose another place")
+        return FileNotFoundError(f"{url}: cannot {action} it{at}: no such object")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
-        return StoreRefused(f"{url}: cannot {action} it: {os.strerror(number)}; choose a place this user may {action}")
+        return StoreRefused(f"{url}: cannot {action} it{at}: {os.strerror(number)}; choose a place this user may {action}")
     if number in (errno.ENOTDIR, errno.EISDIR):
         return StoreRefused(
-            f"{url}: cannot {action} it: {os.strerror(number)}; part of the path is a file, or the whole a folder"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; part of the path is a file, or the whole a folder"
         )
     if number == errno.ENAMETOOLONG:
         return StoreRefused(
-            f"{url}: cannot {action} it: {os.strerror(number)}; a shorter output path or partition value will do"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; a shorter output path or partition value will do"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(
-            f"{url}: cannot {action} it: {os.strerror(number)}; free some, and the same command goes on"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; free some, and the same command goes on"
         )
     if isinstance(error, (ImportError, ValueError)) and "://" in url:
         return StoreRefused(f"{url}: fsspec cannot open this kind of URL: {error}")
-    return StorageError(f"{url}: cannot {action} it: {type(error).__name__}: {error}")
+    return StorageError(f"{url}: cannot {action} it{at}: {type(error).__name__}: {error}")

@@ -25,6 +25,7 @@ class S3Backend:
     """A bucket and a prefix, through s3fs. Every write is one PUT: radosgw ignores conditions on multipart ones."""
 
     conditional_put = True
+    _bare_etags = False  # this store wants them without quotes
 
     def __init__(self, root: str, options: Mapping[str, str]) -> None:
         unknown = sorted(options.keys() - set(S3_OPTIONS))
@@ -104,7 +105,14 @@ class S3Backend:
         return self._put_if(path, data, IfNoneMatch="*")
 
     def put_if_match(self, path: str, data: bytes, etag: str) -> str | None:
-        return self._put_if(path, data, IfMatch=f'"{etag}"')
+        put = self._put_if(path, data, IfMatch=etag if self._bare_etags else f'"{etag}"')
+        if put is None and not self._bare_etags:
+            head = self._head(path)
+            if head is not None and head[1] == etag:
+                # Refused, although it is this etag: radosgw 16 takes the quotes, as they are in HTTP, for part of it.
+                put = self._put_if(path, data, IfMatch=etag)
+                self._bare_etags = put is not None
+        return put
 
     def _put_if(self, path: str, data: bytes, **condition: str) -> str | None:
         for attempt in range(CONFLICT_ATTEMPTS):
@@ -155,6 +163,7 @@ class S3Backend:
             "ExpiredToken",
             "InvalidToken",
             "AuthorizationHeaderMalformed",
+            "400",  # any of them, in answer to HEAD, which has no body
         ):
             return StoreRefused(
                 f"{where}: credentials not accepted ({code}); check storage key and secret, or AWS_* and region"
@@ -171,7 +180,7 @@ class S3Backend:
             return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")
         if code == "NotImplemented":
             return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
-        return other_error(error, f"{action} it at {self.endpoint}", url)
+        return other_error(error, action, url, f" at {self.endpoint}")
 
 
 @functools.cache

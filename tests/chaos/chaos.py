@@ -80,12 +80,13 @@ KINDS = (*STRIKES, *STORE, *REVISIONS, DISK)
 BUCKET = "chaos"
 ARGS = (
     "source.passthrough=[WIDTH,punsafe]", "unit.rows=12", "output.target_file_rows=40", f"engine.stall_s={STALL_S:g}",
-    "engine.kind=beam", "engine.dtype=float32", "engine.threads=1", "cluster.max_actors=2", "cluster.cpus_per_actor=0.5",
+    "engine.kind=beam", "engine.dtype=float32", "engine.threads=1", "engine.slots=24", "cluster.max_actors=2", "cluster.cpus_per_actor=0.5",
 )  # fmt: skip
 RETRY = ("retry=rejected", "gates.unsupported_number.action=flag", "gates.too_short.action=flag")
 TAKEN_DOWN = 12  # rows of one takedown
 MAX_STARTS = 8  # of one command; more than any round's faults can end
-PATIENCE_S = 600  # for one start of a command, which takes half a minute undisturbed
+PATIENCE_S = 600.0  # for one start of a command, which takes half a minute undisturbed,
+PATIENCE = 10  # or so many times what it took here
 DISK_KB = (80, 400)  # parts and files of one run take more
 FULL = "No space left on device"
 
@@ -102,6 +103,7 @@ class Chaos:
     def __init__(self, seed: int, folder: Path, nodes: Nodes, proxy: WatchedProxy, server: str) -> None:
         self.seed, self.folder, self.nodes, self.proxy, self.server = seed, folder, nodes, proxy, server
         self.jobs = Jobs(nodes.address)
+        self.patience_s = PATIENCE_S
         possible = {DISK: _can_mount(folder), MEMORY: tight_cgroup() is not None}
         self.kinds = [kind for kind in KINDS if possible.get(kind, True)]
         for kind in set(KINDS) - set(self.kinds):
@@ -116,8 +118,9 @@ class Chaos:
         client("s3", self.server).create_bucket(Bucket=BUCKET)
         for shard in sorted((ROOT / "examples/captions").iterdir()):
             client("s3", self.server).put_object(Bucket=BUCKET, Key=f"in/{shard.name}", Body=shard.read_bytes())
-        calm = Round(self, -1)
+        calm, began = Round(self, -1), time.monotonic()
         calm.until_done("fuse", *calm.args)
+        self.patience_s = max(PATIENCE_S, PATIENCE * (time.monotonic() - began))
         self.truth = calm.verified_rows()
         calm.until_done("fuse", *calm.args, *RETRY)
         self.retried = calm.verified_rows()
@@ -284,7 +287,7 @@ class Round:
         while alive := [job for job in (self.driver, *self._seconds) if job.poll() is None]:
             self._mend()
             self._grow_the_disk()
-            if late := [job for job in alive if job.age_s > PATIENCE_S]:
+            if late := [job for job in alive if job.age_s > self.chaos.patience_s]:
                 raise Failed(f"{late[0].name}, pid {late[0].pid}, does not end: {late[0].last_words}")
             time.sleep(0.1)
         self.chaos.proxy.watch = nobody
@@ -356,7 +359,7 @@ class Round:
     def verified_rows(self) -> Rows:
         """What lies in the output, once verify says that it is whole."""
         verify = self.chaos.jobs.start("verify", *self.output, "deep=true")
-        while verify.poll() is None and verify.age_s < PATIENCE_S:
+        while verify.poll() is None and verify.age_s < self.chaos.patience_s:
             time.sleep(0.1)
         if verify.poll() != 0:
             raise Failed(f"verify deep=true: exit {verify.poll()}: {verify.said[-2000:]}")

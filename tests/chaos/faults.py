@@ -25,7 +25,7 @@ from capsfusion_ray.attempts import SHARED_DEATHS
 
 ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
 TIGHT_BYTES = 1 << 16  # of new pages; what an actor holds already is not counted
-STALL_S = 6.0  # engine.stall_s of every run: many times a step of the embedded model, on a busy machine too
+STALL_S = 20.0  # engine.stall_s of every run: many times a step of the embedded model, on a core that ten others share too
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from proxy import FaultProxy
+from proxy import FaultProxy, Faults
 
 from capsfusion_ray.config import FuseConfig, VerifyConfig
 from capsfusion_ray.doorway import EXIT_FAILED, EXIT_USAGE, run_job
 from capsfusion_ray.errors import StorageError
 from capsfusion_ray.run import fuse
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, StoreRefused
 from capsfusion_ray.verify import verify
 
 READ = ["s3:GetObject", "s3:ListBucket"]
@@ -116,6 +116,22 @@ def test_verify_of_a_store_that_refuses_is_no_claim_about_rows(
     out, err = capfd.readouterr()
     assert "check storage key and secret" in err
     assert "Wr0ng" not in out + err
+
+
+@pytest.mark.parametrize("operation", ["PutObject", "GetObject", "HeadObject", "ListObjects", "DeleteObject"])
+def test_expired_credentials_are_refused_at_once_by_every_request(proxy: FaultProxy, store: Store, calm: Store, operation: str) -> None:
+    """None is waited out for the minutes that a failing store gets."""
+    calm.put("u", b"1")
+    calls: dict[str, Callable[[], object]] = {
+        "PutObject": lambda: store.put_if_absent("v", b"1"),
+        "GetObject": lambda: store.get("u"),
+        "HeadObject": lambda: store.exists("u"),
+        "ListObjects": lambda: store.list(),
+        "DeleteObject": lambda: store.delete(["u"]),
+    }
+    proxy.inject(Faults(1.0, ("expired",), frozenset([operation])))
+    with pytest.raises(StoreRefused, match=r"credentials not accepted \((ExpiredToken|400)\); check storage key and secret"):
+        calls[operation]()
 
 
 def test_signatures_hold_through_the_proxy_of_these_tests(proxy: FaultProxy, store: Store, guarded: Users) -> None:

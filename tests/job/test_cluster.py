@@ -12,6 +12,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from drivers import Driver, ray_head, resumable
 from lighthouses import captions
 from moto_server import client, moto_server, options
 from ports import free_port
@@ -84,6 +85,33 @@ def wait_for_child(process, name):
                 continue
         time.sleep(0.02)
     raise AssertionError(f"it ended before {name} began: {process.stderr.read()}")
+
+
+@pytest.mark.timeout(1800)
+def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(corpus, tmp_path, monkeypatch):
+    """SIGKILL to all processes of the head node, while units are under way: the driver, elsewhere, does not wait for ever."""
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
+    output = Store(str(tmp_path / "out"))
+    words = [f"input.path={corpus}", f"output.path={output.root}", "engine.kind=echo", "unit.rows=5", "cluster.max_actors=1"]
+    with ray_head() as address:
+        run = Driver(address).start("fuse", *words)
+        while not resumable(output):
+            assert run.poll() is None, run.communicate()[1]
+            time.sleep(0.01)
+        port = int(address.rpartition(":")[2])
+        (gcs,) = {c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+        head = psutil.Process(gcs).parent()
+        for process in [*head.children(recursive=True), head]:
+            process.kill()
+        assert run.poll() is None, "the run was over before its head was lost"
+        _, said = run.communicate(timeout=300)
+    assert run.returncode not in (0, EXIT_USAGE), said
+    found = resumable(output)
+    with ray_head() as address:
+        driver = Driver(address)
+        totals = driver.run("fuse", *words)
+        assert 0 < found <= totals["resumed_units"] < totals["units"]
+        assert driver.run("verify", f"output.path={output.root}", "deep=true")["rows"]["planned"] == 400
 
 
 def test_only_vllm_takes_several_gpus_and_as_many_as_it_splits_a_model_over():

@@ -1,13 +1,10 @@
 """The job as a user runs it: real processes, a real Ray cluster, SIGKILL from outside."""
 
-import json
-import random
-import signal
-import time
-
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+
+from capsfusion_ray.storage import Store
 
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[width]")
 BEAM = ("engine.dtype=float32", "engine.threads=1", *ECHO[1:])
@@ -57,41 +54,20 @@ def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
     assert all(pq.read_metadata(p).num_rows <= 100 for p in (output / "data").rglob("*.parquet"))
 
 
-def committed(output):
-    """How many units a resume will find: those with a part, and those of compacted groups."""
-    parts = {path.stem for path in (output / "_units").glob("*.parquet")}
-    groups = [json.loads(path.read_text()) for path in (output / "_run" / "groups").glob("*.json")]
-    return len(parts | {unit["id"] for group in groups for unit in group["units"]})
-
-
 @pytest.mark.timeout(3600)
 def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver, pytestconfig):
     """SIGKILL at random moments after the first commit; the same command ends with the undisturbed run's very files.
 
     Twice in `make test`. Ten times, with a real model: pytest tests/job -k killed --kills 10 --kill-engine beam
     """
-    chance = random.Random(7)
     settings = ECHO if pytestconfig.option.kill_engine == "echo" else BEAM
     args = (f"input.path={corpus}", *settings, "unit.rows=5", "output.target_file_rows=32")
     undisturbed = tmp_path / "undisturbed"
     calm = driver.run("fuse", *args, f"output.path={undisturbed}")
 
     output = tmp_path / "out"
-    found = []
-    wanted = pytestconfig.option.kills
-    while len(found) < wanted:
-        before = committed(output)
-        enough = before + 1 + chance.random() * (calm["units"] - before) / (wanted - len(found) + 1)
-        process = driver.start("fuse", *args, f"output.path={output}")
-        while process.poll() is None and committed(output) < enough:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.1))
-        assert process.poll() is None, "the run was over before its kill"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found.append(committed(output))
+    found = driver.kill_fuse(Store(str(output)), pytestconfig.option.kills, calm["units"], *args, f"output.path={output}")
     last = driver.run("fuse", *args, f"output.path={output}")
-    print("units found after each kill", found, "of", calm["units"])
     assert all(0 < units < calm["units"] for units in found)
     assert 0 < last["resumed_units"] < last["units"]
     driver.run("verify", f"output.path={output}", "deep=true")

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 from lighthouses import captions
 from moto_server import KEYS, client, moto_server
 from proxy import FaultProxy, Faults
+from ray._raylet import GcsClient
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 from ray_nodes import ray_nodes
 
@@ -27,7 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "captions"
 ROWS, UNIT_ROWS = 240, 5
 MAX_ACTORS = 3
+GRACE_S = 300
 FUSION_ACTOR = "MapWorker(MapBatches(FusionActor))"  # as Ray Data names it
+SECRETS = {"key": "AKIA0FTH1STEST", "secret": "S3cr3t-0f-th1s-test", "token": "T0ken-0f-th1s-test"}
 pytestmark = pytest.mark.timeout(1800)
 
 
@@ -149,3 +155,66 @@ def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shri
     assert max(pool) == MAX_ACTORS
     assert min(pool[pool.index(MAX_ACTORS) :]) < MAX_ACTORS, "before the driver ended"
     verify_all(store, "out")
+
+
+def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
+    """Not in what is said, in the output, in any log of the cluster, or in its list of jobs; and it is not submitted at all."""
+    store.inject(Faults())
+    storage = SECRETS | {"endpoint_url": store.url, "region": "us-east-1"}
+    words = fuse("secret", *(f"{section}.storage.{name}={value}" for section in ("input", "output", "engine") for name, value in storage.items()))
+    env = os.environ | {"RAY_ADDRESS": nodes.gcs, "RAY_AUTH_MODE": "disabled"}
+    ran = subprocess.run([sys.executable, "jobs/fuse.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == EXIT_DONE, ran.stderr[-5000:]
+    said = Submission(nodes, *words).result(code=EXIT_USAGE)
+    assert "input.storage.secret=*** " in said
+    entrypoints = [str(job) for job in JobSubmissionClient(nodes.dashboard).list_jobs() if "s3://captions/secret" in str(job)]
+    assert len(entrypoints) == 1
+    assert "output.storage.secret=***" in entrypoints[0]
+    written = {key: read(store, key) for key in keys(store, "secret/")}
+    logs = {path: path.read_bytes() for path in nodes.session.rglob("*") if path.is_file()}
+    assert len(written) > 5
+    assert len(logs) > 20
+    for secret in SECRETS.values():
+        assert secret not in ran.stdout + ran.stderr + said + "".join(entrypoints)
+        assert not [place for place, data in (written | logs).items() if secret.encode() in data]
+
+
+def test_credentials_that_expire_in_the_middle_stop_the_run_and_a_renewal_goes_on(store, nodes):
+    store.inject(slow(1.0))
+    first = Submission(nodes, *fuse("expired", "cluster.max_actors=1"))
+    while len(keys(store, "expired/_units/")) < 2:
+        assert not first.ended, first.result()
+        time.sleep(0.1)
+    store.inject(Faults(1.0, ("expired",)))
+    said = first.result(code=EXIT_USAGE)
+    assert "error: s3://captions/expired/" in said
+    assert re.search(r"credentials not accepted \((ExpiredToken|400)\); check storage key and secret, or AWS_\*", said)
+    store.inject(Faults())
+    totals = Submission(nodes, *fuse("expired", "cluster.max_actors=1")).result()
+    assert 0 < totals["resumed_units"] < totals["units"]
+    verify_all(store, "expired")
+
+
+def test_a_node_that_is_drained_is_left_in_order_and_nothing_is_suspected(store, nodes):
+    """As Ray drains a node that got SIGTERM: its actor takes no other unit and goes before the node does. It ends with one worker less."""
+    store.inject(slow(1.0))
+    run = Submission(nodes, *fuse("drained", "cluster.min_actors=2", "cluster.max_actors=2", "cluster.cpus_per_actor=1"))
+    alive = [("class_name", "=", FUSION_ACTOR), ("state", "=", "ALIVE")]
+    while len(homes := {actor.node_id for actor in list_actors(address=nodes.dashboard, filters=alive)}) < 2 or not keys(store, "drained/_units/"):
+        assert not run.ended, run.result()
+        time.sleep(0.2)
+    gone = homes.pop()
+    until_ms = int((time.time() + GRACE_S) * 1000)
+    accepted, why = GcsClient(address=nodes.gcs).drain_node(gone, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "a test wants it back", until_ms)
+    assert accepted, why
+    began = time.monotonic()
+    while [actor for actor in list_actors(address=nodes.dashboard, filters=alive) if actor.node_id == gone]:
+        assert time.monotonic() - began < GRACE_S, "the actor stayed until its node was taken"
+        time.sleep(0.2)
+    store.inject(Faults())
+    said = run.process.communicate(timeout=900)[0]
+    assert run.process.returncode == EXIT_DONE, said[-5000:]
+    assert "no other unit begins here" in said
+    assert "leaving this node: 0 units go elsewhere" in said
+    assert "on trial" not in said
+    verify_all(store, "drained")

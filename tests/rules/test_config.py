@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml
+from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml, without_secrets
 from capsfusion_ray.doorway import EXIT_DONE, run_job
 from capsfusion_ray.errors import ConfigError
 
@@ -75,6 +75,18 @@ def test_saved_config_loads_again_and_hides_secrets(tmp_path):
     assert "hunter2" not in saved.read_text()
     assert again.output.storage == {"secret": "***", "endpoint_url": "http://x"}
     assert dataclasses.replace(again, output=cfg.output) == cfg
+
+
+def test_a_command_line_is_shown_without_secrets():
+    words = ["jobs/fuse.py", "output.path=s3://b/out", "output.storage.endpoint_url=http://x", "engine.api.key_env=KEY", "a.yaml"]
+    secret = ["output.storage.secret=hunter2", "input.storage.account_key=hunter2", "engine.storage={connection_string: hunter2}"]
+    assert without_secrets([*words, *secret]) == [*words, "output.storage.secret=***", "input.storage.account_key=***", "engine.storage=***"]
+
+
+@pytest.mark.parametrize("secret", ["007", "1e5", "true", "null", "a=b", "[", "x: y #z"])
+def test_a_secret_is_taken_literally(secret):
+    cfg = load(FuseConfig, ["output.path=o", "input.path=i", f"output.storage.secret={secret}"])
+    assert cfg.output.storage == {"secret": secret}
 
 
 def test_fingerprint_does_not_depend_on_key_order():

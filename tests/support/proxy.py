@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
+EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
 KINDS = ("slow_down", "reset_before", "reset_after", "truncate", "short", "stall")
 
 
@@ -33,6 +34,7 @@ class Faults:
     truncate       half of the body, less than its Content-Length says
     short          half of an object's body, with a Content-Length to match: no client can tell from the answer alone
     stall          `stall_s` seconds of silence before the answer
+    expired        400 ExpiredToken, not forwarded; not one of KINDS, because no retry helps
     """
 
     share: float = 0.0
@@ -156,14 +158,14 @@ class FaultProxy:
         """False: the connection is at its end."""
         operation = request.operation
         kind = self._draw(operation)
-        if kind in ("slow_down", "reset_before"):
+        if kind in ("slow_down", "reset_before", "expired"):
             self.done[kind, operation] += 1
             if kind == "reset_before":
                 return _reset(writer)
-            body = b"" if operation == "HeadObject" else SLOW_DOWN
+            status, body = (b"503 Slow Down", SLOW_DOWN) if kind == "slow_down" else (b"400 Bad Request", EXPIRED)
+            body = b"" if operation == "HeadObject" else body
             writer.write(
-                b"HTTP/1.1 503 Slow Down\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % len(body)
-                + body
+                b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
             )
             await writer.drain()
             return True

@@ -1,0 +1,172 @@
+"""Models that are wrong in ways a loader does not see: said at load or after their first captions, and nothing of theirs is run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from tiny import EOS, drain, tiny_llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from capsfusion_ray.actors import DEBUT, FusionActor
+from capsfusion_ray.attempts import AttemptLog
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.engines.base import build_engine
+from capsfusion_ray.engines.loading import load_model
+from capsfusion_ray.errors import ConfigError, EngineError
+from capsfusion_ray.rows import Prompt, WorkUnit
+from capsfusion_ray.stages import FINISH, admit
+from capsfusion_ray.storage import Store
+from capsfusion_ray.units import Apart, UnitBatch
+
+WORDS = 60  # rows of the tiny model's vocabulary
+DECODE = DecodeConfig(num_beams=2, max_new_tokens=4, scoring="transformers")
+ENGINES = pytest.mark.parametrize("kind", ["beam", "transformers"])
+
+
+def save(folder: Path, model: Any, words: int = WORDS, **tokens: str) -> Path:
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(words)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", unk_token="w3", **tokens).save_pretrained(folder)
+    return folder
+
+
+def llama(eos_weight: float = 2.0) -> Any:
+    return tiny_llama(1, eos_weight, dtype=torch.float32)
+
+
+def config(folder: Path, kind: str = "beam") -> EngineConfig:
+    return EngineConfig(kind=kind, model=str(folder), device="cpu", dtype="float32", slots=DEBUT, batch_size=DEBUT)
+
+
+def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[dict[str, Any]]:
+    """As an actor does."""
+    unit = WorkUnit("u", "shard.parquet", 0, rows, "g00000")
+    table = pa.Table.from_pylist([
+        {"image_url": f"u{i}", "laion_2b": f"Lighthouse w{i % 50 + 4}", "laion_coco": "A white lighthouse w7 w8", "row_id": f"shard.parquet:{i}", "_invalid": None}
+        for i in range(rows)
+    ])  # fmt: skip
+    actor = FusionActor(config(folder, kind), DECODE, "w5 {raw} w6 {synthetic}", AttemptLog(Store(str(out)), "run"))
+    fused: list[dict[str, Any]] = UnitBatch.unpack(actor(UnitBatch(unit, admit(table, GatesConfig()), Apart()).pack())).table.to_pylist()
+    return fused
+
+
+# ------------------------------------------------------------------------------------------------ nothing of theirs is run
+
+
+class Trojan:
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self._mark),)
+
+
+def test_weights_in_the_bin_form_execute_nothing(tmp_path: Path) -> None:
+    folder, mark = save(tmp_path / "model", llama()), tmp_path / "executed"
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Trojan(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(EngineError, match="its weights cannot be read"):
+        load_model(config(folder))
+    assert not mark.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert mark.exists(), "or the file was harmless"
+
+
+def test_safetensors_are_preferred_where_both_forms_are_there(tmp_path: Path) -> None:
+    folder, mark = save(tmp_path / "model", llama()), tmp_path / "executed"
+    torch.save({"lm_head.weight": Trojan(mark)}, folder / "pytorch_model.bin")
+    assert torch.equal(load_model(config(folder)).model.lm_head.weight, llama().lm_head.weight)
+    assert not mark.exists()
+
+
+def test_code_of_a_model_runs_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    folder, mark = save(tmp_path / "model", llama()), tmp_path / "executed"
+    said = json.loads((folder / "config.json").read_text())
+    said |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    with pytest.raises(ConfigError, match="contains custom code"):
+        load_model(config(folder))
+    assert not mark.exists()
+
+
+# ------------------------------------------------------------------------------------------------ said at load
+
+SMALL = {"vocab_size": WORDS, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@ENGINES
+def test_an_architecture_that_writes_no_text_is_refused(kind: str, tmp_path: Path) -> None:
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=WORDS, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(ConfigError, match="not loadable as a causal language model"):
+        build_engine(config(save(tmp_path / "t5", t5), kind), DECODE)
+    with pytest.raises(EngineError, match=r"missing keys \(cls\.predictions.*of another model"):
+        build_engine(config(save(tmp_path / "bert", BertModel(BertConfig(**SMALL))), kind), DECODE)
+
+
+@ENGINES
+def test_a_tokenizer_of_a_larger_model_is_refused(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"2 tokens beyond the 60 of the model \(first 'w60', id 60\)"):
+        build_engine(config(save(tmp_path, llama(), words=WORDS + 2), kind), DECODE)
+
+
+@ENGINES
+def test_a_pad_token_without_a_row_and_no_pad_token_write_the_same(kind: str, tmp_path: Path) -> None:
+    """Captions of unlike lengths, so that there is something to pad."""
+    written = []
+    for name, tokens in {"none": {}, "one": {"pad_token": "w2"}, "foreign": {"pad_token": "[PAD]"}}.items():
+        engine = build_engine(config(save(tmp_path / name, llama(), **tokens), kind), DECODE)
+        ids = engine.encode(["w5 w6 w8 w9", "w7"])
+        written.append(drain(engine, [Prompt(f"r{i}", "", "", "", (), tuple(row)) for i, row in enumerate(ids)]))
+    assert written[0] == written[1]
+    assert {name: caption.text for name, caption in written[0].items()} == {name: caption.text for name, caption in written[2].items()}
+
+
+def test_an_empty_row_of_the_vocabulary_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    load_model(config(save(tmp_path / "whole", model)))
+    assert not caplog.records
+    with torch.no_grad():
+        model.lm_head.weight[[17, 40]] = 0.0
+    load_model(config(save(tmp_path / "enlarged", model)))
+    assert "2 rows of its vocabulary are empty (id 17 'w17', 40 'w40')" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ said after the first captions
+
+
+@ENGINES
+def test_a_model_whose_scores_are_nan_stops_the_run_and_names_itself(kind: str, tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)  # finite, and its products are not
+    folder = save(tmp_path / "model", model)
+    with pytest.raises(ConfigError, match=rf"engine\.model={folder}: each of its first {DEBUT} captions failed: .*the model gave NaN.*engine\.dtype"):
+        fuse_a_unit(folder, kind, tmp_path / "out")
+
+
+@ENGINES
+def test_a_model_that_never_stops_is_said_to(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=0.0)), kind, tmp_path / "out")
+    assert {row[FINISH] for row in rows} == {"length"}
+    assert f"none of its first {DEBUT} captions came to an end within decode.max_new_tokens=4" in caplog.text
+
+
+@ENGINES
+def test_a_model_that_is_well_is_said_nothing_of(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=8.0)), kind, tmp_path / "out", rows=3 * DEBUT)
+    assert "eos" in {row[FINISH] for row in rows[:DEBUT]}
+    assert "captions came to an end" not in caplog.text

@@ -1,0 +1,84 @@
+"""`python jobs/<job>.py …` as processes of their own, killed where asked, and a Ray cluster that outlives them, for them to join."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from capsfusion_ray.manifest import read_groups
+from capsfusion_ray.parts import committed
+from capsfusion_ray.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = """
+import sys, ray
+from capsfusion_ray.cluster import start_here
+start_here(num_cpus=3, log_to_driver=False)
+print("address", ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def ray_head() -> Iterator[str]:
+    """The address of a head node with 3 logical CPUs, which ends when its standard input does."""
+    head = subprocess.Popen([sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert head.stdin
+    assert head.stdout
+    lines = iter(head.stdout.readline, "")
+    try:
+        yield next(line.split()[1] for line in lines if line.startswith("address"))
+    finally:
+        head.stdin.close()
+        head.wait(120)
+
+
+class Driver:
+    """Starts them against the cluster at `address`."""
+
+    def __init__(self, address: str) -> None:
+        self.env = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO"}
+
+    def start(self, job: str, *args: object) -> subprocess.Popen[str]:
+        command = [sys.executable, f"jobs/{job}.py", *map(str, args)]
+        return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, job: str, *args: object, code: int = 0) -> Any:
+        """The result of a job that ends well, else what it said on stderr."""
+        process = self.start(job, *args)
+        out, err = process.communicate(timeout=1500)
+        assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{err[-3000:]}"
+        return json.loads(out.splitlines()[-1]) if code == 0 else err
+
+    def kill_fuse(self, store: Store, kills: int, units: int, *args: object) -> list[int]:
+        """SIGKILL to so many runs of `units` units on `store`, at random moments after each one's first commit; what a resume found after each."""
+        chance = random.Random(7)
+        found: list[int] = []
+        while len(found) < kills:
+            before = resumable(store)
+            enough = before + 1 + chance.random() * (units - before) / (kills - len(found) + 1)
+            process = self.start("fuse", *args)
+            while process.poll() is None and resumable(store) < enough:
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.1))
+            assert process.poll() is None, "the run was over before its kill"
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            found.append(resumable(store))
+        print("units found after each kill", found, "of", units)
+        return found
+
+
+def resumable(store: Store) -> int:
+    """How many units a resume will find: those with a part, and those of compacted groups."""
+    parts = committed(store)  # first: parts go once their group's entry exists
+    return len(parts | {unit.id for group in read_groups(store) for unit in group.units})
