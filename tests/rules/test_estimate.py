@@ -68,6 +68,7 @@ def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_
     runs = 200 // actors + 6  # one actor meets few deaths
     found = mean(simulated_s(actors, actors * units_each, life_s, restart_s, seed) for seed in range(runs))
     quote = predicted(actors, actors * units_each, preempted_every_h=life_s and life_s / 3600, restart_s=restart_s)
+    print(f"{actors} actors, {units_each} units each: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}")
     assert quote.seconds == pytest.approx(found, rel=0.10)
 
 
