@@ -313,6 +313,8 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """All actors' work and waiting, and the tail, while some have nothing left to do. Checked against simulated pools in tests/rules."""
+        if not self.rows:
+            return 0.0
         gone_s = self.lost_s + self.restart_s
         # The chance that an actor dies while the last units are at work: they wait for its successor, and are begun anew.
         late = 1 - math.exp(-self.actors * gone_s / (self.preempted_every_h * 3600)) if self.preempted_every_h else 0.0

@@ -82,5 +82,9 @@ def test_a_spot_market_costs_what_it_destroys_and_says_so():
     assert line.endswith("a restart of 60 s and 50 s of work each")
 
 
+def test_where_nothing_is_left_to_do_nothing_is_waited_for():
+    assert Estimate(0, 0, 8, SPEED, 0, 0, 1.0, 2.5, "", preempted_every_h=1.0, restart_s=300.0).seconds == 0
+
+
 def test_where_actors_die_faster_than_they_work_the_estimate_stays_finite():
     assert predicted(8, 400, preempted_every_h=UNIT_S / 7200, restart_s=300.0).seconds < 20 * predicted(8, 400).seconds
