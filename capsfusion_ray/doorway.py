@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from capsfusion_ray.config import load, usage
 from capsfusion_ray.errors import CapsFusionError, UsageError
@@ -19,10 +19,22 @@ T = TypeVar("T")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at that moment: the live bar puts itself there, and lines go above it instead of into it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """StreamHandler sets it when it is made."""
+
+
 def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str] | None = None) -> int:
     """Logs go to stderr; the last line on stdout is the call's result as one JSON object. --help: the job's keys."""
     logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[_Stderr()], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     for noisy in ("botocore", "aiobotocore", "s3fs", "urllib3", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 LOG_EVERY_S = 10.0
 STORE_EVERY_S = 10.0
+BAR_WIDTH = 28
 HISTORY_POINTS = 240  # of progress.json: every other one goes when there are more
 _WINDOW_S = 300.0  # the speed shown is that of the last five minutes
 
@@ -53,8 +54,10 @@ class Progress:
             self._history = [tuple(point) for point in json.loads(self.store.get(PROGRESS)).get("history", [])]
             self._before_s = self._history[-1][0] if self._history else 0.0
         if self.stream.isatty():
-            self._live = Live(console=Console(file=self.stream), transient=True, auto_refresh=False)
-            self._live.start()
+            # It stands there before the first commit, and through the minutes between two of them.
+            console = Console(file=self.stream)
+            self._live = Live(console=console, transient=True, refresh_per_second=2, get_renderable=lambda: self._bar(console.width))
+            self._live.start(refresh=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,8 +76,6 @@ class Progress:
         self._recent.append((now, self.rows - self.resumed_rows))
         while len(self._recent) > 2 and now - self._recent[0][0] > _WINDOW_S:
             self._recent.popleft()
-        if self._live:
-            self._live.update(self._bar(), refresh=True)
         if now - self._logged >= LOG_EVERY_S and not self._live:
             self._logged = now
             self._write(self.line)
@@ -127,9 +128,14 @@ class Progress:
         except (StorageError, StoreRefused) as error:  # what others read of a run must not end the run
             log.warning("progress not written: %s", error)
 
-    def _bar(self) -> Table:
+    def _bar(self, width: int) -> Table:
+        """The bar before the line, or above it where the terminal is too narrow for both."""
+        line = self.line
+        beside = width - len(line) - 2 >= BAR_WIDTH
+        bar = ProgressBar(total=max(self.planned, 1), completed=self.rows, width=BAR_WIDTH if beside else min(width - 1, 2 * BAR_WIDTH))
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=max(self.planned, 1), completed=self.rows, width=28), self.line)
+        for row in ([(bar, line)] if beside else [(bar,), (line,)]):
+            grid.add_row(*row)
         return grid
 
     def _write(self, line: str) -> None:
