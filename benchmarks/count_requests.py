@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -83,8 +82,7 @@ def store(endpoint: str, work: Path) -> Iterator[str]:
     if endpoint:
         yield endpoint
         return
-    os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = str(s3_requests.LIST_KEYS)
-    with moto_server(work / "moto.log") as url:
+    with moto_server(work / "moto.log", page_keys=s3_requests.LIST_KEYS) as url:
         yield url
 
 

@@ -22,11 +22,11 @@ KEYS = {"key": "demokey", "secret": "demosecret"}
 
 
 @contextmanager
-def moto_server(log: Path) -> Iterator[str]:
+def moto_server(log: Path, page_keys: int = PAGE_KEYS) -> Iterator[str]:
     """Its URL."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
-    env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE_KEYS)}
+    env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(page_keys)}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         try:
             deadline = time.monotonic() + 500
