@@ -174,7 +174,7 @@ class S3Backend:
             )
         if code == "403":  # the answer to HEAD, which has no body: it may be either
             return StoreRefused(
-                f"{where}: access denied (403); check storage key and secret, and that they may {action} here"
+                f"{where}: access denied (403); check storage key and secret, and that they are permitted to"
             )
         if code in ("AccessDenied", "Forbidden", "AllAccessDisabled"):
             return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")

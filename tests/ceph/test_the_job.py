@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -77,7 +78,8 @@ def test_a_wrong_secret_stops_the_job_at_its_start(proxy: FaultProxy, uploaded: 
         said = driver.run("fuse", *places.values(), *(word for words in wrong.values() for word in words), code=2)
         last = said.splitlines()[-1]
         assert places[section].partition("=")[2] in last
-        assert "credentials not accepted (SignatureDoesNotMatch); check storage key and secret" in last
+        # Where the first request is a HEAD, its answer has no body that could say more.
+        assert re.search(r"(credentials not accepted \(SignatureDoesNotMatch\)|access denied \(403\)); check storage key and secret", last)
         assert WRONG not in said
         assert "Traceback" not in said
     assert not Store(f"s3://{uploaded}/out", options(proxy.url)).list()
