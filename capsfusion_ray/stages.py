@@ -142,7 +142,7 @@ _FINISH_REASONS = {str(finish): finish for finish in FinishReason}
 def _verdicts(table: pa.Table, gates: GatesConfig) -> Iterator[tuple[int, Verdict]]:
     """Of every row that an engine was asked for, by row number."""
     waiting = [i for i, outcome in enumerate(table[OUTCOME].to_pylist()) if outcome is None]
-    asked = table.take(waiting)
+    asked = table.take(pa.array(waiting, pa.int64()))  # typed: of an empty list Arrow would make nulls
     finishes = [_FINISH_REASONS.get(finish) for finish in asked[FINISH].to_pylist()]
     if None in finishes:
         row_id = asked[ROW_ID][finishes.index(None)]

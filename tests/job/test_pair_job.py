@@ -23,13 +23,13 @@ def write(folder, rows):
 
 @pytest.fixture
 def tables(tmp_path):
-    """The last raw row repeats the key of row 100 with another caption; the first synthetic one has no key."""
+    """The last raw row repeats the key of row 102, which comes first in the same shard; the first synthetic one has no key."""
     raw = [{"URL": f"http://Host.example/{i}.jpg", "TEXT": f"Cape No. {i}", "WIDTH": i} for i in range(KEYS)]
     synthetic = [
         {"url": f"https://host.example/{i}.jpg", "top_caption": f"A lighthouse stands at number {i}."}
         for i in reversed(range(LONELY, LONELY + KEYS))
     ]
-    write(tmp_path / "raw", [*raw, raw[100] | {"TEXT": "another cape"}])
+    write(tmp_path / "raw", [*raw, raw[102] | {"TEXT": "another cape"}])
     write(tmp_path / "synthetic", [{"url": None, "top_caption": "A lighthouse."}, *synthetic])
     return (
         f"raw.path={tmp_path}/raw", "raw.passthrough=[WIDTH]", f"synthetic.path={tmp_path}/synthetic", "normalise=url", "partitions=12",

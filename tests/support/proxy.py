@@ -81,6 +81,10 @@ class Request:
             return "ListObjects" if self.query.keys() & {"list-type", "prefix", "delimiter"} else "GetObject"
         return {"PUT": "PutObject", "HEAD": "HeadObject", "DELETE": "DeleteObject"}.get(method, method)
 
+    @property
+    def conditional(self) -> bool:
+        return any(line.lower().startswith((b"if-match:", b"if-none-match:")) for line in self.headers)
+
 
 class FaultProxy:
     """Listens on `address` while used as a context, on a thread of its own. `done` counts (kind, operation)."""
@@ -92,6 +96,7 @@ class FaultProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._condition = asyncio.Lock()
         self.inject(Faults())
         self.done: Counter[tuple[str, str]] = Counter()
         self.url = ""
@@ -194,7 +199,12 @@ class FaultProxy:
         return operation != "HeadObject"
 
     async def _forward(self, request: Request) -> Answer:
-        """One connection a request. Only Connection and Expect are left out, which are signed by no client."""
+        """One connection a request; of writes under a condition one at a time: moto looks and writes in two steps, stores do in one."""
+        async with self._condition if request.conditional else contextlib.nullcontext():
+            return await self._exchange(request)
+
+    async def _exchange(self, request: Request) -> Answer:
+        """Only Connection and Expect are left out, which are signed by no client."""
         reader, writer = await asyncio.open_connection(*self._upstream, limit=1 << 20)
         try:
             kept = [line for line in request.headers if not line.lower().startswith((b"connection:", b"expect:"))]
