@@ -6,7 +6,7 @@
 
 (a) the reference's settings through HF generate (batch 4, padded to 256, beams), (b) HF generate tuned: sorted by length,
 prefix KV reused, every batch size of the sweep, (c) transformers' continuous batching, greedy, (d) this engine: both
-scorings, greedy, and on a GPU with and without the Triton kernel, (e) vLLM where it is installed, greedy. Random models
+scorings, greedy, with plain torch's attention and the device's kernel (Triton's on a GPU, numba's on a CPU), (e) vLLM where it is installed, greedy. Random models
 never write an EOS: each caption's length is drawn from the published captions' distribution and forced.
 
 Prints a table and, as the last line, JSON. `share_of_limit`: the seconds that the generated and prefilled tokens' matrix
@@ -292,7 +292,8 @@ def main() -> None:
         table.time("e vLLM, greedy", lambda: vllm_greedy(bench, prompts), 1)
     with torch.inference_mode():
         weights = take_weights(bench.loaded, bench.engine.max_prompt_tokens + LENGTH_CAP)
-    for attention in ("torch", "triton") if weights.device.type == "cuda" else ("torch",):
+    own = "triton" if weights.device.type == "cuda" else "numba"
+    for attention in ("torch", own) if own == "triton" or weights.dtype == torch.float32 else ("torch",):
         for scoring, k in (("transformers", beams), ("reference", beams), ("transformers", 1)):
             decode = DecodeConfig(num_beams=k, max_new_tokens=LENGTH_CAP, scoring=scoring)
             engine = own_engine(bench, weights, attention, decode)

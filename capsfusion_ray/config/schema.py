@@ -143,7 +143,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     slots: int | None = None  # captions decoded together; null: sized from free memory
-    attention: Literal["auto", "torch", "triton", "numba"] = "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on a CPU
+    attention: Literal["auto", "torch", "triton", "numba"] = "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on one CPU thread
     batch_size: int = 4  # captions a batch of engine.kind=transformers (4: the reference's)
     max_prompt_tokens: int = 256  # text_input_max_length in the reference config.yaml
     threads: int | None = None  # CPU threads of one actor; null: its share of the cores
