@@ -152,7 +152,13 @@ class FusionActor:
     """
 
     def __init__(
-        self, engine: EngineConfig, decode: DecodeConfig, template: str, attempts: AttemptLog, monitor: Monitor | None = None, notice: Notice | None = None
+        self,
+        engine: EngineConfig,
+        decode: DecodeConfig,
+        template: str,
+        attempts: AttemptLog,
+        monitor: Monitor | None = None,
+        notice: Notice | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._unusable: CapsFusionError | None = None
@@ -295,7 +301,6 @@ class FusionActor:
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_ENGINE_STALLED)
-
 
     def _look_out(self, notice: Notice) -> None:
         """The notice thread: on a node that goes, finish what can be finished and leave the rest as if it had not begun.

@@ -19,14 +19,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import DataContext, Datasource
+from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from capsfusion_ray import exchange
 from capsfusion_ray.exchange import Span, Table
 from capsfusion_ray.pairing import Audit, exchange_schema, join_bucket
-from capsfusion_ray.pipeline import NO_PROGRESS_TIMEOUT_S, as_raised
+from capsfusion_ray.pipeline import as_raised, data_context
 from capsfusion_ray.storage import Store, patiently
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,7 @@ def outcomes(name: str, tasks: Sequence[Callable[[], Iterable[pa.Table]]]) -> It
     """Run every task; what they yielded, a row at a time, as it comes."""
     if not tasks:
         return
-    context = DataContext.get_current()
-    context.execution_options.preserve_order = False
-    context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
-    context.raise_original_map_exception = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    data_context()
     dataset = ray.data.read_datasource(_Tasks(name, tasks), override_num_blocks=len(tasks), num_cpus=TASK_CPUS)
     with as_raised():
         for row in dataset.iter_rows():

@@ -191,19 +191,23 @@ def has_good_ending(text: str) -> bool:
 def unsupported_share(example: Example) -> float:
     """The share of the fused caption's content words that neither source nor the reference holds, endings aside."""
     content = _content(example.fused)
-    there = {_stem(w) for text in (example.raw, example.synthetic, example.reference) for w in words_of(text)}
-    return sum(_stem(w) not in there for w in content) / max(1, len(content))
+    return _absent(content, example.raw, example.synthetic, example.reference) / max(1, len(content))
 
 
 def _in_neither(examples: Sequence[Example]) -> float:
     """The share of the fused captions' content words (distinct, in a caption) that neither source holds, endings aside."""
     there = absent = 0
     for e in examples:
-        sources = {_stem(w) for w in words_of(f"{e.raw} {e.synthetic}")}
         content = _content(e.fused)
         there += len(content)
-        absent += sum(_stem(w) not in sources for w in content)
+        absent += _absent(content, e.raw, e.synthetic)
     return absent / max(1, there)
+
+
+def _absent(content: set[str], *texts: str) -> int:
+    """How many of these words no text holds, endings aside."""
+    held = {_stem(w) for text in texts for w in words_of(text)}
+    return sum(_stem(w) not in held for w in content)
 
 
 def _content(text: str) -> set[str]:

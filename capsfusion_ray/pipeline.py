@@ -79,16 +79,21 @@ def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str,
     return run_batches(job, pool, UnitSource(job, groups, shards), len(groups))
 
 
-def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> Iterator[UnitSummary]:
-    """The graph, whatever its units are read from."""
+def data_context() -> DataContext:
+    """Ray Data's settings of this process, as every graph here wants them."""
     context = DataContext.get_current()
-    context.target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = NO_PROGRESS_TIMEOUT_S
     context.raise_original_map_exception = True
     context.enable_progress_bars = False  # progress.py counts captions, from commits …
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # … and to be told so is of use to nobody
     context.print_on_execution_start = False
+    return context
+
+
+def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> Iterator[UnitSummary]:
+    """The graph, whatever its units are read from."""
+    data_context().target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
     # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
     tasks = TaskPoolStrategy(size=pool.max_actors)
     dataset = (

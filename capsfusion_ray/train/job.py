@@ -16,20 +16,18 @@ from capsfusion_ray.config import ClusterConfig
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.train.config import TrainConfig
 from capsfusion_ray.train.loop import CURVE, fit, run_folder
+from capsfusion_ray.train.triples import located
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
     """Train, or go on where a killed run stopped, and return the last row of the learning curve."""
-    if not cfg.data.path or not Path(cfg.data.path).exists():
-        raise ConfigError(
-            f"data.path={cfg.data.path!r}: not there; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
-        )
+    triples = located(cfg.data.path)
     if not cfg.output.path:
         raise ConfigError("output.path is empty; give the folder that the model is to be saved in")
     # Workers start in a folder of Ray's: relative paths must be made absolute here.
     cfg = dataclasses.replace(
         cfg,
-        data=dataclasses.replace(cfg.data, path=str(Path(cfg.data.path).resolve())),
+        data=dataclasses.replace(cfg.data, path=str(triples.resolve())),
         model=dataclasses.replace(cfg.model, path=_absolute(cfg.model.path)),
         output=dataclasses.replace(cfg.output, path=str(Path(cfg.output.path).resolve())),
     )

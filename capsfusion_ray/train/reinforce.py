@@ -30,6 +30,9 @@ class Sampler:
         # A copy in half precision: sampling is most of the time, and need not be exact.
         self._half = type(model)(model.config).to(model.device, torch.bfloat16).eval()
 
+    def within_budget(self, triples: Sequence[Triple]) -> list[Triple]:
+        return [triple for triple in triples if len(self.encoder.prompt(triple)) <= MAX_PROMPT]
+
     @torch.no_grad()
     def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[list[int]]]:
         """`samples` token lists, each with its end token where it ended, for every triple; 0: one greedy list."""
@@ -86,8 +89,7 @@ class SelfCritic:
 
     def __call__(self, triples: Sequence[Triple]) -> tuple[Batch, float]:
         """The batch, and the mean reward of its samples."""
-        encoder = self.sampler.encoder
-        triples = [triple for triple in triples if len(encoder.prompt(triple)) <= MAX_PROMPT]
+        encoder, triples = self.sampler.encoder, self.sampler.within_budget(triples)
         sampled_TK = self.sampler(triples, self.cfg.samples)
         reward_TK = torch.tensor(
             [
@@ -109,8 +111,7 @@ class SelfCritic:
     def validate(self, triples: Sequence[Triple], batch: int = 64) -> float:
         """Mean reward of greedy captions."""
         encoder = self.sampler.encoder
-        triples = sorted(triples, key=lambda triple: len(encoder.prompt(triple)))
-        triples = [triple for triple in triples if len(encoder.prompt(triple)) <= MAX_PROMPT]
+        triples = sorted(self.sampler.within_budget(triples), key=lambda triple: len(encoder.prompt(triple)))
         rewards = []
         for i in range(0, len(triples), batch):
             some = triples[i : i + batch]

@@ -41,17 +41,23 @@ def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
     return [triple for triple in triples[:cut] if is_sound(triple)], triples[cut:]
 
 
+def located(source: str) -> Path:
+    """The path of `data.path`. Raises ConfigError where nothing is there."""
+    path = Path(source)
+    if not source or not path.exists():
+        raise ConfigError(
+            f"data.path={source!r}: no such file or folder; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
+        )
+    return path
+
+
 def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
     """Every triple of a JSON array, JSON lines or Parquet file, of a folder of Parquet files, or of an output of the jobs.
 
     `columns` names raw, synthetic and fused caption, each under the key that sets it. Raises ConfigError where nothing is
     there, SourceError for a column that is missing.
     """
-    path, names = Path(source), list(columns.values())
-    if not source or not path.exists():
-        raise ConfigError(
-            f"data.path={source!r}: no such file or folder; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
-        )
+    path, names = located(source), list(columns.values())
     if path.is_dir():
         files = sorted((path / "data" if (path / "data").is_dir() else path).rglob("*.parquet"))
         rows = [row for file in files for row in _read_parquet(file, columns)]

@@ -1,8 +1,6 @@
 """`jobs/pair.py` as a user runs it: a real Ray cluster, SIGKILL from outside in either pass, and jobs/fuse.py on what it made."""
 
 import json
-import signal
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,15 +38,8 @@ def tables(tmp_path):
 def test_a_pairing_killed_in_either_pass_is_ended_by_the_same_command_and_fused(tables, tmp_path, driver):
     output = tmp_path / "pairs"
     args = (*tables, f"output.path={output}")
-    found = []
-    for pattern, enough in (("_pair/exchange/*.arrow", 2), ("_pair/buckets/*.json", 2)):
-        process = driver.start("pair", *args)
-        while process.poll() is None and len(list(output.glob(pattern))) < enough:
-            time.sleep(0.001)
-        assert process.poll() is None, "the pairing was over before its kill"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found.append(len(list(output.glob(pattern))))
+    patterns = ("_pair/exchange/*.arrow", "_pair/buckets/*.json")
+    found = [driver.kill_at(lambda p=pattern: len(list(output.glob(p))), 2, "pair", *args) for pattern in patterns]
     print("objects written and buckets joined at the kills", found)
 
     done = driver.run("pair", *args)

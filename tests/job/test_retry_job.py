@@ -1,8 +1,5 @@
 """`retry=rejected` as a user runs it: a real Ray cluster, SIGKILL from outside while it fuses and while it merges."""
 
-import signal
-import time
-
 import pyarrow.dataset as ds
 import pytest
 
@@ -17,15 +14,8 @@ def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_
     before = driver.run("fuse", *args, *STRICT)
     assert before["rejects"] == {"cut_off": 400}, "no caption of six words ends"
 
-    found = []
-    for pattern, enough in (("_retry/*/_units/*.parquet", 7), ("_run/groups/*-e002.json", 1)):
-        process = driver.start("fuse", *args, *MILD)
-        while process.poll() is None and len(list(output.glob(pattern))) < enough:
-            time.sleep(0.001)
-        assert process.poll() is None, "the retry was over before its kill"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found.append(len(list(output.glob(pattern))))
+    moments = (("_retry/*/_units/*.parquet", 7), ("_run/groups/*-e002.json", 1))
+    found = [driver.kill_at(lambda p=pattern: len(list(output.glob(p))), enough, "fuse", *args, *MILD) for pattern, enough in moments]
     print("units committed and groups merged at the kills", found)
 
     after = driver.run("fuse", *args, *MILD)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,17 @@ class Driver:
         assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{err[-3000:]}"
         return json.loads(out.splitlines()[-1]) if code == 0 else err
 
+    def kill_at(self, seen: Callable[[], int], enough: float, job: str, *args: object, later_s: float = 0.0) -> int:
+        """SIGKILL to a job, so long after it has made what `seen` counts; how much it had made then."""
+        process = self.start(job, *args)
+        while process.poll() is None and seen() < enough:
+            time.sleep(0.001)
+        time.sleep(later_s)
+        assert process.poll() is None, "the job was over before its kill"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return seen()
+
     def kill_fuse(self, store: Store, kills: int, units: int, *args: object) -> list[int]:
         """SIGKILL to so many runs of `units` units on `store`, at random moments after each one's first commit; what a resume found after each."""
         chance = random.Random(7)
@@ -66,14 +77,7 @@ class Driver:
         while len(found) < kills:
             before = resumable(store)
             enough = before + 1 + chance.random() * (units - before) / (kills - len(found) + 1)
-            process = self.start("fuse", *args)
-            while process.poll() is None and resumable(store) < enough:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.1))
-            assert process.poll() is None, "the run was over before its kill"
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            found.append(resumable(store))
+            found.append(self.kill_at(lambda: resumable(store), enough, "fuse", *args, later_s=chance.uniform(0, 0.1)))
         print("units found after each kill", found, "of", units)
         return found
 

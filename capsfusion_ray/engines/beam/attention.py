@@ -25,17 +25,20 @@ def decode_attention(
     if not p:
         mask = mask_BKW[:, None] if g == 1 else mask_BKW[:, None].repeat(1, 1, g, 1)
         return F.scaled_dot_product_attention(q_BHGKD.reshape(b, h, g * k, d), k_BHWD, v_BHWD, mask).view(b, h, g, k, d)
-    q = q_BHGKD * d**-0.5
-    q_prefix = q.transpose(0, 1).reshape(h, b * g * k, d)
+    q = (q_BHGKD * d**-0.5).reshape(b, h, g * k, d)
     # The score matrix in at least float32, as HF's softmax has it.
     scores = torch.empty(b, h, g, k, p + w, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    scores[..., :p] = (q_prefix @ prefix_k_HPD.transpose(1, 2)).view(h, b, g, k, p).transpose(0, 1)
-    own = (q.reshape(b, h, g * k, d) @ k_BHWD.transpose(2, 3)).view(b, h, g, k, w)
-    torch.add(own, mask_BKW[:, None, None], out=scores[..., p:])
-    weights = scores.softmax(dim=-1).to(q.dtype)
-    from_prefix = weights[..., :p].transpose(0, 1).reshape(h, b * g * k, p) @ prefix_v_HPD
-    from_own = weights[..., p:].reshape(b, h, g * k, w) @ v_BHWD
-    return from_own.view(b, h, g, k, d) + from_prefix.view(h, b, g, k, d).transpose(0, 1)
+    scores[..., :p] = by_head(q, prefix_k_HPD.transpose(1, 2)).view(b, h, g, k, p)
+    torch.add((q @ k_BHWD.transpose(2, 3)).view(b, h, g, k, w), mask_BKW[:, None, None], out=scores[..., p:])
+    weights = scores.softmax(dim=-1).to(q.dtype).view(b, h, g * k, p + w)
+    return (weights[..., p:] @ v_BHWD + by_head(weights[..., :p], prefix_v_HPD)).view(b, h, g, k, d)
+
+
+def by_head(x_BHMI: Tensor, shared_HIJ: Tensor) -> Tensor:
+    """Rows times what all of them share, one matrix product a head; [B, H, M, J], contiguous."""
+    b, h, m, i = x_BHMI.shape
+    product_HNJ = x_BHMI.transpose(0, 1).reshape(h, b * m, i) @ shared_HIJ
+    return product_HNJ.view(h, b, m, -1).transpose(0, 1).contiguous()
 
 
 def prefill_attention(

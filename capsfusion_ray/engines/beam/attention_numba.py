@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from capsfusion_ray.engines.beam.attention import by_head
+
 # Sums in any order, as every matrix product has it; NaN and infinity keep their meaning.
 _compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
@@ -121,14 +123,9 @@ def decode_attention_numba(
     q = q_BHGKD.reshape(b, h, m, d).contiguous()
     scores = torch.empty(b, h, m, p + int(end_B.max()), dtype=q.dtype)
     if p:
-        q_prefix = (q * d**-0.5).transpose(0, 1).reshape(h, b * m, d)
-        scores[..., :p] = (q_prefix @ prefix_k_HPD.transpose(1, 2)).view(h, b, m, p).transpose(0, 1)
+        scores[..., :p] = by_head(q * d**-0.5, prefix_k_HPD.transpose(1, 2))
     _by_rows(b, _scores, q, k_BHND, visible_BKN, end_B, np.float32(d**-0.5), p, scores)
     weights = scores.softmax(dim=-1)
-    if p:
-        from_prefix = weights[..., :p].transpose(0, 1).reshape(h, b * m, p) @ prefix_v_HPD
-        out = from_prefix.view(h, b, m, d).transpose(0, 1).contiguous()
-    else:
-        out = torch.zeros(b, h, m, d, dtype=q.dtype)
+    out = by_head(weights[..., :p], prefix_v_HPD) if p else torch.zeros_like(q)
     _by_rows(b, _weighted, weights, p, v_BHND, end_B, out)
     return out.view(b, h, g, k, d)
