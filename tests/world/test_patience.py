@@ -1,5 +1,7 @@
 """A store that is away for minutes: the unit is tried again, nothing is read or written twice, and what cannot help stops."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +16,9 @@ from capsfusion_ray.storage.base import StoreFull
 
 @pytest.fixture
 def slept(monkeypatch):
+    """Of this module alone: an actor's watchdog, left over from another test of the process, sleeps by the same function."""
     pauses = []
-    monkeypatch.setattr(patience.time, "sleep", pauses.append)
+    monkeypatch.setattr(patience, "time", SimpleNamespace(sleep=pauses.append))
     return pauses
 
 
