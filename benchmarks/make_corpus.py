@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -326,7 +326,7 @@ def make(
     damaged: int = 0,
     compression: str = "snappy",
     processes: int = 1,
-    only: range | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[str, object]:
     """Write the shards (or those of `only`); what was written. Raises ValueError for sizes that do not go together."""
     if not 1 <= shards <= rows:

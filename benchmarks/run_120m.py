@@ -144,18 +144,14 @@ class Bench:
     def _make_corpus(self) -> dict[str, Any]:
         """Shard by shard: one that is there is whole, and is not made again."""
         damage = make_corpus.damage_of(self.shards, max(self.shards // 100, 2), self.seed)
-        found = 0
-        for number in range(self.shards):
-            if (self.corpus / make_corpus.shard_name(number)).exists():
-                found += 1
-                continue
-            one = range(number, number + 1)
-            make_corpus.make(self.corpus, self.rows, self.shards, self.seed, len(damage), only=one)
+        missing = [n for n in range(self.shards) if not (self.corpus / make_corpus.shard_name(n)).exists()]
+        cpus = os.cpu_count() or 1
+        make_corpus.make(self.corpus, self.rows, self.shards, self.seed, len(damage), processes=cpus, only=missing)
         shards = {number: self.corpus / make_corpus.shard_name(number) for number in range(self.shards)}
         whole = [path for number, path in shards.items() if damage.get(number) != "cut"]
         return {
             "shards": self.shards,
-            "found": found,
+            "found": self.shards - len(missing),
             "damaged": {shards[number].name: how for number, how in damage.items()},
             "bytes_per_row": round(sum(path.stat().st_size for path in shards.values()) / self.rows, 1),
             "row_groups": sum(pq.read_metadata(path).num_row_groups for path in whole),
