@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import boto3
 import make_corpus
 import pyarrow.parquet as pq
 import s3_requests
 from processes import end_with_children, said_by, tell
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/support"))
-from moto_server import KEYS, moto_server
+import moto_server
 from proxy import Answer, FaultProxy, Request
 
 SHARD_ROWS = 100_000  # on average
@@ -82,7 +81,7 @@ def store(endpoint: str, work: Path) -> Iterator[str]:
     if endpoint:
         yield endpoint
         return
-    with moto_server(work / "moto.log", page_keys=s3_requests.LIST_KEYS) as url:
+    with moto_server.moto_server(work / "moto.log", page_keys=s3_requests.LIST_KEYS) as url:
         yield url
 
 
@@ -175,8 +174,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--endpoint", default="", help="of a store that runs; default: a moto server started here")
-    parser.add_argument("--key", default=KEYS["key"])
-    parser.add_argument("--secret", default=KEYS["secret"])
+    parser.add_argument("--key", default=moto_server.KEYS["key"])
+    parser.add_argument("--secret", default=moto_server.KEYS["secret"])
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py, e.g. unit.rows=2000")
     options = parser.parse_args()
@@ -186,13 +185,7 @@ def main() -> None:
     make_corpus.make(corpus, options.rows, max(options.rows // SHARD_ROWS, 2), options.seed)
     with store(options.endpoint, work) as url, CountingProxy(url) as proxy:
         keys = {"key": options.key, "secret": options.secret}
-        client = boto3.client(
-            "s3",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id=options.key,
-            aws_secret_access_key=options.secret,
-        )
+        client = moto_server.client("s3", url, **keys)
         upload(client, bucket, corpus)
         try:
             storage = {"endpoint_url": proxy.url, "region": "us-east-1", **keys}

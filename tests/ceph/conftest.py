@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 
 import pytest
 from ceph_node import ceph_node
 from drivers import Driver, ray_head
-from moto_server import client, options
+from moto_server import new_bucket, options
 from proxy import FaultProxy
 
 from capsfusion_ray.storage import Store
@@ -40,9 +39,7 @@ def proxy(ceph: str) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def bucket(ceph: str) -> str:
-    name = f"b-{uuid.uuid4().hex[:12]}"
-    client("s3", ceph).create_bucket(Bucket=name)
-    return name
+    return new_bucket(ceph)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from moto_server import client, moto_server
+from moto_server import client, moto_server, new_bucket
 from moto_server import options as moto_server_options
 from proxy import FaultProxy, Faults
 
@@ -27,9 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def bucket(server: str) -> str:
-    name = f"b-{uuid.uuid4().hex[:12]}"
-    client("s3", server).create_bucket(Bucket=name)
-    return name
+    return new_bucket(server)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,17 +46,24 @@ def _answers(port: int) -> bool:
 
 
 @functools.cache
-def client(service: str, endpoint: str) -> Any:
+def client(service: str, endpoint: str, key: str = KEYS["key"], secret: str = KEYS["secret"]) -> Any:
     """boto3, not s3fs: an independent look at what is in the bucket."""
     return boto3.client(
         service,
         endpoint_url=endpoint,
         region_name="us-east-1",
-        aws_access_key_id=KEYS["key"],
-        aws_secret_access_key=KEYS["secret"],
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
         # Ceph's radosgw answers 411 to the chunked default of an upload's parts.
         config=Config(request_checksum_calculation="when_required", response_checksum_validation="when_required"),
     )
+
+
+def new_bucket(endpoint: str) -> str:
+    """Makes an empty one; its name."""
+    name = f"b-{uuid.uuid4().hex[:12]}"
+    client("s3", endpoint).create_bucket(Bucket=name)
+    return name
 
 
 def options(endpoint: str) -> dict[str, str]:

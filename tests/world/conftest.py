@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from moto_server import client, moto_server, options
+from moto_server import client, moto_server, new_bucket, options
 
 from capsfusion_ray.storage import Store
 
@@ -30,10 +30,8 @@ def s3_options(s3_endpoint: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def bucket(s3_client: Any) -> str:
-    name = f"b-{uuid.uuid4().hex[:12]}"
-    s3_client.create_bucket(Bucket=name)
-    return name
+def bucket(s3_endpoint: str) -> str:
+    return new_bucket(s3_endpoint)
 
 
 @pytest.fixture(params=["local", "s3", "memory"])
