@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import psutil
 import pyarrow.parquet as pq
+from cgroup import tight_cgroup
 from faults import (
     ABSENT_S,
     IN_RETRY,
@@ -54,7 +55,6 @@ from faults import (
     WorkerKilled,
     draw,
     path_of,
-    tight_cgroup,
 )
 from moto_server import client, moto_server, options
 from proxy import Faults

@@ -14,17 +14,16 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import psutil
+from cgroup import put_into, tight_cgroup
 from world import Job, Nodes
 
 from capsfusion_ray.attempts import SHARED_DEATHS
 
 ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
-TIGHT_BYTES = 1 << 16  # of new pages; what an actor holds already is not counted
 STALL_S = 20.0  # engine.stall_s of every run: many times a step of the embedded model, on a core that ten others share too
 
 
@@ -174,7 +173,7 @@ class OutOfMemory(Fault):
         if pid:
             cgroup = tight_cgroup()
             assert cgroup, "not drawn where none can be made"
-            (cgroup / "cgroup.procs").write_text(str(pid))
+            put_into(cgroup, pid)
             self._pid, self.struck = pid, f"no more memory for {_name(pid)}, pid {pid}"
         return False
 
@@ -184,20 +183,6 @@ class OutOfMemory(Fault):
         except psutil.NoSuchProcess:
             gone = [None]
         self.mended = "killed by the kernel" if gone else "it needed no more"
-
-
-def tight_cgroup() -> Path | None:
-    """This program's own cgroup of TIGHT_BYTES, made on first use; None where that is not permitted."""
-    try:
-        paths = dict(line.split(":", 2)[1:] for line in Path("/proc/self/cgroup").read_text().splitlines())
-        one = "memory" in paths  # cgroup v1 has a tree of its own for memory
-        parent = Path("/sys/fs/cgroup", "memory" if one else "", paths["memory" if one else ""].lstrip("/"))
-        cgroup = parent / f"chaos-{os.getpid()}"
-        cgroup.mkdir(exist_ok=True)
-        (cgroup / ("memory.limit_in_bytes" if one else "memory.max")).write_text(str(TIGHT_BYTES))
-    except (OSError, KeyError):
-        return None
-    return cgroup
 
 
 class SecondDriver(Fault):

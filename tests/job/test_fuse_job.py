@@ -3,17 +3,12 @@
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from outputs import snapshot
 
 from capsfusion_ray.storage import Store
 
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[width]")
 BEAM = ("engine.dtype=float32", "engine.threads=1", *ECHO[1:])
-
-
-def snapshot(output):
-    """Every file of the dataset, byte for byte, by name."""
-    files = [p for folder in ("data", "rejected") for p in (output / folder).rglob("*.parquet")]
-    return {str(p.relative_to(output)): p.read_bytes() for p in files}
 
 
 @pytest.mark.timeout(3600)

@@ -26,7 +26,7 @@ import psutil
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 NET = "10.77.0"  # nobody else is in these networks
-SWITCH = "switch"
+SWITCH, SWITCH_MAC = "switch", "02:00:00:00:00:fe"
 # The first process of a host: it says that the namespaces are there, and reaps whatever is left to it.
 FIRST = 'hostname "$0" && echo ready && cat; :'
 NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--mount-proc")
@@ -59,7 +59,9 @@ def switch() -> Iterator[str]:
         must(libc.unshare(CLONE_NEWNET))
         try:
             _ip("link set lo up")
-            _ip(f"link add {SWITCH} type bridge")
+            # Of its own, or it would be that of some host's cable, and another with each cable that comes or goes: hosts that
+            # remember the old one would send into nothing for half a minute.
+            _ip(f"link add {SWITCH} address {SWITCH_MAC} type bridge")
             _ip(f"address add {address(254)}/24 dev {SWITCH}")
             _ip(f"link set {SWITCH} up")
             yield address(254)

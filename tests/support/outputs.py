@@ -1,4 +1,4 @@
-"""Small finished outputs, made without an engine, and a store that dies."""
+"""Small finished outputs, made without an engine; an output's files, to compare; a store that dies."""
 
 import pyarrow as pa
 
@@ -45,6 +45,12 @@ def run_of(store, units, outcomes, output, filtered=0):
 
 def units_of(count, rows, groups=2):
     return [WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}") for i in range(count)]
+
+
+def snapshot(output):
+    """Every file of the dataset in a local folder, byte for byte, by name."""
+    files = [path for folder in ("data", "rejected") for path in (output / folder).rglob("*.parquet")]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 class DiesAt:

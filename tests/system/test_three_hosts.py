@@ -36,6 +36,9 @@ GCS_PORT = 6379
 NODE = ["--block", "--num-cpus=2", f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
 SETTINGS = ["engine.kind=echo", f"unit.rows={UNIT_ROWS}", "source.passthrough=[width]"]
 ACTORS = ["cluster.min_actors=3", "cluster.max_actors=3", "cluster.cpus_per_actor=1.2"]
+# A host that falls silent answers nothing, not even that it is gone: Ray waits for the tasks it sent there until gRPC's keepalive
+# gives up, 5 minutes and 2 by default.
+KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "20000", "RAY_grpc_client_keepalive_timeout_ms": "20000"}
 # A unit's last request from its actor is a deletion: so long it stays there, takes no CPU, and hosts that start late get some.
 SLOW = Faults(1.0, ("stall",), frozenset(["DeleteObject"]), stall_s=10.0)
 
@@ -120,7 +123,7 @@ def cluster(shards, tmp_path_factory):
             pq.write_table(table, file, row_group_size=UNIT_ROWS)
             s3.put_object(Bucket=BUCKET, Key=f"in/{name}", Body=file.getvalue())
         kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and not name.startswith("AWS_")}
-        env = kept | {
+        env = kept | KEEPALIVE | {
             "AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": KEYS["key"],
             "AWS_SECRET_ACCESS_KEY": KEYS["secret"], "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO",
         }  # fmt: skip

@@ -1,0 +1,147 @@
+"""Nodes that are lost under a run, all of them at last, and an actor whose memory is at an end: the files of an undisturbed run."""
+
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from cgroup import put_into, tight_cgroup
+from drivers import Driver, resumable
+from outputs import snapshot
+from ray_nodes import ray_nodes
+
+from capsfusion_ray.storage import Store
+
+ROOT = Path(__file__).resolve().parents[2]
+FUSION_ACTOR = "ray::MapWorker(MapBatches(FusionActor))"  # as Ray names its process
+ONE_NODE = ["--num-cpus=2", f"--object-store-memory={100 << 20}", "--disable-usage-stats", "--dashboard-agent-listen-port=0"]
+GAP_S = 45.0  # without any node; Ray's own patience with a silent one is 15 s
+SETTINGS = ["engine.dtype=float32", "engine.threads=1", "cluster.gpus_per_actor=0", "source.passthrough=[width]", "unit.rows=5"]
+UNITS = 80
+ROOM_FOR_ONE = "cluster.cpus_per_actor=1.2"  # a node has 2: one actor, and what reads and commits
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture
+def gcs():
+    """A head without CPUs: what runs, runs on the nodes that join it."""
+    with ray_nodes(env={}) as nodes:
+        yield nodes.gcs
+
+
+@pytest.fixture
+def calm(corpus, tmp_path, driver):
+    """The files of an undisturbed run, and the corpus that it read."""
+    output = tmp_path / "undisturbed"
+    driver.run("fuse", f"input.path={corpus}", f"output.path={output}", *SETTINGS, "cluster.max_actors=1")
+    return snapshot(output)
+
+
+@contextmanager
+def node(gcs):
+    """One that joins: `ray start`, all of whose processes are killed in the end, if they were not before."""
+    command = [sys.executable, "tests/support/ray_start.py", f"--address={gcs}", "--block", *ONE_NODE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
+        try:
+            yield started
+        finally:
+            if started.poll() is None:
+                lose(started)
+
+
+def processes(node):
+    parent = psutil.Process(node.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def lose(node):
+    """SIGKILL to all that runs there, as if its power went."""
+    for process in processes(node):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    node.wait()
+
+
+def actors(node):
+    """The processes there that fuse."""
+    found = []
+    for process in processes(node):
+        try:
+            if " ".join(process.cmdline()).startswith(FUSION_ACTOR):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+class Run:
+    """A fuse job, while things happen to it."""
+
+    def __init__(self, gcs, corpus, output, actors):
+        self.driver, self.store = Driver(gcs), Store(str(output))
+        pool = [f"cluster.min_actors={actors}", f"cluster.max_actors={actors}", ROOM_FOR_ONE]
+        self.process = self.driver.start("fuse", f"input.path={corpus}", f"output.path={output}", *SETTINGS, *pool)
+
+    @property
+    def units(self):
+        return resumable(self.store)
+
+    def wait_for(self, seen):
+        while not seen():
+            self.must_go_on()
+            time.sleep(0.05)
+
+    def must_go_on(self):
+        assert self.process.poll() is None, self.process.communicate()[1][-5000:]
+
+    def end(self):
+        """Once it ended well, and its output was verified."""
+        said = self.process.communicate(timeout=900)[1]
+        assert self.process.returncode == 0, said[-5000:]
+        self.driver.run("verify", f"output.path={self.store.root}", "deep=true")
+
+
+def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none(gcs, corpus, calm, tmp_path):
+    """SIGKILL to all processes of a node that fuses; later to those of the other; then a gap; then a node joins, and ends the run."""
+    output = tmp_path / "out"
+    with node(gcs) as first, node(gcs) as second:
+        run = Run(gcs, corpus, output, actors=2)
+        run.wait_for(lambda: run.units and actors(first) and actors(second))
+        lose(first)
+        one_left = run.units
+        run.wait_for(lambda: run.units > one_left + 4)
+        lose(second)
+    none_left = run.units
+    assert none_left < UNITS, "the run was over before its nodes were"
+    time.sleep(GAP_S)
+    run.must_go_on()
+    assert run.units == none_left
+    with node(gcs), node(gcs):
+        run.end()
+    print(f"of {UNITS} units {one_left} were fused when the first node was lost, {none_left} when the second was")
+    assert snapshot(output) == calm
+
+
+def test_an_actor_without_memory_is_killed_by_the_kernel_and_its_units_are_fused(gcs, corpus, calm, tmp_path):
+    cgroup = tight_cgroup()
+    if cgroup is None:
+        pytest.skip("no cgroup of its own here")
+    output = tmp_path / "out"
+    try:
+        with node(gcs) as only:
+            run = Run(gcs, corpus, output, actors=1)
+            run.wait_for(lambda: run.units and actors(only))
+            (actor,) = actors(only)
+            put_into(cgroup, actor.pid)
+            gone, _ = psutil.wait_procs([actor], timeout=120)
+            assert gone, "it needed no more memory"
+            assert run.units < UNITS, "the run was over before its actor was"
+            run.end()
+    finally:
+        cgroup.rmdir()
+    assert snapshot(output) == calm
