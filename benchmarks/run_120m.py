@@ -199,7 +199,9 @@ class Bench:
             found["units"] = units
             if planned and "driver" in watch.now:
                 step = units * MEMORY_STEPS // planned * 100 // MEMORY_STEPS
-                found["driver_mb"].setdefault(f"{step}%", round(watch.now["driver"] / 1e6))
+                # Of its own, and with the pages of the object store that it has read: those grow, and are the store's.
+                sizes = [round(watch.now[name] / 1e6) for name in ("driver_private", "driver")]
+                found["driver_mb"].setdefault(f"{step}%", sizes)
             if self.stages["disk"]["drop_input"]:
                 self._drop_input()
             if until is not None and planned and units >= until * planned:
