@@ -30,6 +30,7 @@ class Measured:
     prompt_tokens: float  # mean, a caption
     output_tokens: float
     device: Literal["cuda", "cpu"]
+    together: int  # captions that it writes at a time
 
 
 def calibrate(cfg: FuseConfig, template: str, pairs: Sequence[CaptionPair]) -> Measured:
@@ -83,4 +84,4 @@ def steady(engine: Engine, prompts: Sequence[Prompt], device: Literal["cuda", "c
         moments = [(began, 0), (clock(), finished)]
     (start, before), (end, after) = moments[0], moments[-1]
     speed = (after - before) / max(end - start, 1e-9)
-    return Measured(round(speed, 3), finished, prompt_tokens / finished, output_tokens / finished, device)
+    return Measured(round(speed, 3), finished, prompt_tokens / finished, output_tokens / finished, device, room)

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from capsfusion_ray import cluster, models, sources
 from capsfusion_ray.calibrate import calibrate
-from capsfusion_ray.config import FuseConfig, PlanConfig
+from capsfusion_ray.config import EngineConfig, FuseConfig, PlanConfig
 from capsfusion_ray.errors import SourceError
 from capsfusion_ray.manifest import read_groups
 from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.parts import committed
-from capsfusion_ray.plan import Estimate
+from capsfusion_ray.plan import GUESSED_SLOTS, Estimate
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair
@@ -46,9 +46,11 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     left = [*begun.pending, *plan.units]
     rows = sum(unit.rows for unit in left)
     if cfg.calibrate:
+        together = measured.together
         captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
         tokens = measured.prompt_tokens, measured.output_tokens
     else:
+        together = together_of(cfg.engine, device)
         captions_per_s = speed(cfg, device)
         source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
         tokens = expected_tokens(cfg, found, sample(cfg, found))
@@ -66,6 +68,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         rows_done=begun.planned_rows + plan.rows - rows,
         preempted_every_h=cfg.preempted_every_h,
         restart_s=cfg.restart_s,
+        together=together,
     )
     print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {
@@ -94,6 +97,15 @@ def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
         log.warning("%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's", elsewhere)
     gpus = float(cfg.engine.vllm.tensor_parallel) if cfg.engine.device == "cuda" else 0.0
     return gpus, asked.max_actors or asked.min_actors
+
+
+def together_of(engine: EngineConfig, device: str) -> int:
+    """Captions that one such engine writes at a time."""
+    if engine.kind == "transformers":
+        return engine.batch_size
+    if engine.kind == "api":
+        return engine.api.concurrency
+    return engine.slots or GUESSED_SLOTS.get((engine.kind, device), 0)
 
 
 def sample(cfg: FuseConfig, found: Survey) -> list[CaptionPair]:

@@ -36,6 +36,11 @@ GUESSED_CAPTIONS_PER_S = {
     ("echo", "cuda"): 20_000.0,
     ("echo", "cpu"): 20_000.0,
 }
+# Captions that an actor writes at a time where engine.slots is not given, to quote what its death destroys.
+GUESSED_SLOTS = {("beam", "cuda"): 400, ("beam", "cpu"): 96, ("vllm", "cuda"): 256, ("vllm", "cpu"): 256}
+# A unit's last caption ends so many captions' times after the next unit began: captions of 80 tokens where the mean has 41, less
+# half a caption's time by which a unit's words lag behind its prompts.
+DRAIN = 1.5
 
 
 class Shard(Protocol):
@@ -299,6 +304,7 @@ class Estimate:
     rows_done: int = 0  # committed in the output already
     preempted_every_h: float | None = None  # mean hours that an actor lives; None: to the end
     restart_s: float = 0.0  # from an actor's death to the first caption of the one that replaces it
+    together: float = 0.0  # captions that an actor writes at a time
 
     @property
     def unit_s(self) -> float:
@@ -307,8 +313,13 @@ class Estimate:
 
     @property
     def lost_s(self) -> float:
-        """Work that a death destroys. An engine takes units one after the other: the first in flight is half done, the next hardly begun."""
-        return self.unit_s / 2
+        """Work that a death destroys: of the unit whose captions begin now, a half on average, and the last one's where it drains still."""
+        return self.unit_s / 2 + self.drain_s
+
+    @property
+    def drain_s(self) -> float:
+        """From when a unit's last caption begins, and with it the next unit, to when it ends."""
+        return DRAIN * self.together / self.captions_per_s
 
     @property
     def seconds(self) -> float:
@@ -319,7 +330,7 @@ class Estimate:
         # The chance that an actor dies while the last units are at work: they wait for its successor, and are begun anew.
         late = 1 - math.exp(-self.actors * gone_s / (self.preempted_every_h * 3600)) if self.preempted_every_h else 0.0
         # The last units end anywhere in one unit's time. One actor waits for nobody.
-        tail = (1 - 1 / self.actors) * (0.5 * self.unit_s + late * (0.6 * self.unit_s + self.restart_s))
+        tail = self.drain_s + (1 - 1 / self.actors) * (0.5 * self.unit_s + late * (0.6 * self.unit_s + self.drain_s + self.restart_s))
         return self.rows / (self.captions_per_s * self.actors) / (1 - self._share(gone_s)) + tail
 
     def _share(self, seconds: float) -> float:

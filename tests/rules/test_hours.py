@@ -6,21 +6,22 @@ from statistics import mean
 
 import pytest
 
-from capsfusion_ray.plan import Estimate
+from capsfusion_ray.plan import DRAIN, Estimate
 
 UNIT_ROWS, SPEED = 100, 1.0
 UNIT_S = UNIT_ROWS / SPEED
 QUEUED = 4  # units that an actor of the pipeline holds: two in its engine, two that wait for them
 
 
-def simulated_s(actors, units, life_s, restart_s, seed):
+def simulated_s(actors, units, life_s, restart_s, drain_s, seed):
     """Seconds from the actors' first unit on average to the last unit's end.
 
     Units go to the living actor that holds the fewest, and stay with it: a dead one's wait for its successor, as Ray has it.
+    A unit is whole `drain_s` after the next one began.
     """
     chance = random.Random(seed)
     left, done = units, 0
-    held, alive, life = [0] * actors, [False] * actors, [0] * actors  # life: of the unit at work, so that a dead one's end is void
+    held, ending, alive, lives = [0] * actors, [0] * actors, [False] * actors, [0] * actors
     began = {}
     events = [(chance.uniform(0, UNIT_S), "up", actor, 0) for actor in range(actors)]
     if life_s:
@@ -28,30 +29,32 @@ def simulated_s(actors, units, life_s, restart_s, seed):
     heapq.heapify(events)
 
     def work(actor, now):
-        life[actor] += 1
         began.setdefault(actor, now)
-        heapq.heappush(events, (now + UNIT_S * chance.uniform(0.85, 1.15), "end", actor, life[actor]))
+        heapq.heappush(events, (now + UNIT_S * chance.uniform(0.85, 1.15), "end", actor, lives[actor]))
 
     while done < units:
-        now, what, actor, of = heapq.heappop(events)
+        now, what, actor, life = heapq.heappop(events)
         if what == "death":
             actor = chance.randrange(actors)
             if alive[actor] and (held[actor] or left):
-                alive[actor], life[actor] = False, life[actor] + 1
-                heapq.heappush(events, (now + restart_s, "up", actor, 0))
+                alive[actor], ending[actor], lives[actor] = False, 0, lives[actor] + 1
+                heapq.heappush(events, (now + restart_s, "up", actor, lives[actor]))
             heapq.heappush(events, (now + chance.expovariate(actors / life_s), "death", 0, 0))
             continue
-        if what == "end":
-            if life[actor] != of:
-                continue
-            held[actor], done = held[actor] - 1, done + 1
+        if life != lives[actor]:
+            continue
+        if what == "whole":
+            held[actor], ending[actor], done = held[actor] - 1, ending[actor] - 1, done + 1
+        elif what == "end":
+            ending[actor] += 1
+            heapq.heappush(events, (now + drain_s, "whole", actor, life))
         alive[actor] = True
-        if held[actor]:
+        if what != "whole" and held[actor] > ending[actor]:
             work(actor, now)
         while left and (free := [one for one in range(actors) if alive[one] and held[one] < QUEUED]):
             least = min(free, key=held.__getitem__)
             held[least], left = held[least] + 1, left - 1
-            if held[least] == 1:
+            if held[least] == ending[least] + 1:
                 work(least, now)
     return now - mean(began.values())
 
@@ -63,12 +66,14 @@ def predicted(actors, units, **spot):
 @pytest.mark.parametrize("actors", [1, 8, 64])
 @pytest.mark.parametrize("units_each", [8, 40])
 @pytest.mark.parametrize(("life_units", "restart_units"), [(None, 0.0), (80, 0.2), (80, 1.0), (20, 0.2), (20, 1.0)])
-def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_units, restart_units):
+@pytest.mark.parametrize("drain_units", [0.0, 0.15, 0.5])
+def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_units, restart_units, drain_units):
     life_s, restart_s = life_units and life_units * UNIT_S, restart_units * UNIT_S
     runs = 200 // actors + 6  # one actor meets few deaths
-    found = mean(simulated_s(actors, actors * units_each, life_s, restart_s, seed) for seed in range(runs))
-    quote = predicted(actors, actors * units_each, preempted_every_h=life_s and life_s / 3600, restart_s=restart_s)
-    print(f"{actors} actors, {units_each} units each: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}")
+    found = mean(simulated_s(actors, actors * units_each, life_s, restart_s, drain_units * UNIT_S, seed) for seed in range(runs))
+    spot = {"preempted_every_h": life_s and life_s / 3600, "restart_s": restart_s}
+    quote = predicted(actors, actors * units_each, together=drain_units * UNIT_S * SPEED / DRAIN, **spot)
+    print(f"{actors} actors, {units_each} units each, a drain of {drain_units}: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}")
     assert quote.seconds == pytest.approx(found, rel=0.10)
 
 
