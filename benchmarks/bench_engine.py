@@ -33,7 +33,9 @@ from hf import build_prompts, generate_batch, prefix_cache, read_pairs
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.engines.base import Engine
 from capsfusion_ray.engines.beam.engine import BeamEngine
+from capsfusion_ray.engines.beam.lanes import side_by_side
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.models import inspect, locate, settle
@@ -61,6 +63,7 @@ class Bench:
     lengths: dict[str, int]  # the cap of each caption
     forced: bool  # captions end at exactly that length
     beams: int
+    threads: int  # of torch, on a CPU
 
 
 class ForcedLengths(BeamEngine):
@@ -116,7 +119,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         else LENGTH_CAP
         for p in prompts
     }
-    return Bench(loaded, engine, prompts, lengths, forced, args.beams)
+    return Bench(loaded, engine, prompts, lengths, forced, args.beams, torch.get_num_threads())
 
 
 @torch.inference_mode()
@@ -154,15 +157,15 @@ def vllm_greedy(bench: Bench, prompts: list[Prompt]) -> Captions:
     return {p.id: list(o.outputs[0].token_ids) for p, o in zip(prompts, engine.generate(inputs, params), strict=True)}
 
 
-def own_engine(bench: Bench, weights: Weights, attention: str, decode: DecodeConfig) -> BeamEngine:
-    kind = ForcedLengths if bench.forced else BeamEngine
-    built = kind.from_loaded(bench.loaded, dataclasses.replace(bench.engine, attention=attention), decode, weights)
-    if isinstance(built, ForcedLengths):
-        built.targets = bench.lengths
-    return built
+def own_engine(bench: Bench, weights: Weights, attention: str, decode: DecodeConfig) -> Engine:
+    """As the job builds it: on a CPU a lane a thread."""
+    ForcedLengths.targets = bench.lengths
+    torch.set_num_threads(bench.threads)  # lanes leave torch one each
+    engine = dataclasses.replace(bench.engine, attention=attention)
+    return side_by_side(bench.loaded, engine, decode, weights, kind=ForcedLengths if bench.forced else BeamEngine)
 
 
-def drain(engine: BeamEngine, prompts: list[Prompt]) -> Captions:
+def drain(engine: Engine, prompts: list[Prompt]) -> Captions:
     engine.submit(prompts)
     finished: Captions = {}
     while engine.unfinished:
@@ -246,7 +249,7 @@ class Table:
         return caption.text if isinstance(caption, Generation) else self.loaded.decode(caption)
 
 
-def profile(engine: BeamEngine, prompts: list[Prompt], steps: int, path: Path) -> None:
+def profile(engine: Engine, prompts: list[Prompt], steps: int, path: Path) -> None:
     """Where a full batch's time goes: the operations of some steps after the batch is full, by their own time."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watch
@@ -306,7 +309,7 @@ def main() -> None:
     for row in table.rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     cuda = weights.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if cuda else f"cpu, {bench.threads} threads"
     print(json.dumps({
         "command": " ".join(sys.argv), "device": device, "dtype": str(weights.dtype), "rows": len(prompts), "hf_rows": len(some),
         "beams": beams, "gemm_tflops": round(table.gemm / 1e12, 3), "best_of_b": best, "results": table.rows,

@@ -76,7 +76,7 @@ def by_hf(variant: Variant, loaded: LoadedModel, prompts: Sequence[Prompt]) -> W
 def by_beam_engine(variant: Variant, loaded: LoadedModel, engine: EngineConfig, prompts: Sequence[Prompt]) -> Written:
     """All rows through the engine's slots; units of 50 are handed in while others are in work."""
     decode = DecodeConfig(num_beams=variant.beams, max_new_tokens=MAX_NEW_TOKENS, scoring="transformers", no_repeat_ngram=0)
-    own = BeamEngine.from_loaded(
+    own = BeamEngine(
         dataclasses.replace(loaded, tokenizer=Ids()), dataclasses.replace(engine, slots=variant.slots), decode
     )
     waiting = list(prompts)

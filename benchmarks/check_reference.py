@@ -42,7 +42,7 @@ def main() -> None:
         subprocess.run([args.python, str(RECORDER), str(asked), str(answered)], check=True)
         want = json.loads(answered.read_text())["demo"]["outputs"]
     decode = DecodeConfig(num_beams=3, max_new_tokens=80, scoring="reference")
-    beam = BeamEngine.from_loaded(dataclasses.replace(loaded, tokenizer=Ids()), engine, decode)
+    beam = BeamEngine(dataclasses.replace(loaded, tokenizer=Ids()), engine, decode)
     beam.submit(prompts)
     written: dict[str, list[int]] = {}
     while beam.unfinished:

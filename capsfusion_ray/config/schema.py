@@ -142,11 +142,11 @@ class EngineConfig:
     storage: dict[str, str] = field(default_factory=dict)  # fsspec options of a model's URL, e.g. {endpoint_url: http://…}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    slots: int | None = None  # captions decoded together; null: sized from free memory
-    attention: Literal["auto", "torch", "triton", "numba"] = "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on one CPU thread
+    slots: int | None = None  # captions decoded together; null: sized from free memory, on a CPU 96 a thread
+    attention: Literal["auto", "torch", "triton", "numba"] = "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on a CPU
     batch_size: int = 4  # captions a batch of engine.kind=transformers (4: the reference's)
     max_prompt_tokens: int = 256  # text_input_max_length in the reference config.yaml
-    threads: int | None = None  # CPU threads of one actor; null: its share of the cores
+    threads: int | None = None  # CPU threads of one actor, for `beam` engines side by side; null: its share of the cores
     stall_s: float = 900.0  # a decode step (or batch) that takes longer ends the actor, and its units are tried again
     allow_demo_model: bool = False  # more than 100,000 rows with the embedded model
     trust_remote_code: bool = False

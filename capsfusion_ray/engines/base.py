@@ -11,7 +11,7 @@ from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.rows import Generation, Prompt
 
 ENGINES = {
-    "beam": "capsfusion_ray.engines.beam.engine:BeamEngine",
+    "beam": "capsfusion_ray.engines.beam.lanes:build",
     "transformers": "capsfusion_ray.engines.transformers:TransformersEngine",
     "echo": "capsfusion_ray.engines.echo:EchoEngine",
     "api": "capsfusion_ray.engines.api:ApiEngine",

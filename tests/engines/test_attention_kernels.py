@@ -19,20 +19,12 @@ KERNELS = {"triton": decode_attention_triton, "numba": decode_attention_numba}
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "numba": "cpu"}
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
     ("heads", "group", "beams", "size", "prefix"),
     [(2, 1, 3, 16, 5), (1, 4, 3, 32, 70), (2, 2, 1, 16, 0), (1, 8, 5, 16, 64)],
 )
-def test_the_kernel_gives_what_its_plain_torch_twin_gives(kernel, heads, group, beams, size, prefix, threads):
+def test_the_kernel_gives_what_its_plain_torch_twin_gives(kernel, heads, group, beams, size, prefix):
     torch.manual_seed(0)
     device = DEVICES[kernel]
     rows, columns = 3, 111
@@ -56,7 +48,7 @@ def test_the_kernel_gives_what_its_plain_torch_twin_gives(kernel, heads, group, 
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
-def test_written_columns_are_those_that_torch_writes(threads):
+def test_written_columns_are_those_that_torch_writes():
     torch.manual_seed(0)
     key, value = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 8, 8).transpose(2, 3)[..., :4, :]  # not contiguous, as in the engine
     column = torch.tensor([[0, 4], [2, 1], [6, 5]])

@@ -82,7 +82,7 @@ def test_a_folder_without_a_model_is_a_config_error(tmp_path):
 
 def refused(model, match, decode=DECODE):
     with pytest.raises(ConfigError, match=match):
-        BeamEngine.from_loaded(LoadedModel(model, IdTokenizer(), (EOS,), "the-model"), EngineConfig(), decode)
+        BeamEngine(LoadedModel(model, IdTokenizer(), (EOS,), "the-model"), EngineConfig(), decode)
 
 
 def test_another_architecture_is_refused_by_name():
@@ -120,7 +120,7 @@ def test_a_model_without_eos_is_refused(folder):
 
 def test_the_engine_takes_the_weights_over_and_holds_them_once():
     mine = loaded(tiny_llama(1))
-    BeamEngine.from_loaded(mine, EngineConfig(), DECODE)
+    BeamEngine(mine, EngineConfig(), DECODE)
     assert not any("q_proj" in name or "gate_proj" in name for name, _ in mine.model.named_parameters())
 
 

@@ -44,7 +44,7 @@ def test_the_demo_s_captions_match_transformers_4_28_1_token_for_token():
     assert [list(p.prefix_ids + p.suffix_ids) for p in prompts] == recorded["prompts"], "other prompts now: record anew"
     assert len(prompts) >= 200
     decode = DecodeConfig(num_beams=3, max_new_tokens=80, scoring="reference")
-    ours = texts(drain(BeamEngine.from_loaded(dataclasses.replace(model, tokenizer=IdTokenizer()), engine, decode), prompts))
+    ours = texts(drain(BeamEngine(dataclasses.replace(model, tokenizer=IdTokenizer()), engine, decode), prompts))
     wrong = [at for at, p in enumerate(prompts) if ours[p.id] != " ".join(map(str, recorded["outputs"][at]))]
     assert not wrong
 

@@ -77,7 +77,7 @@ def beam_engine(
     model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 32, attention: str = "auto", **kwargs: Any
 ) -> BeamEngine:
     engine = EngineConfig(slots=slots, max_prompt_tokens=max_prompt_tokens, attention=attention)
-    return BeamEngine.from_loaded(loaded(model, **kwargs), engine, decode)
+    return BeamEngine(loaded(model, **kwargs), engine, decode)
 
 
 def drain(engine: Engine, prompts: Sequence[Prompt]) -> dict[str, Generation]:

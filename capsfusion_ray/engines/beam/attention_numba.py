@@ -2,15 +2,11 @@
 
 Its oracle is `attention.decode_attention`. Plain torch calls a matrix product for every row and head, of three queries each,
 and is held up by the calls; this reads each column once for all beams of its row, as fast as memory gives it, skips
-columns that nobody sees, and reads of each row what the row uses, not what the longest one does.
+columns that nobody sees, and reads of each row what the row uses, not what the longest one does. It runs in the thread that
+calls it: see lanes.py.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
@@ -24,12 +20,12 @@ _compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", 
 
 
 @_compiled
-def _scores(first, last, q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-def]
-    """Rows first..last-1: q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam sees nothing."""
-    heads, queries, size = q.shape[1:]
+def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-def]
+    """q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam sees nothing."""
+    rows, heads, queries, size = q.shape
     beams, width = visible.shape[1], scores.shape[3] - at
     hidden = np.float32(-np.inf)
-    for b in range(first, last):
+    for b in range(rows):
         for h in range(heads):
             for w in range(end[b]):
                 seen = False
@@ -49,10 +45,10 @@ def _scores(first, last, q, k, visible, end, scale, at, scores):  # type: ignore
 
 
 @_compiled
-def _weighted(first, last, weights, at, v, end, out):  # type: ignore[no-untyped-def]
-    """Rows first..last-1: weights [B, H, M, at + W] by v [B, H, N, D], added to out [B, H, M, D]."""
-    heads, queries, size = out.shape[1:]
-    for b in range(first, last):
+def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
+    """weights [B, H, M, at + W] by v [B, H, N, D], added to out [B, H, M, D]."""
+    rows, heads, queries, size = out.shape
+    for b in range(rows):
         whole = end[b] // 4 * 4
         for h in range(heads):
             for w in range(0, whole, 4):  # four columns a pass over the sums: a quarter of their loads and stores
@@ -70,10 +66,10 @@ def _weighted(first, last, weights, at, v, end, out):  # type: ignore[no-untyped
 
 
 @_compiled
-def _write(first, last, key, value, column, keys, values):  # type: ignore[no-untyped-def]
-    """Rows first..last-1: key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
-    beams, heads, size = key.shape[1:]
-    for b in range(first, last):
+def _write(key, value, column, keys, values):  # type: ignore[no-untyped-def]
+    """key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
+    rows, beams, heads, size = key.shape
+    for b in range(rows):
         for beam in range(beams):
             n = column[b, beam]
             for h in range(heads):
@@ -82,27 +78,11 @@ def _write(first, last, key, value, column, keys, values):  # type: ignore[no-un
                     values[b, h, n, d] = value[b, beam, h, d]
 
 
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="decode-attention")
-
-
-def _by_rows(rows: int, kernel: Callable[..., None], *arguments: Any) -> None:
-    """Call `kernel` on shares of the rows, in as many threads as torch uses; it holds no lock of Python's."""
-    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    n = min(torch.get_num_threads(), rows)
-    cuts = [rows * i // n for i in range(n + 1)]
-    others = [_threads(n - 1).submit(kernel, a, b, *arrays) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
-    kernel(0, cuts[1], *arrays)
-    for other in others:
-        other.result()
-
-
 def write_columns_numba(
     key_BKHD: Tensor, value_BKHD: Tensor, column_BK: Tensor, keys_BHND: Tensor, values_BHND: Tensor
 ) -> None:
     """Write one token's key and value of each beam into its column; the first B rows of whole cache tensors."""
-    _by_rows(len(key_BKHD), _write, key_BKHD, value_BKHD, column_BK, keys_BHND, values_BHND)
+    _write(*(t.numpy() for t in (key_BKHD, value_BKHD, column_BK, keys_BHND, values_BHND)))
 
 
 def decode_attention_numba(
@@ -124,8 +104,9 @@ def decode_attention_numba(
     scores = torch.empty(b, h, m, p + int(end_B.max()), dtype=q.dtype)
     if p:
         scores[..., :p] = by_head(q * d**-0.5, prefix_k_HPD.transpose(1, 2))
-    _by_rows(b, _scores, q, k_BHND, visible_BKN, end_B, np.float32(d**-0.5), p, scores)
+    end = end_B.numpy()
+    _scores(q.numpy(), k_BHND.numpy(), visible_BKN.numpy(), end, np.float32(d**-0.5), p, scores.numpy())
     weights = scores.softmax(dim=-1)
     out = by_head(weights[..., :p], prefix_v_HPD) if p else torch.zeros_like(q)
-    _by_rows(b, _weighted, weights, p, v_BHND, end_B, out)
+    _weighted(weights.numpy(), p, v_BHND.numpy(), end, out.numpy())
     return out.view(b, h, g, k, d)

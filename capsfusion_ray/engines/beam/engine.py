@@ -21,7 +21,7 @@ from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
 from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, arrange, plan_slots
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
-from capsfusion_ray.engines.loading import LoadedModel, load_model
+from capsfusion_ray.engines.loading import LoadedModel
 from capsfusion_ray.errors import EngineError
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
@@ -36,26 +36,13 @@ REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill
 class BeamEngine:
     """Beam search with in-flight refill for Llama-shaped models; see `engines.base.Engine` for the protocol."""
 
-    def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
-        if engine.threads is not None:
-            torch.set_num_threads(engine.threads)
-        self._start(load_model(engine), engine, decode)
-
-    @classmethod
-    def from_loaded(
-        cls, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
-    ) -> BeamEngine:
-        """An engine over a model that is already in memory; it takes the weights over and leaves the model empty.
+    def __init__(
+        self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
+    ) -> None:
+        """Takes the model's weights over and leaves it empty.
 
         `weights`: those that `take_weights` took from this model before; engines may share them.
         """
-        built = cls.__new__(cls)
-        built._start(loaded, engine, decode, weights)
-        return built
-
-    def _start(
-        self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
-    ) -> None:
         asked = decode.settled()
         self._loaded = loaded
         self._asked_slots = engine.slots

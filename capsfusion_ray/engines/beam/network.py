@@ -158,10 +158,7 @@ Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write]:
     """What attends (None: plain torch) and what writes keys and values, as engine.attention asks or as suits the device."""
     cuda = weights.device.type == "cuda"
-    # With several threads torch's own, which spin after each operation, are in the way of the kernel's: 12 % slower instead of
-    # 17 % quicker (benchmarks/README.md).
-    alone = torch.get_num_threads() == 1
-    kind = {"auto": "triton" if cuda else "numba" if alone else "torch"}.get(asked, asked)
+    kind = {"auto": "triton" if cuda else "numba"}.get(asked, asked)
     problem = {"torch": lambda _: "", "triton": _no_triton, "numba": _no_numba}[kind](weights)
     if problem and asked != "auto":
         raise ConfigError(f"engine.attention={asked!r}: {problem}; use engine.attention=auto or torch")
