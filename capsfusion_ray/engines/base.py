@@ -29,7 +29,7 @@ class Load:
 
 
 class Engine(Protocol):
-    """Writes captions for prompts; driven by one thread; no method blocks longer than one decode step or batch.
+    """Writes captions for prompts; driven by one thread; no method blocks longer than a few decode steps or one batch.
 
     Construction loads the model once: `Engine(engine_config, decode_config)`. It raises ConfigError for a model it
     cannot run and EngineError for one that is damaged.

@@ -4,6 +4,7 @@ const SIDES = ["raw", "synthetic", "fused"];
 const SHOWN_AT_ONCE = 40;
 const $ = (id) => document.getElementById(id);
 const number = (n) => n.toLocaleString("en");
+const speedOf = (n) => number(n < 100 ? Number(n.toFixed(1)) : Math.round(n));
 const share = (n) => (n === null || n === undefined ? "–" : (100 * n).toFixed(1) + "%");
 
 // Everything from the data reaches the page through here, as text: nothing in a caption can become markup.
@@ -86,8 +87,8 @@ function cards() {
   card("Where the fused words come from", origins, ...Object.entries(said).map(([name, text]) =>
     make("div", { class: "meter" }, make("span", {}, make("span", { class: "dot", style: `background:var(--${name})` }), text), make("span", {}, share(F.origins[name])))));
   const speed = F.speed;
-  const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${speed.actor_hours_per_million.toFixed(1)} actor hours a million` : "";
-  card("Speed", make("p", { class: "big" }, `${speed.captions_per_s.toFixed(1)} captions/s`),
+  const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${Number(speed.actor_hours_per_million.toPrecision(2))} actor hours a million` : "";
+  card("Speed", make("p", { class: "big" }, `${speedOf(speed.captions_per_s)} captions/s`),
     speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
     make("p", {}, [`${speed.actors} actor${speed.actors === 1 ? "" : "s"}`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
   const hours = Math.max(0, ...speed.eta_history.map((h) => h[1])) > 2 * 3600;
@@ -180,7 +181,7 @@ function beside() {
   line("knowledge kept", share(F.knowledge.fused), share(B.knowledge.fused));
   line("words from neither source", share(F.origins.neither), share(B.origins.neither));
   line("words a caption", String(F.lengths.fused.mean), String(B.lengths.fused.mean));
-  line("captions/s", F.speed.captions_per_s.toFixed(1), B.speed.captions_per_s.toFixed(1));
+  line("captions/s", speedOf(F.speed.captions_per_s), speedOf(B.speed.captions_per_s));
   for (const name of [...new Set([...Object.keys(F.base), ...Object.keys(B.base)])].sort()) if (F.base[name] !== B.base[name]) line(name, F.base[name] || "–", B.base[name] || "–");
 }
 status(); totals(); beside(); cards(); filters(); list(); settings();

@@ -1,7 +1,7 @@
 """On a CPU: beam engines side by side in one process, each with a thread, a share of the rows, and the same weights.
 
 A decode step of a small model is hundreds of short operations. Torch would split each of them over its threads, which then
-meet, and spin while they wait, hundreds of times a step; lanes meet once a step. On 2 cores that is half as many captions again
+meet, and spin while they wait, hundreds of times a step; lanes meet every few steps. On 2 cores that is half as many captions again
 (benchmarks/README.md). On a GPU there is one engine, and no lanes.
 """
 
@@ -19,6 +19,8 @@ from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.rows import Generation, Prompt
+
+STEPS = 8  # of a lane between two meetings: one step takes a lane longer than another, which refills; over 8 it evens out
 
 
 def build(engine: EngineConfig, decode: DecodeConfig) -> Engine:
@@ -79,6 +81,15 @@ class Lanes:
             lane.submit(share)
 
     def step(self) -> list[Generation]:
-        """A step of each lane that has work, at the same time."""
+        """Some steps of each lane that has work, at the same time."""
         working = [lane for lane in self._lanes if lane.unfinished]
-        return [generation for finished in self._threads.map(lambda lane: lane.step(), working) for generation in finished]
+        return [generation for finished in self._threads.map(_steps, working) for generation in finished]
+
+
+def _steps(lane: BeamEngine) -> list[Generation]:
+    finished: list[Generation] = []
+    for _ in range(STEPS):
+        finished += lane.step()
+        if not lane.unfinished:
+            break
+    return finished
