@@ -129,8 +129,8 @@ def test_a_pad_token_without_a_row_and_no_pad_token_write_the_same(kind: str, tm
         engine = build_engine(config(save(tmp_path / name, llama(), **tokens), kind), DECODE)
         ids = engine.encode(["w5 w6 w8 w9", "w7"])
         written.append(drain(engine, [Prompt(f"r{i}", "", "", "", (), tuple(row)) for i, row in enumerate(ids)]))
-    assert written[0] == written[1]
-    assert {name: caption.text for name, caption in written[0].items()} == {name: caption.text for name, caption in written[2].items()}
+    texts = [{name: caption.text for name, caption in captions.items()} for captions in written]
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_an_empty_row_of_the_vocabulary_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
