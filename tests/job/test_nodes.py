@@ -34,7 +34,7 @@ def gcs():
 
 @pytest.fixture
 def calm(corpus, tmp_path, driver):
-    """The files of an undisturbed run, and the corpus that it read."""
+    """The files of an undisturbed run over the corpus."""
     output = tmp_path / "undisturbed"
     driver.run("fuse", f"input.path={corpus}", f"output.path={output}", *SETTINGS, "cluster.max_actors=1")
     return snapshot(output)
