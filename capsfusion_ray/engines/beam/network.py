@@ -14,6 +14,7 @@ from torch import Tensor
 
 from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
+from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
 from capsfusion_ray.engines.beam.weights import Layer, Weights
 from capsfusion_ray.errors import ConfigError
 
@@ -30,7 +31,7 @@ class Network:
 
     def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
-        self._kernel, self._write = _kernels(attention, weights)
+        self._kernel, self._write, self._norm, self._rotate = _kernels(attention, weights)
         # A kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
         self.rows_together = sys.maxsize if self._kernel else ROWS_TOGETHER[weights.device.type]
 
@@ -55,7 +56,7 @@ class Network:
         for keys, values, (k, v) in zip(cache.keys, cache.values, kv, strict=True):
             keys[rows, :, :longest] = k
             values[rows, :, :longest] = v
-        return F.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
+        return F.linear(self._norm(hidden_RE, self.weights.norm, self.weights.norm_eps), self.weights.head)
 
     def decode(
         self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]
@@ -70,14 +71,15 @@ class Network:
         write_BK = cache.claim(b, max(ends))
         attend = self._attend(cache, prefix, ends)
         position_B = len(prefix.ids) + cache.suffix_B[:b] + steps_B
-        cos, sin = w.cos[position_B][:, None, None], w.sin[position_B][:, None, None]
+        position_T = position_B.repeat_interleave(k)
+        cos, sin = w.cos[position_T], w.sin[position_T]
         x = w.embedding[tokens_BK]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)  # [B, K, H*G, D] and [B, K, H, D]
             self._write(key, value, write_BK, cache.keys[i], cache.values[i])
             attended = attend(i, q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4))
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
-        return F.linear(self._norm(x, w.norm), w.head)
+        return F.linear(self._norm(x, w.norm, w.norm_eps), w.head)
 
     def _attend(self, cache: Cache, prefix: Prefix, ends: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
@@ -115,7 +117,7 @@ class Network:
         r, s = tokens_RS.shape
         p = len(prefix.ids)
         mask_SC = torch.ones(s, p + s, dtype=torch.bool, device=w.device).tril(p)  # padding comes last: nobody sees it
-        cos, sin = w.cos[p : p + s, None], w.sin[p : p + s, None]
+        cos, sin = w.cos[p : p + s].repeat(r, 1), w.sin[p : p + s].repeat(r, 1)
         x = w.embedding[tokens_RS]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)
@@ -126,37 +128,31 @@ class Network:
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1))
         return x[torch.arange(r, device=w.device), lengths_R - 1]
 
-    def _qkv(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]."""
+    def _qkv(self, layer: Layer, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]; angles of each of x's tokens."""
         w = self.weights
-        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        heads = qkv.view(*x.shape[:-1], -1, w.head_size)
-        n_qk = w.kv_heads * (w.group + 1)
-        qk, value = heads[..., :n_qk, :], heads[..., n_qk:, :]
-        half = w.head_size // 2
-        turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
-        qk = torch.addcmul(qk * cos, turned, sin)
-        return qk[..., : w.kv_heads * w.group, :], qk[..., w.kv_heads * w.group :, :], value
+        n_q, n_qk = w.kv_heads * w.group, w.kv_heads * (w.group + 1)
+        qkv = F.linear(self._norm(x, layer.attention_norm, w.norm_eps), layer.qkv, layer.qkv_bias)
+        heads_THD = qkv.view(len(cos_TD), -1, w.head_size)
+        qk = self._rotate(heads_THD[:, :n_qk], cos_TD, sin_TD)
+        query, key, value = (t.unflatten(0, x.shape[:-1]) for t in (qk[:, :n_q], qk[:, n_q:], heads_THD[:, n_qk:]))
+        return query, key, value
 
     def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Everything of a layer after its attention."""
         x = x + F.linear(attended, layer.out, layer.out_bias)
-        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        gate, up = F.linear(self._norm(x, layer.mlp_norm, self.weights.norm_eps), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm with HF's order of roundings: float32 inside, the weight in the model's dtype."""
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.weights.norm_eps)
-        return weight * y.to(x.dtype)
 
 
 Attend = Callable[..., Tensor]
 Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write]:
-    """What attends (None: plain torch) and what writes keys and values, as engine.attention asks or as suits the device."""
+def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write, Norm, Rotate]:
+    """What attends (None: plain torch), writes keys and values, norms and rotates, as engine.attention asks or as suits the device."""
     cuda = weights.device.type == "cuda"
     kind = {"auto": "triton" if cuda else "numba"}.get(asked, asked)
     problem = {"torch": lambda _: "", "triton": _no_triton, "numba": _no_numba}[kind](weights)
@@ -167,12 +163,13 @@ def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write]:
     if kind == "triton" and not problem:
         from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
 
-        return decode_attention_triton, write_columns
+        return decode_attention_triton, write_columns, rms_norm, rotate
     if kind == "numba" and not problem:
         from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
+        from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
 
-        return decode_attention_numba, write_columns_numba
-    return None, write_columns
+        return decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba
+    return None, write_columns, rms_norm, rotate
 
 
 def _no_triton(weights: Weights) -> str:

@@ -1,4 +1,4 @@
-"""The decode attention's kernels against their plain-torch twin: Triton's (in its interpreter, or on a GPU), and numba's on the CPU."""
+"""Kernels against their plain-torch twins: Triton's attention (in its interpreter, or on a GPU), and numba's on the CPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from capsfusion_ray.engines.beam.attention import decode_attention
 from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
 from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton
 from capsfusion_ray.engines.beam.cache import write_columns
+from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
+from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
 from capsfusion_ray.errors import ConfigError
 
 KERNELS = {"triton": decode_attention_triton, "numba": decode_attention_numba}
@@ -57,6 +59,17 @@ def test_written_columns_are_those_that_torch_writes():
     write_columns(key, value, column, *want)
     assert all(torch.equal(a, b) for a, b in zip(mine, want, strict=True))
     assert mine[0].any()
+
+
+def test_tokens_are_normed_and_rotated_as_torch_does_it():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 3, 2, 20).transpose(1, 2), torch.randn(20)  # not contiguous
+    torch.testing.assert_close(rms_norm_numba(x, weight, 1e-5), rms_norm(x, weight, 1e-5))
+    assert rms_norm_numba(x.fill_(float("nan")), weight, 1e-5).isnan().all()
+    qkv, cos, sin = torch.randn(5, 9, 8), torch.randn(5, 8), torch.randn(5, 8)
+    want, value = rotate(qkv[:, :6], cos, sin), qkv[:, 6:].clone()
+    torch.testing.assert_close(rotate_numba(qkv[:, :6], cos, sin), want)
+    assert torch.equal(qkv[:, 6:], value)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
