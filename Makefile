@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system test-hosts test-nodes test-ceph chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system test-hosts test-ceph chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,7 +38,7 @@ demo: setup ## fuse the bundled captions on this machine, verify the result, and
 	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
 
 test: setup ## the tests that need nothing but pip
-	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system --ignore tests/ceph --ignore tests/job/test_nodes.py $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system --ignore tests/ceph $(ARGS)
 
 # What needs more than pip brings. As root, as in a container, or with SUDO=sudo.
 SUDO ?=
@@ -53,9 +53,6 @@ test-system: setup /usr/bin/chromium /usr/bin/prometheus ## the tests that need 
 
 test-hosts: setup /usr/sbin/ip ## three hosts in network namespaces, of which one is killed and one cut off; root, some minutes
 	$(BIN)/python -m pytest -rs tests/system/test_three_hosts.py $(ARGS)
-
-test-nodes: setup ## nodes killed under a run until none is left, and an actor out of memory; not reliable yet: see docs/reliability.md
-	$(BIN)/python -m pytest -rs tests/job/test_nodes.py $(ARGS)
 
 test-ceph: setup /usr/bin/radosgw /usr/bin/ceph-mon /usr/bin/ceph-osd ## the job killed and resumed on a real object store, Ceph, which it installs by apt and starts on this machine
 	$(BIN)/python -m pytest tests/ceph $(ARGS)

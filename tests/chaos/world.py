@@ -21,6 +21,7 @@ import psutil
 from ports import free_port
 from proxy import FaultProxy
 from ray.cluster_utils import Cluster
+from ray_nodes import lose
 
 from capsfusion_ray.cluster import patient_start
 
@@ -92,14 +93,10 @@ class Nodes:
         """SIGKILL to the raylet that started process `pid`, and to all that it started; empty where it is none of ours."""
         for node in self._cluster.worker_nodes:
             raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-            children = raylet.children(recursive=True)
-            if pid in [child.pid for child in children]:
-                raylet.kill()
-                for child in children:
-                    if child.is_running():
-                        child.kill()
+            if pid in [child.pid for child in raylet.children(recursive=True)]:
+                killed = lose(raylet)
                 self._cluster.remove_node(node, allow_graceful=False)
-                return f"raylet {raylet.pid} and its {len(children)} processes"
+                return f"raylet {raylet.pid} and its {len(killed) - 1} processes"
         return ""
 
 

@@ -1,23 +1,19 @@
 """Nodes that are lost under a run, all of them at last, and an actor whose memory is at an end: the files of an undisturbed run."""
 
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
 from cgroup import put_into, tight_cgroup
 from drivers import Driver, resumable
 from outputs import snapshot
-from ray_nodes import ray_nodes
+from ray_nodes import lose, ray_nodes
 
 from capsfusion_ray.storage import Store
 
-ROOT = Path(__file__).resolve().parents[2]
 FUSION_ACTOR = "ray::MapWorker(MapBatches(FusionActor))"  # as Ray names its process
-ONE_NODE = ["--num-cpus=2", f"--object-store-memory={100 << 20}", "--disable-usage-stats", "--dashboard-agent-listen-port=0"]
+NODE_CPUS = 2
 GAP_S = 45.0  # without any node; Ray's own patience with a silent one is 15 s
 SETTINGS = ["engine.dtype=float32", "engine.threads=1", "cluster.gpus_per_actor=0", "source.passthrough=[width]", "unit.rows=5"]
 UNITS = 80
@@ -26,10 +22,10 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture
-def gcs():
+def cluster():
     """A head without CPUs: what runs, runs on the nodes that join it."""
     with ray_nodes(env={}) as nodes:
-        yield nodes.gcs
+        yield nodes
 
 
 @pytest.fixture
@@ -41,49 +37,29 @@ def calm(corpus, tmp_path, driver):
 
 
 @contextmanager
-def node(gcs):
-    """One that joins: `ray start`, all of whose processes are killed in the end, if they were not before."""
-    command = [sys.executable, "tests/support/ray_start.py", f"--address={gcs}", "--block", *ONE_NODE]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as started:
-        try:
-            yield started
-        finally:
-            if started.poll() is None:
-                lose(started)
+def node(cluster):
+    """One that joins, and that is lost in the end, if it was not before."""
+    raylet = cluster.join(NODE_CPUS)
+    yield raylet
+    if raylet.is_running():
+        lose(raylet)
 
 
-def processes(node):
-    parent = psutil.Process(node.pid)
-    return [parent, *parent.children(recursive=True)]
-
-
-def lose(node):
-    """SIGKILL to all that runs there, as if its power went."""
-    for process in processes(node):
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-    node.wait()
-
-
-def actors(node):
-    """The processes there that fuse."""
+def actors(raylet):
+    """The processes of its node that fuse."""
     found = []
-    for process in processes(node):
-        try:
+    for process in raylet.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
             if " ".join(process.cmdline()).startswith(FUSION_ACTOR):
                 found.append(process)
-        except psutil.NoSuchProcess:
-            continue
     return found
 
 
 class Run:
     """A fuse job, while things happen to it."""
 
-    def __init__(self, gcs, corpus, output, actors):
-        self.driver, self.store = Driver(gcs), Store(str(output))
+    def __init__(self, cluster, corpus, output, actors):
+        self.driver, self.store = Driver(cluster.gcs), Store(str(output))
         pool = [f"cluster.min_actors={actors}", f"cluster.max_actors={actors}", ROOM_FOR_ONE]
         self.process = self.driver.start("fuse", f"input.path={corpus}", f"output.path={output}", *SETTINGS, *pool)
 
@@ -106,11 +82,11 @@ class Run:
         self.driver.run("verify", f"output.path={self.store.root}", "deep=true")
 
 
-def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none(gcs, corpus, calm, tmp_path):
+def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none(cluster, corpus, calm, tmp_path):
     """SIGKILL to all processes of a node that fuses; later to those of the other; then a gap; then a node joins, and ends the run."""
     output = tmp_path / "out"
-    with node(gcs) as first, node(gcs) as second:
-        run = Run(gcs, corpus, output, actors=2)
+    with node(cluster) as first, node(cluster) as second:
+        run = Run(cluster, corpus, output, actors=2)
         run.wait_for(lambda: run.units and actors(first) and actors(second))
         lose(first)
         one_left = run.units
@@ -121,20 +97,20 @@ def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none
     time.sleep(GAP_S)
     run.must_go_on()
     assert run.units == none_left
-    with node(gcs), node(gcs):
+    with node(cluster), node(cluster):
         run.end()
     print(f"of {UNITS} units {one_left} were fused when the first node was lost, {none_left} when the second was")
     assert snapshot(output) == calm
 
 
-def test_an_actor_without_memory_is_killed_by_the_kernel_and_its_units_are_fused(gcs, corpus, calm, tmp_path):
+def test_an_actor_without_memory_is_killed_by_the_kernel_and_its_units_are_fused(cluster, corpus, calm, tmp_path):
     cgroup = tight_cgroup()
     if cgroup is None:
         pytest.skip("no cgroup of its own here")
     output = tmp_path / "out"
     try:
-        with node(gcs) as only:
-            run = Run(gcs, corpus, output, actors=1)
+        with node(cluster) as only:
+            run = Run(cluster, corpus, output, actors=1)
             run.wait_for(lambda: run.units and actors(only))
             (actor,) = actors(only)
             put_into(cgroup, actor.pid)
