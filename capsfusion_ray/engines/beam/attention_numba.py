@@ -26,13 +26,13 @@ def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-d
     beams, width = visible.shape[1], scores.shape[3] - at
     hidden = np.float32(-np.inf)
     for b in range(rows):
+        shared = 0  # the first columns, the row's suffix before all, which every beam sees: no need to ask
+        while shared < end[b] and visible[b, :, shared].all():
+            shared += 1
         for h in range(heads):
             for w in range(end[b]):
-                seen = False
-                for beam in range(beams):
-                    seen |= visible[b, beam, w]
                 for m in range(queries):
-                    if seen and visible[b, m % beams, w]:
+                    if w < shared or visible[b, m % beams, w]:
                         total = np.float32(0)
                         for d in range(size):
                             total += q[b, h, m, d] * k[b, h, w, d]
