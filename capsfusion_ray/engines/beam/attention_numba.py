@@ -16,10 +16,10 @@ from torch import Tensor
 from capsfusion_ray.engines.beam.attention import by_head
 
 # Sums in any order, as every matrix product has it; NaN and infinity keep their meaning.
-_compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
-@_compiled
+@compiled
 def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-def]
     """q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam sees nothing."""
     rows, heads, queries, size = q.shape
@@ -44,7 +44,7 @@ def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-d
                     scores[b, h, m, at + w] = hidden
 
 
-@_compiled
+@compiled
 def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
     """weights [B, H, M, at + W] by v [B, H, N, D], added to out [B, H, M, D]."""
     rows, heads, queries, size = out.shape
@@ -65,7 +65,7 @@ def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
                         out[b, h, m, d] += weights[b, h, m, at + w] * v[b, h, w, d]
 
 
-@_compiled
+@compiled
 def _write(key, value, column, keys, values):  # type: ignore[no-untyped-def]
     """key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
     rows, beams, heads, size = key.shape

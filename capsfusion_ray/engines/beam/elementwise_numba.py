@@ -5,15 +5,14 @@ One pass over memory for each, where torch makes six.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-_compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
+from capsfusion_ray.engines.beam.attention_numba import compiled
 
 
-@_compiled
+@compiled
 def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """x [T, E] into out [T, E]."""
     tokens, size = x.shape
@@ -26,7 +25,7 @@ def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[t, e] = weight[e] * (x[t, e] * scale)
 
 
-@_compiled
+@compiled
 def _rotate(heads, cos, sin):  # type: ignore[no-untyped-def]
     """heads [T, H, D], in place."""
     tokens, number, size = heads.shape
