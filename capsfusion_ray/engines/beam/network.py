@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,9 @@ class Network:
 
     def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
-        self._kernel, self._write, self._norm, self._rotate = _kernels(attention, weights)
+        self._kernels = _kernels(attention, weights)
         # A kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
-        self.rows_together = sys.maxsize if self._kernel else ROWS_TOGETHER[weights.device.type]
+        self.rows_together = sys.maxsize if self._kernels.attend else ROWS_TOGETHER[weights.device.type]
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
         """Keys and values of a constant prefix, computed once."""
@@ -56,7 +57,7 @@ class Network:
         for keys, values, (k, v) in zip(cache.keys, cache.values, kv, strict=True):
             keys[rows, :, :longest] = k
             values[rows, :, :longest] = v
-        return F.linear(self._norm(hidden_RE, self.weights.norm, self.weights.norm_eps), self.weights.head)
+        return F.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
 
     def decode(
         self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]
@@ -76,15 +77,16 @@ class Network:
         x = w.embedding[tokens_BK]
         for i, layer in enumerate(w.layers):
             q, key, value = self._qkv(layer, x, cos, sin)  # [B, K, H*G, D] and [B, K, H, D]
-            self._write(key, value, write_BK, cache.keys[i], cache.values[i])
+            self._kernels.write(key, value, write_BK, cache.keys[i], cache.values[i])
             attended = attend(i, q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4))
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
-        return F.linear(self._norm(x, w.norm, w.norm_eps), w.head)
+        return F.linear(self._norm(x, w.norm), w.head)
 
     def _attend(self, cache: Cache, prefix: Prefix, ends: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
-        if self._kernel is not None:
-            kernel, end_B = self._kernel, cache.ends(len(ends), max(ends))
+        kernel = self._kernels.attend
+        if kernel is not None:
+            end_B = cache.ends(len(ends), max(ends))
             return lambda i, q: kernel(
                 q, prefix.keys[i], prefix.values[i], cache.keys[i], cache.values[i], cache.visible_BKN, end_B
             )
@@ -132,17 +134,20 @@ class Network:
         """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]; angles of each of x's tokens."""
         w = self.weights
         n_q, n_qk = w.kv_heads * w.group, w.kv_heads * (w.group + 1)
-        qkv = F.linear(self._norm(x, layer.attention_norm, w.norm_eps), layer.qkv, layer.qkv_bias)
+        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
         heads_THD = qkv.view(len(cos_TD), -1, w.head_size)
-        qk = self._rotate(heads_THD[:, :n_qk], cos_TD, sin_TD)
+        qk = self._kernels.rotate(heads_THD[:, :n_qk], cos_TD, sin_TD)
         query, key, value = (t.unflatten(0, x.shape[:-1]) for t in (qk[:, :n_q], qk[:, n_q:], heads_THD[:, n_qk:]))
         return query, key, value
 
     def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Everything of a layer after its attention."""
         x = x + F.linear(attended, layer.out, layer.out_bias)
-        gate, up = F.linear(self._norm(x, layer.mlp_norm, self.weights.norm_eps), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+
+    def _norm(self, x: Tensor, weight_E: Tensor) -> Tensor:
+        return self._kernels.norm(x, weight_E, self.weights.norm_eps)
 
 
 Attend = Callable[..., Tensor]
@@ -151,8 +156,17 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write, Norm, Rotate]:
-    """What attends (None: plain torch), writes keys and values, norms and rotates, as engine.attention asks or as suits the device."""
+class Kernels(NamedTuple):
+    """What of a layer may have a kernel of its own; without one it is plain torch."""
+
+    attend: Attend | None = None  # None: `decode_attention`, some rows at a time
+    write: Write = write_columns
+    norm: Norm = rms_norm
+    rotate: Rotate = rotate
+
+
+def _kernels(asked: str, weights: Weights) -> Kernels:
+    """As engine.attention asks or as suits the device."""
     cuda = weights.device.type == "cuda"
     kind = {"auto": "triton" if cuda else "numba"}.get(asked, asked)
     problem = {"torch": lambda _: "", "triton": _no_triton, "numba": _no_numba}[kind](weights)
@@ -163,13 +177,13 @@ def _kernels(asked: str, weights: Weights) -> tuple[Attend | None, Write, Norm, 
     if kind == "triton" and not problem:
         from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
 
-        return decode_attention_triton, write_columns, rms_norm, rotate
+        return Kernels(decode_attention_triton)
     if kind == "numba" and not problem:
         from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
         from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
 
-        return decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba
-    return None, write_columns, rms_norm, rotate
+        return Kernels(decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba)
+    return Kernels()
 
 
 def _no_triton(weights: Weights) -> str:
