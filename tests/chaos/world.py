@@ -21,7 +21,7 @@ import psutil
 from ports import free_port
 from proxy import FaultProxy
 from ray.cluster_utils import Cluster
-from ray_nodes import lose
+from ray_nodes import lose, raylet_of
 
 from capsfusion_ray.cluster import patient_start
 
@@ -92,7 +92,7 @@ class Nodes:
     def kill(self, pid: int) -> str:
         """SIGKILL to the raylet that started process `pid`, and to all that it started; empty where it is none of ours."""
         for node in self._cluster.worker_nodes:
-            raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+            raylet = raylet_of(node)
             if pid in [child.pid for child in raylet.children(recursive=True)]:
                 killed = lose(raylet)
                 self._cluster.remove_node(node, allow_graceful=False)

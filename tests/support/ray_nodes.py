@@ -45,6 +45,11 @@ class Nodes:
         return psutil.Process(_next_line(self._process)["raylet"])
 
 
+def raylet_of(node: Any) -> psutil.Process:
+    """The raylet of a node of ray.cluster_utils."""
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
 def lose(raylet: psutil.Process) -> Sequence[psutil.Process]:
     """SIGKILL to a node's raylet and to all that it started, as if its power went. Which they were."""
     processes = [raylet, *raylet.children(recursive=True)]
@@ -92,7 +97,7 @@ def serve(worker_cpus: list[int]) -> None:
     for line in sys.stdin:
         with patient_start():
             node = cluster.add_node(num_cpus=int(line))
-        print(json.dumps({"raylet": node.all_processes["raylet"][0].process.pid}), flush=True)
+        print(json.dumps({"raylet": raylet_of(node).pid}), flush=True)
     cluster.shutdown()
 
 
