@@ -1,8 +1,13 @@
-"""The job as a user runs it: real processes, a real Ray cluster, SIGKILL from outside."""
+"""The job as a user runs it: real processes, a real Ray cluster, SIGKILL and SIGTERM from outside."""
+
+import os
+import signal
+import time
 
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from drivers import resumable
 from outputs import snapshot
 
 from capsfusion_ray.storage import Store
@@ -69,3 +74,29 @@ def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver
     assert snapshot(output) == snapshot(undisturbed)
     assert last["rows"] == calm["rows"]
     assert not list((output / "_units").glob("*.parquet")), "parts go once they are compacted"
+
+
+@pytest.mark.timeout(3600)
+def test_a_second_driver_is_refused_and_a_terminated_one_is_resumed(corpus, tmp_path, driver):
+    """Two processes on one output, then SIGTERM to the one at work; the same command ends with the undisturbed run's very files."""
+    args = (f"input.path={corpus}", *BEAM, "unit.rows=5", "output.target_file_rows=32")
+    undisturbed = tmp_path / "undisturbed"
+    driver.run("fuse", *args, f"output.path={undisturbed}")
+
+    output = tmp_path / "out"
+    first = driver.start("fuse", *args, f"output.path={output}")
+    while not resumable(Store(str(output))):
+        assert first.poll() is None, first.communicate()[1][-3000:]
+        time.sleep(0.05)
+    assert f"another driver is at work on this output ({os.uname().nodename}, pid {first.pid}" in driver.run(
+        "fuse", *args, f"output.path={output}", code=2
+    )
+    assert first.poll() is None, "the run was over before its SIGTERM"
+    first.send_signal(signal.SIGTERM)
+    said = first.communicate(timeout=300)[1]
+    assert first.returncode == 1
+    assert "interrupted; everything committed is kept" in said
+    last = driver.run("fuse", *args, f"output.path={output}")
+    assert 0 < last["resumed_units"] < last["units"]
+    driver.run("verify", f"output.path={output}", "deep=true")
+    assert snapshot(output) == snapshot(undisturbed)
