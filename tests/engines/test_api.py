@@ -96,6 +96,7 @@ def test_a_server_that_misbehaves_at_random_loses_no_row_and_mixes_none_up(teach
 
 @pytest.mark.parametrize("concurrency", [1, 5])
 def test_no_more_requests_are_in_flight_than_asked_for(teacher, concurrency):
+    teacher.gather = concurrency  # on a busy machine one request may be answered before the next is sent
     engine = engine_for(teacher, concurrency=concurrency)
     engine.submit(prompts(40))
     assert_good(run(engine), 40)

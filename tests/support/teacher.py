@@ -18,7 +18,7 @@ def fused_caption(row):
 class Teacher(ThreadingHTTPServer):
     """`script(row, number of the try)` -> what happens: see Handler.play. Counts what it sees.
 
-    `row_of` finds the row in what is asked, `says` is the good answer to it.
+    `row_of` finds the row in what is asked, `says` is the good answer to it. No answer before `gather` requests have been in flight at once.
     """
 
     daemon_threads = True
@@ -27,7 +27,7 @@ class Teacher(ThreadingHTTPServer):
     def __init__(self, script=lambda row, number: "good", row_of=lambda text: text.split()[-1], says=fused_caption):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.row_of, self.says = script, row_of, says
-        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.lock, self.closed, self.gather = threading.Condition(), threading.Event(), 1
         self.tries, self.in_flight, self.most, self.bodies, self.times = Counter(), 0, 0, [], []
         self.thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
         self.thread.start()
@@ -72,8 +72,10 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.times.append(time.monotonic())
             act = server.script(row, server.tries[row])
+            server.lock.notify_all()
         time.sleep(0.01)
         with server.lock:  # before the answer: the client may send its next request as soon as it has it
+            server.lock.wait_for(lambda: server.most >= server.gather, timeout=20)
             server.in_flight -= 1
         self.play(act, row, body)
 
