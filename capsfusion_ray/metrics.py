@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"\d+")
 _CAPITALISED = re.compile(r"(?<![^\W_])[A-Z][^\W_]*")
 _GOOD_ENDING = re.compile(r"""[.!?…]["'”’)\]]*$""")
 _CIDER_N, _CIDER_SIGMA = 4, 6.0
+PASTED = 0.9  # of both sources' words, in order: "almost word for word"
 # Words whose presence says nothing about where a caption's content came from.
 _FUNCTION_TEXT = """
 a an the this that these those of in on at to for from by with without and or but nor so as is are was were be been being
@@ -71,6 +72,7 @@ def measure(examples: Sequence[Example]) -> dict[str, float]:
         "good_ending": _mean(has_good_ending(e.fused) for e in examples),
         "repeated_trigram": _mean(has_repeated_trigram(t) for t in tokens),
         "near_concatenation": _mean(is_near_concatenation(e) for e in examples),
+        "pasted": _mean(concatenated_share(e) >= PASTED for e in examples),  # the same, however long the caption
         "instruction_echo": _mean(bool(_ECHO.search(e.fused)) for e in examples),
         "words": _mean(len(t) for t in tokens),
     }
@@ -147,21 +149,24 @@ def has_repeated_trigram(words: Sequence[str]) -> bool:
 
 
 def is_near_concatenation(example: Example) -> bool:
-    """Both sources almost word for word, one after the other, and little else: a fusion in name only."""
-    return concatenated_share(example) >= 0.9
+    """Both sources almost word for word, one after the other, and little else: a fusion in name only.
+
+    A caption of more than 1.25 times as many words adds enough of its own; so does filler, which a model that is
+    trained against this figure finds (see `pasted`).
+    """
+    n = len(words_of(example.raw)) + len(words_of(example.synthetic))
+    return len(words_of(example.fused)) <= 1.25 * n and concatenated_share(example) >= PASTED
 
 
 def concatenated_share(example: Example) -> float:
-    """The share of both sources' words, one source after the other, that the fused caption holds in that order.
-
-    0 where a caption of more than 1.25 times as many words adds enough of its own, or a source has hardly a word.
+    """The share of both sources' words, one source after the other, that the fused caption holds in that order, however
+    much else it holds. 0 where a source has hardly a word.
     """
     fused = words_of(example.fused)
     raw, synthetic = words_of(example.raw), words_of(example.synthetic)
-    n = len(raw) + len(synthetic)
-    if len(raw) < 3 or len(synthetic) < 3 or len(fused) > 1.25 * n:
+    if len(raw) < 3 or len(synthetic) < 3:
         return 0.0
-    return max(lcs_length(fused, raw + synthetic), lcs_length(fused, synthetic + raw)) / n
+    return max(lcs_length(fused, raw + synthetic), lcs_length(fused, synthetic + raw)) / (len(raw) + len(synthetic))
 
 
 def _kept(find: Callable[[str], list[str]], examples: Sequence[Example], fold: bool) -> float:

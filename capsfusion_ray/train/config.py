@@ -75,6 +75,7 @@ class RewardConfig:
     usual_bleu_4: float = 0.37
     concatenation: float = 0.8  # taken off for both sources pasted one after the other …
     concatenation_from: float = 0.84  # … in part from this share of their words
+    short: float = 0.25  # for the share of the teacher's length that is missing: leaving out must not be how pasting is avoided
     repeated_trigram: float = 0.4
     bad_ending: float = 0.5
     lost: float = 0.3  # for all numbers and capitalised words of the raw caption lost; less for some

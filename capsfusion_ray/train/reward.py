@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from sacrebleu.metrics import BLEU
 
 from capsfusion_ray.metrics import (
+    PASTED,
     Cider,
     Example,
     concatenated_share,
@@ -46,10 +47,12 @@ class Reward:
         """0 for a caption without any."""
         cfg = self.cfg
         example = Example(triple.raw, triple.synthetic, caption, triple.fused)
-        # From `concatenation_from` to the 0.9 of metrics.is_near_concatenation it grows: a cliff would teach less.
-        pasted = (concatenated_share(example) - cfg.concatenation_from) / (0.9 - cfg.concatenation_from)
+        # From `concatenation_from` on it grows: a cliff would teach less. A longer caption is not spared, or filler pays.
+        pasted = (concatenated_share(example) - cfg.concatenation_from) / (PASTED - cfg.concatenation_from)
+        missing = 1 - len(words_of(caption)) / max(1, len(words_of(triple.fused)))
         return (
             cfg.concatenation * min(1.0, max(0.0, pasted))
+            + cfg.short * max(0.0, missing)
             + cfg.repeated_trigram * has_repeated_trigram(words_of(caption))
             + cfg.bad_ending * (not has_good_ending(caption))
             + cfg.lost * lost_share(example)

@@ -81,6 +81,13 @@ def test_near_concatenation_sees_both_orders_but_not_a_fusion():
     assert not is_near_concatenation(example("A green 2014 Porsche 911 Safari is shown on a road.", raw, synthetic))
 
 
+def test_filler_makes_a_near_concatenation_a_long_one_and_it_is_still_pasted():
+    raw, synthetic = "Porsche 911 Safari 2014", "A green car is shown on a road."
+    padded = example(f"The {raw} is a wonderful product that proudly features, namely, {synthetic}", raw, synthetic)
+    figures = measure([padded])
+    assert (figures["near_concatenation"], figures["pasted"]) == (0, 1)
+
+
 def test_repeated_trigram():
     assert has_repeated_trigram(words_of("The red car and the red car."))
     assert not has_repeated_trigram(words_of("The red car and the blue car."))

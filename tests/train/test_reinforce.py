@@ -64,11 +64,25 @@ def test_the_teachers_caption_is_worth_more_than_any_faulty_one(reward):
         assert reward.faults(TRIPLE, faulty) > 0, faulty
 
 
-def test_pasting_costs_in_part_before_it_costs_all(reward):
+def test_pasting_costs_in_part_before_it_costs_all():
+    reward = Reward(RewardConfig(short=0), [TRIPLE, *OTHERS])
     triple = dataclasses.replace(TRIPLE, synthetic="A brown leather jacket hangs on a white garden wall.")  # 15 words with the raw ones
     pasted = f"{triple.raw} {triple.synthetic}".split()
     all_, most, some = (reward.faults(triple, " ".join(pasted[:n]).rstrip(".") + ".") for n in (15, 13, 11))
     assert 0 == some < most < all_
+
+
+def test_filler_does_not_hide_that_both_sources_are_pasted(reward):
+    filler = "is a product that stands out for what it features and shows, namely that"
+    padded = f"The {TRIPLE.raw} {filler} a brown leather jacket hangs on a wall."
+    assert reward.faults(TRIPLE, padded) > RewardConfig().concatenation
+
+
+def test_leaving_out_costs_by_what_is_missing_and_length_beyond_the_teachers_earns_nothing(reward):
+    whatever = Reward(RewardConfig(short=0), [TRIPLE, *OTHERS])
+    for caption, missing in ((TRIPLE.fused, 0), ("A brown leather jacket hangs.", 8 / 13), (f"{TRIPLE.fused} So it is.", 0)):
+        price = reward.faults(TRIPLE, caption) - whatever.faults(TRIPLE, caption)
+        assert price == pytest.approx(RewardConfig().short * missing)
 
 
 def test_a_student_learns_no_hint_of_the_instruction():
