@@ -41,24 +41,24 @@ def subset(triples: list[Any], share: float, folder: Path) -> tuple[Path, int]:
 
 def point(size: str, file: Path, folder: Path, steps: int, threads: int) -> dict[str, Any]:
     hidden, heads, ffn = SIZES[size]
-    found = folder / "figures.json"
-    if not found.exists():
+    model, data = folder / "model", f"data.path={file}"
+    trained, figures = folder / "trained.json", folder / "figures.json"
+    if not trained.exists():
         folder.mkdir(parents=True, exist_ok=True)
         shape = [f"model.hidden={hidden}", f"model.heads={heads}", f"model.ffn={ffn}", "model.layers=6"]
-        # The copy curriculum and the decay keep their shares of the recipe's 4,200 steps.
+        # The copy curriculum and the decay keep about their shares of the recipe's 4,200 steps.
         schedule = [
             f"optim.steps={steps}", f"optim.decay_steps={steps * 3 // 10}", f"augment.copy_only_steps={steps // 10}",
             f"augment.copy_fade_steps={steps // 5}", f"output.validate_every={steps}", f"cluster.threads={threads}",
         ]  # fmt: skip
-        model, data = folder / "model", f"data.path={file}"
         command = [sys.executable, "jobs/train.py", "conf/train/tiny.yaml", data, f"output.path={model}", *shape, *schedule]
-        trained = said_by(command, folder / "log", TIMEOUT_S)
+        said = said_by(command, folder / "log", TIMEOUT_S)
+        trained.write_text(json.dumps(said))
+    if not figures.exists():
         command = [sys.executable, "jobs/evaluate.py", data, f"data.rows={HELD_OUT}", f"engine.model={model}"]
         said_by([*command, f"output.path={folder}"], folder / "log", TIMEOUT_S)
-        figures = json.loads(found.read_text())
-        found.write_text(json.dumps(figures | {"training": trained}, indent=1))
-    figures = json.loads(found.read_text())
-    return {"validation_loss": figures["training"]["validation_loss"], **figures["model"]}
+    validation_loss = json.loads(trained.read_text())["validation_loss"]
+    return {"validation_loss": validation_loss, **json.loads(figures.read_text())["model"]}
 
 
 def main() -> None:
