@@ -15,6 +15,7 @@ from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton
 from capsfusion_ray.engines.beam.cache import write_columns
 from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
 from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
+from capsfusion_ray.engines.beam.linear import has_onednn, linear_onednn
 from capsfusion_ray.errors import ConfigError
 
 KERNELS = {"triton": decode_attention_triton, "numba": decode_attention_numba}
@@ -93,3 +94,13 @@ def test_what_a_kernel_cannot_run_is_refused_by_name():
         beam_engine(model, DecodeConfig(), attention="triton")
     with pytest.raises(ConfigError, match=r"float32 on a CPU, and this is torch\.bfloat16"):
         beam_engine(tiny_llama(1, dtype=torch.bfloat16), DecodeConfig(), attention="numba")
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN product")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(0, 24), (1, 24), (7, 24), (5, 3, 24)], ids=str)
+def test_onednn_s_product_is_the_product(shape, bias):
+    torch.manual_seed(0)
+    x, weight, b = torch.randn(shape), torch.randn(40, 24), torch.randn(40) if bias else None
+    with torch.inference_mode():
+        torch.testing.assert_close(linear_onednn(x, weight, b), torch.nn.functional.linear(x, weight, b))

@@ -16,6 +16,7 @@ from torch import Tensor
 from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
 from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
+from capsfusion_ray.engines.beam.linear import has_onednn, linear_onednn
 from capsfusion_ray.engines.beam.weights import Layer, Weights
 from capsfusion_ray.errors import ConfigError
 
@@ -57,7 +58,7 @@ class Network:
         for keys, values, (k, v) in zip(cache.keys, cache.values, kv, strict=True):
             keys[rows, :, :longest] = k
             values[rows, :, :longest] = v
-        return F.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
+        return self._kernels.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
 
     def decode(
         self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]
@@ -80,7 +81,7 @@ class Network:
             self._kernels.write(key, value, write_BK, cache.keys[i], cache.values[i])
             attended = attend(i, q.view(b, k, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4))
             x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(b, k, -1))
-        return F.linear(self._norm(x, w.norm), w.head)
+        return self._kernels.linear(self._norm(x, w.norm), w.head)
 
     def _attend(self, cache: Cache, prefix: Prefix, ends: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
         """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
@@ -127,14 +128,18 @@ class Network:
             kv.append((key, value))
             q_RHGSD = q.view(r, s, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
             attended = prefill_attention(q_RHGSD, prefix.keys[i], prefix.values[i], key, value, mask_SC)
-            x = self._rest(layer, x, attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1))
-        return x[torch.arange(r, device=w.device), lengths_R - 1]
+            attended = attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1)
+            if layer is w.layers[-1]:  # of what follows its attention only the last token's is ever asked for
+                last = torch.arange(r, device=w.device), lengths_R - 1
+                x, attended = x[last], attended[last]
+            x = self._rest(layer, x, attended)
+        return x
 
     def _qkv(self, layer: Layer, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]; angles of each of x's tokens."""
         w = self.weights
         n_q, n_qk = w.kv_heads * w.group, w.kv_heads * (w.group + 1)
-        qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        qkv = self._kernels.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
         heads_THD = qkv.view(len(cos_TD), -1, w.head_size)
         qk = self._kernels.rotate(heads_THD[:, :n_qk], cos_TD, sin_TD)
         query, key, value = (t.unflatten(0, x.shape[:-1]) for t in (qk[:, :n_q], qk[:, n_q:], heads_THD[:, n_qk:]))
@@ -142,9 +147,10 @@ class Network:
 
     def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Everything of a layer after its attention."""
-        x = x + F.linear(attended, layer.out, layer.out_bias)
-        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+        linear = self._kernels.linear
+        x = x + linear(attended, layer.out, layer.out_bias)
+        gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
+        return x + linear(F.silu(gate) * up, layer.down, layer.down_bias)
 
     def _norm(self, x: Tensor, weight_E: Tensor) -> Tensor:
         return self._kernels.norm(x, weight_E, self.weights.norm_eps)
@@ -154,6 +160,7 @@ Attend = Callable[..., Tensor]
 Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Linear = Callable[..., Tensor]  # of x, weight and, where there is one, bias, as F.linear
 
 
 class Kernels(NamedTuple):
@@ -163,6 +170,7 @@ class Kernels(NamedTuple):
     write: Write = write_columns
     norm: Norm = rms_norm
     rotate: Rotate = rotate
+    linear: Linear = F.linear
 
 
 def _kernels(asked: str, weights: Weights) -> Kernels:
@@ -178,12 +186,14 @@ def _kernels(asked: str, weights: Weights) -> Kernels:
         from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
 
         return Kernels(decode_attention_triton)
+    in_onednn = kind != "torch" and weights.device.type == "cpu" and weights.dtype == torch.float32 and has_onednn()
+    products = linear_onednn if in_onednn else F.linear
     if kind == "numba" and not problem:
         from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
         from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
 
-        return Kernels(decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba)
-    return Kernels()
+        return Kernels(decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba, products)
+    return Kernels(linear=products)
 
 
 def _no_triton(weights: Weights) -> str:
