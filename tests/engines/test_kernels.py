@@ -15,7 +15,7 @@ from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton
 from capsfusion_ray.engines.beam.cache import write_columns
 from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
 from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
-from capsfusion_ray.engines.beam.linear import has_onednn, linear_onednn
+from capsfusion_ray.engines.beam.linear_onednn import has_onednn, linear_onednn
 from capsfusion_ray.errors import ConfigError
 
 KERNELS = {"triton": decode_attention_triton, "numba": decode_attention_numba}

@@ -16,7 +16,7 @@ from torch import Tensor
 from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
 from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
-from capsfusion_ray.engines.beam.linear import has_onednn, linear_onednn
+from capsfusion_ray.engines.beam.linear_onednn import has_onednn, linear_onednn
 from capsfusion_ray.engines.beam.weights import Layer, Weights
 from capsfusion_ray.errors import ConfigError
 
@@ -186,14 +186,15 @@ def _kernels(asked: str, weights: Weights) -> Kernels:
         from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
 
         return Kernels(decode_attention_triton)
-    in_onednn = kind != "torch" and weights.device.type == "cpu" and weights.dtype == torch.float32 and has_onednn()
-    products = linear_onednn if in_onednn else F.linear
-    if kind == "numba" and not problem:
+    if kind == "numba":
+        products = linear_onednn if _float32_on_cpu(weights) and has_onednn() else F.linear
+        if problem:
+            return Kernels(linear=products)
         from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
         from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
 
         return Kernels(decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba, products)
-    return Kernels(linear=products)
+    return Kernels()
 
 
 def _no_triton(weights: Weights) -> str:
@@ -209,6 +210,10 @@ def _no_triton(weights: Weights) -> str:
 
 def _no_numba(weights: Weights) -> str:
     """Why the kernel for CPUs cannot run; empty: it can."""
-    if weights.device.type != "cpu" or weights.dtype != torch.float32:
+    if not _float32_on_cpu(weights):
         return f"it computes in float32 on a CPU, and this is {weights.dtype} on {weights.device.type}"
     return "" if find_spec("numba") else "numba is not installed"
+
+
+def _float32_on_cpu(weights: Weights) -> bool:
+    return bool(weights.device.type == "cpu" and weights.dtype == torch.float32)
