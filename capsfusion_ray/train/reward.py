@@ -49,11 +49,12 @@ class Reward:
         example = Example(triple.raw, triple.synthetic, caption, triple.fused)
         # From `concatenation_from` on it grows: a cliff would teach less. A longer caption is not spared, or filler pays.
         pasted = (concatenated_share(example) - cfg.concatenation_from) / (PASTED - cfg.concatenation_from)
-        missing = 1 - len(words_of(caption)) / max(1, len(words_of(triple.fused)))
+        words = words_of(caption)
+        missing = 1 - len(words) / max(1, len(words_of(triple.fused)))
         return (
             cfg.concatenation * min(1.0, max(0.0, pasted))
             + cfg.short * max(0.0, missing)
-            + cfg.repeated_trigram * has_repeated_trigram(words_of(caption))
+            + cfg.repeated_trigram * has_repeated_trigram(words)
             + cfg.bad_ending * (not has_good_ending(caption))
             + cfg.lost * lost_share(example)
             + cfg.unsupported * unsupported_share(example)
