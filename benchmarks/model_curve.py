@@ -1,10 +1,11 @@
 """How a fusion model's figures grow with its size and with the triples it learns from.
 
-    python benchmarks/model_curve.py --triples FILE.json --work DIR [--steps 1000] [--threads 1] [--json FILE]
+    python benchmarks/model_curve.py --triples FILE.json --work DIR [--steps 4200] [--threads 1] [--json FILE]
 
-Every point is a supervised training from scratch by jobs/train.py with conf/train/tiny.yaml, shortened to --steps, and the figures
-are jobs/evaluate.py's on the last 500 triples, which none of them sees; the same decoding for all. SIZES are trained on all triples
-but those, SHARES of them train the middle size. Every point is kept in DIR: a killed run goes on. Hours on a CPU; the last line is JSON.
+Every point is a supervised training from scratch by jobs/train.py with conf/train/tiny.yaml, of --steps, and jobs/evaluate.py's
+figures on the last 500 triples, which none of them sees; the same decoding for all. SIZES are trained on all triples but those,
+SHARES of them train the middle size, which did not learn to copy in 1,000 steps. Every point is kept in DIR: a killed run goes on.
+Many hours on a CPU; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -65,19 +66,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--triples", type=Path, required=True, help="the published examples, a JSON array")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=4200)
     parser.add_argument("--sizes", default=",".join(SIZES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    sizes = options.sizes.split(",")
+    if unknown := [size for size in sizes if size not in SIZES]:
+        parser.error(f"--sizes {','.join(unknown)}: there are {', '.join(SIZES)}")
     end_with_children()
     triples, work = json.loads(options.triples.read_text(encoding="utf-8")), options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    points = [(MIDDLE, share) for share in SHARES] + [(size, 1) for size in options.sizes.split(",") if size != MIDDLE]
+    points = [(MIDDLE, share) for share in SHARES] + [(size, 1) for size in sizes if size != MIDDLE]
     rows = []
     for size, share in points:
         file, n = subset(triples, share, work)
-        rows.append({"size": size, "triples": n, **point(size, file, work / f"{size}-{n}", options.steps, options.threads)})
+        rows.append({"size": size, "triples": n, **point(size, file, work / f"{size}-{n}-{options.steps}", options.steps, options.threads)})
         cells = [f"{rows[-1][name]:.3f}" for name in SHOWN]
         print(f"| {size}, {n:,} | {' | '.join(cells)} |", file=sys.stderr, flush=True)
     tell({"steps": options.steps, "points": rows}, options.json)
