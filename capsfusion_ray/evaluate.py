@@ -19,7 +19,7 @@ from capsfusion_ray import models
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError
-from capsfusion_ray.metrics import Example, measure
+from capsfusion_ray.metrics import Example, measure, words_of
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, CaptionPair
 from capsfusion_ray.train.triples import Triple, read_all
@@ -62,10 +62,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     pairs = [CaptionPair(str(i), triple.raw, triple.synthetic) for i, triple in enumerate(rows)]
     captions = _from_output(cfg.fused, pairs) if cfg.fused else generate(cfg.engine, cfg.decode, pairs)
     name = "output" if cfg.fused else "model"
+    pasted = [f"{p.raw.rstrip(' .')}. {p.synthetic}" for p in pairs]
     systems = {
         "raw": [p.raw for p in pairs],
         "synthetic": [p.synthetic for p in pairs],
-        "raw. synthetic": [f"{p.raw.rstrip(' .')}. {p.synthetic}" for p in pairs],
+        "raw. synthetic": pasted,
+        "extractive oracle": [extractive_oracle(text, triple.fused) for text, triple in zip(pasted, rows, strict=True)],
         name: [captions.get(p.row_id) or p.raw for p in pairs],
         "reference": [triple.fused for triple in rows],
     }
@@ -90,6 +92,12 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
                 row = {RAW: triple.raw, SYNTHETIC: triple.synthetic, FUSED: text, "reference": triple.fused}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return {"rows": len(rows), "figures": figures}
+
+
+def extractive_oracle(sources: str, reference: str) -> str:
+    """The words of the sources that the reference holds too, in their order: about as near to it as leaving out alone can get."""
+    held = set(words_of(reference))
+    return " ".join(word for word in sources.split() if held.intersection(words_of(word)))
 
 
 def read_references(cfg: ReferenceConfig) -> list[Triple]:

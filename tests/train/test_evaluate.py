@@ -8,7 +8,7 @@ import pytest
 
 from capsfusion_ray.config import load
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.evaluate import EvaluateConfig, evaluate
+from capsfusion_ray.evaluate import EvaluateConfig, evaluate, extractive_oracle
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC
 
 pytest.importorskip("sacrebleu")
@@ -40,7 +40,7 @@ def test_a_finished_output_is_matched_by_its_sources_and_a_missing_caption_count
         [f"data.path={triples_file}", "data.rows=20", f"fused={output}", f"output.path={tmp_path / 'figures'}"],
     )
     figures = evaluate(cfg)["figures"]
-    assert set(figures) == {"raw", "synthetic", "raw. synthetic", "output", "reference"}
+    assert set(figures) == {"raw", "synthetic", "raw. synthetic", "extractive oracle", "output", "reference"}
     assert figures["reference"]["cider"] == pytest.approx(10)
     assert figures["raw"]["rouge_l"] < figures["output"]["rouge_l"] < 1
     lines = [json.loads(line) for line in (tmp_path / "figures" / "captions.jsonl").read_text("utf-8").splitlines()]
@@ -54,6 +54,15 @@ def test_an_engine_writes_the_captions_where_no_output_is_given(triples_file):
     result = evaluate(cfg)
     assert result["rows"] == 10
     assert result["figures"]["model"]["words"] > 0
+
+
+def test_the_extractive_oracle_leaves_out_what_the_reference_lacks_and_reorders_nothing():
+    sources = "Red Kettle, 2-litre - SALE. A kettle on a stove."
+    assert (
+        extractive_oracle(sources, "On the stove stands a red kettle of 2 litre")
+        == "Red Kettle, 2-litre A kettle on a stove."
+    )
+    assert extractive_oracle(sources, "") == ""
 
 
 def test_a_missing_file_is_named(tmp_path):
