@@ -59,7 +59,7 @@ def point(size: str, file: Path, folder: Path, steps: int, threads: int) -> dict
         command = [sys.executable, "jobs/evaluate.py", data, f"data.rows={HELD_OUT}", f"engine.model={model}"]
         said_by([*command, f"output.path={folder}"], folder / "log", TIMEOUT_S)
     validation_loss = json.loads(trained.read_text())["validation_loss"]
-    return {"validation_loss": validation_loss, **json.loads(figures.read_text())["model"]}
+    return {"validation_loss": validation_loss, **json.loads(figures.read_text())["figures"]["model"]}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from capsfusion_ray import models
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError
-from capsfusion_ray.metrics import Example, measure, words_of
+from capsfusion_ray.metrics import FIGURES, Example, measure, words_of
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, CaptionPair
 from capsfusion_ray.train.triples import Triple, read_all
@@ -57,7 +57,10 @@ class EvaluateConfig:
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
-    """The figures by system: the model or output, and the baselines. Writes the files that `output.path` asks for."""
+    """{rows, measured: the model or output, system: its name in figures, figures: by system, the baselines too}.
+
+    Writes the files that `output.path` asks for.
+    """
     rows = read_references(cfg.data)
     pairs = [CaptionPair(str(i), triple.raw, triple.synthetic) for i, triple in enumerate(rows)]
     captions = _from_output(cfg.fused, pairs) if cfg.fused else generate(cfg.engine, cfg.decode, pairs)
@@ -80,18 +83,20 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
         )
         for system, texts in systems.items()
     }
+    measured = cfg.fused or cfg.engine.model or cfg.engine.kind
+    result = {"rows": len(rows), "measured": measured, "system": name, "figures": figures}
     table = as_table(figures)
     LOG.info("%d rows, %d captions missing\n%s", len(rows), sum(not captions.get(p.row_id) for p in pairs), table)
     if cfg.output.path:
         folder = Path(cfg.output.path)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        (folder / FIGURES).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         (folder / "figures.md").write_text(table + "\n", encoding="utf-8")
         with (folder / "captions.jsonl").open("w", encoding="utf-8") as lines:
             for triple, text in zip(rows, systems[name], strict=True):
                 row = {RAW: triple.raw, SYNTHETIC: triple.synthetic, FUSED: text, "reference": triple.fused}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return {"rows": len(rows), "figures": figures}
+    return result
 
 
 def extractive_oracle(sources: str, reference: str) -> str:

@@ -24,6 +24,7 @@ _NUMBER = re.compile(r"\d+")
 _CAPITALISED = re.compile(r"(?<![^\W_])[A-Z][^\W_]*")
 _GOOD_ENDING = re.compile(r"""[.!?…]["'”’)\]]*$""")
 _CIDER_N, _CIDER_SIGMA = 4, 6.0
+FIGURES = "figures.json"  # in the folder that jobs/evaluate.py writes; the report shows it
 PASTED = 0.9  # of both sources' words, in order: "almost word for word"
 # Words whose presence says nothing about where a caption's content came from.
 _FUNCTION_TEXT = """

@@ -1,6 +1,6 @@
 """One self-contained page on an output, finished or running: counts, speed, lengths, diversity, and captions to read.
 
-With `beside.path` a page on two outputs of the same rows: figures beside each other, captions with their differences.
+With `evaluation` also what jobs/evaluate.py measured against reference captions. With `beside.path` a page on two outputs of the same rows: figures beside each other, captions with their differences.
 
 Reads summaries and a bounded sample, however large the dataset is. `sample` draws the rows, `figures` computes, `page`
 writes the HTML.
@@ -8,12 +8,15 @@ writes the HTML.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.metrics import FIGURES
 from capsfusion_ray.report.figures import figures
 from capsfusion_ray.report.page import render
 from capsfusion_ray.report.sample import State, draw, drawn_rows, state_of
@@ -28,6 +31,7 @@ class ReportConfig:
     """jobs/report.py"""
 
     output: OutputConfig = field(default_factory=OutputConfig)
+    evaluation: str = ""  # the output.path of a jobs/evaluate.py: its figures become a section of the page
     beside: OutputConfig = field(default_factory=OutputConfig)  # another output of the same rows, to compare with
     rows_per_reason: int = 25  # captions to read, of each gate and of the ordinary ones tenfold
     price_per_gpu_hour: float = 2.5  # USD
@@ -40,11 +44,12 @@ class ReportConfig:
 def report(cfg: ReportConfig) -> dict[str, Any]:
     """Write `<output>/report.html`, or comparison.html where there is a `beside.path`; the figures that it shows.
 
-    Raises ConfigError where there is no output of ours, or the two have no row in common.
+    Raises ConfigError where there is no output of ours, the two have no row in common, or `evaluation` holds no figures.
     """
     if not cfg.output.path:
         raise ConfigError("output.path: missing; give output.path=<an output of jobs/fuse.py>")
     began = time.monotonic()
+    evaluation = _evaluation(Path(cfg.evaluation)) if cfg.evaluation else None
     store, state = _opened(cfg.output, "output.path")
     name, beside = (COMPARISON, _opened(cfg.beside, "beside.path")) if cfg.beside.path else (REPORT, None)
     others = {row.id: row for row in drawn_rows(*beside)} if beside else None
@@ -52,6 +57,8 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     if beside and not sample.shown:
         raise ConfigError(f"beside.path={cfg.beside.path}: none of its rows drawn is one of {cfg.output.path}; give two outputs of one input")
     shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
+    if evaluation:
+        shown["evaluation"] = evaluation
     if beside:
         both = [row.other for row in sample.measured if row.other]
         counted = {"compared": sample.compared, "different": sample.different}
@@ -66,6 +73,16 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
         "bytes": len(page),
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    try:
+        written: dict[str, Any] = json.loads((folder / FIGURES).read_text("utf-8"))
+        return {key: written[key] for key in ("rows", "measured", "system", "figures")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"evaluation={folder}: no {FIGURES} of jobs/evaluate.py in it ({error!r}); give what that job had as output.path"
+        ) from error
 
 
 def _opened(output: OutputConfig, key: str) -> tuple[Store, State]:

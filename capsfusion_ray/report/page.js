@@ -184,4 +184,23 @@ function beside() {
   line("captions/s", speedOf(F.speed.captions_per_s), speedOf(B.speed.captions_per_s));
   for (const name of [...new Set([...Object.keys(F.base), ...Object.keys(B.base)])].sort()) if (F.base[name] !== B.base[name]) line(name, F.base[name] || "–", B.base[name] || "–");
 }
-status(); totals(); beside(); cards(); filters(); list(); settings();
+
+// ------------------------------------------------------------------------------------------------ against references
+const MEASURES = {  // figure: its name and how it is said; the reference's own value is what to come near to
+  rouge_l: ["ROUGE-L", (n) => n.toFixed(3)], bleu_4: ["BLEU-4", (n) => n.toFixed(3)], chrf: ["chrF", (n) => n.toFixed(3)], cider: ["CIDEr", (n) => n.toFixed(2)],
+  numbers_kept: ["numbers of the raw caption kept", share], capitalised_kept: ["capitalised words kept", share],
+  content_in_neither: ["content words in neither source", share], numbers_in_neither: ["captions with a number of neither", share],
+  good_ending: ["good ending", share], repeated_trigram: ["repeated trigram", share], near_concatenation: ["near-concatenation", share],
+  pasted: ["the same, however long", share], instruction_echo: ["echo of the instruction", share], words: ["words a caption", (n) => n.toFixed(1)],
+};
+function evaluation() {
+  const E = F.evaluation;
+  if (!E) return;
+  $("evaluation").hidden = false;
+  const systems = [E.system, ...Object.keys(E.figures).filter((name) => name !== E.system)], mark = (name) => (name === E.system ? { class: "measured" } : {});
+  $("evaluation-systems").append(...systems.map((name) => make("th", { scope: "col", ...mark(name) }, name)));
+  for (const [figure, [label, said]] of Object.entries(MEASURES))
+    $("evaluation-figures").append(make("tr", {}, make("th", { scope: "row" }, label), ...systems.map((name) => make("td", mark(name), figure in E.figures[name] ? said(E.figures[name][figure]) : "–"))));
+  $("evaluation-rows").textContent = `${number(E.rows)} pairs; the ${E.system} is ${E.measured}. The extractive oracle is both sources less every word that the reference lacks: about as near to it as leaving out alone can get.`;
+}
+status(); totals(); beside(); evaluation(); cards(); filters(); list(); settings();

@@ -1,5 +1,6 @@
 """The page on an output: its numbers close, its sample is stratified, and nothing in a caption is markup."""
 
+import dataclasses
 import io
 import json
 import re
@@ -11,6 +12,7 @@ import pytest
 from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 from capsfusion_ray.manifest import MANIFEST, assemble
 from capsfusion_ray.parts import commit, part_schema, summarise
 from capsfusion_ray.plan import Plan, PlannedShard
@@ -100,6 +102,28 @@ def test_the_figures_say_what_the_rows_say(tmp_path):
 def test_an_output_that_is_none_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no plan in it"):
         report(ReportConfig(OutputConfig(str(tmp_path))))
+
+
+def test_what_was_measured_against_references_is_a_section(tmp_path):
+    pytest.importorskip("sacrebleu")
+    run, figures = run_of(tmp_path / "out", [unit(0, 40)], 1), tmp_path / "figures"
+    output = run.output.path
+    evaluate(
+        EvaluateConfig(ReferenceConfig(output, reference="capsfusion", rows=10), output, output=EvaluateOutputConfig(str(figures)))
+    )
+    report(dataclasses.replace(run, evaluation=str(figures)))
+    shown = data_of(tmp_path / "out")[1]["figures"]["evaluation"]
+    assert (shown["rows"], shown["measured"], shown["system"]) == (10, output, "output")
+    assert shown["figures"]["output"]["rouge_l"] == pytest.approx(1), "an output against its own captions"
+    assert 0 < shown["figures"]["extractive oracle"]["rouge_l"] < 1
+
+
+@pytest.mark.parametrize("written", [None, "", "[]", '{"rows": 3}'])
+def test_a_folder_without_figures_is_refused_before_anything_is_read(tmp_path, written):
+    if written is not None:
+        (tmp_path / "figures.json").write_text(written)
+    with pytest.raises(ConfigError, match=f"evaluation={tmp_path}: no figures.json of jobs/evaluate.py"):
+        report(ReportConfig(OutputConfig(str(tmp_path / "out")), evaluation=str(tmp_path)))
 
 
 def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):

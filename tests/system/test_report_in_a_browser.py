@@ -11,6 +11,7 @@ from echo_run import finished
 from playwright.sync_api import sync_playwright
 
 from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
 
 CHROMIUM = "/usr/bin/chromium"
@@ -40,9 +41,10 @@ def hostile_run(path):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """The report of such a run."""
-    run = hostile_run(tmp_path_factory.mktemp("run"))
-    report(ReportConfig(run))
+    """The report of such a run, with what it is worth against its own captions as references."""
+    run, figures = hostile_run(tmp_path_factory.mktemp("run")), str(tmp_path_factory.mktemp("figures"))
+    evaluate(EvaluateConfig(ReferenceConfig(run.path, reference="capsfusion"), run.path, output=EvaluateOutputConfig(figures)))
+    report(ReportConfig(run, evaluation=figures))
     return Path(run.path) / REPORT
 
 
@@ -126,6 +128,16 @@ def test_the_theme_follows_the_system_and_the_button(page, scheme):
     assert (brightness() < 3 * 128) == (scheme == "light")
     page.click("#theme")
     assert ground() == before
+
+
+@WINDOWS
+def test_figures_against_references_are_a_table(page):
+    heads = page.locator("#evaluation-systems th").all_inner_texts()
+    assert heads[1:] == ["output", "raw", "synthetic", "raw. synthetic", "extractive oracle", "reference"]
+    first = page.locator("#evaluation-figures tr").first.locator("th, td").all_inner_texts()
+    assert first[0] == "ROUGE-L"
+    assert [first[1], first[6]] == ["1.000", "1.000"]
+    assert page.locator("#evaluation-figures tr").count() == 14
 
 
 @WINDOWS
