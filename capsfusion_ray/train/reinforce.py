@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from capsfusion_ray.train.batches import MAX_NEW_TOKENS, Batch, Encoder, pad
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from capsfusion_ray.train.reward import Reward
 
 MAX_PROMPT = 256  # tokens, the budget of the reference; a longer prompt is not sampled from
+
+
+class Sample(NamedTuple):
+    ids: list[int]  # with the end token where it ended
+    log_likelihood: float  # nats, of all its tokens, under the model that drew it
 
 
 class Sampler:
@@ -34,8 +41,8 @@ class Sampler:
         return [triple for triple in triples if len(self.encoder.prompt(triple)) <= MAX_PROMPT]
 
     @torch.no_grad()
-    def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[list[int]]]:
-        """`samples` token lists, each with its end token where it ended, for every triple; 0: one greedy list."""
+    def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[Sample]]:
+        """`samples` captions for every triple; 0: the greedy one."""
         self._half.load_state_dict(self.model.state_dict())
         pad_id, device, k = self.tokenizer.pad_token_id, self.model.device, max(1, samples)
         prompts = [self.encoder.prompt(triple) for triple in triples]
@@ -43,6 +50,7 @@ class Sampler:
         ids_TL = torch.tensor([[pad_id] * (longest - len(p)) + p for p in prompts], device=device)
         mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         drawn_NL = torch.full((len(prompts) * k, MAX_NEW_TOKENS), self.encoder.end_id, device=device)
+        likelihood_N = torch.zeros(len(drawn_NL), device=device)
         # A prompt is read once, not once a sample, and samples that ended leave the batch: half the time of `generate`.
         cache = DynamicCache(config=self._half.config)
         logits_NV = self._logits(ids_TL, mask_TL, cache).repeat_interleave(k, dim=0)
@@ -52,7 +60,8 @@ class Sampler:
             chances_NV = logits_NV.float().softmax(dim=-1)
             ids_N = torch.multinomial(chances_NV, 1)[:, 0] if samples else chances_NV.argmax(dim=-1)
             drawn_NL[open_N, step] = ids_N
-            going_N = (drawn_NL[open_N, : step + 1] != self.encoder.end_id).all(dim=1).nonzero()[:, 0]
+            likelihood_N[open_N] += chances_NV.gather(1, ids_N[:, None])[:, 0].log() * self._open(drawn_NL[open_N, :step])
+            going_N = self._open(drawn_NL[open_N, : step + 1]).nonzero()[:, 0]
             if not len(going_N) or step == MAX_NEW_TOKENS - 1:
                 break
             if len(going_N) < 0.8 * len(open_N):
@@ -60,7 +69,7 @@ class Sampler:
                 open_N, mask_NL, ids_N = open_N[going_N], mask_NL[going_N], ids_N[going_N]
             mask_NL = torch.cat((mask_NL, torch.ones_like(mask_NL[:, :1])), dim=1)
             logits_NV = self._logits(ids_N[:, None], mask_NL, cache)
-        rows = [self._cut(row) for row in drawn_NL.tolist()]
+        rows = [Sample(self._cut(ids), nats) for ids, nats in zip(drawn_NL.tolist(), likelihood_N.tolist(), strict=True)]
         return [rows[i : i + k] for i in range(0, len(rows), k)]
 
     def _logits(self, ids_NL: Tensor, mask_NC: Tensor, cache: DynamicCache) -> Tensor:
@@ -72,6 +81,10 @@ class Sampler:
         )  # fmt: skip
         logits_NV: Tensor = out.logits[:, -1]
         return logits_NV
+
+    def _open(self, drawn_NL: Tensor) -> Tensor:
+        """Whether a caption has not ended yet."""
+        return (drawn_NL != self.encoder.end_id).all(dim=1)
 
     def _cut(self, ids: list[int]) -> list[int]:
         end = self.encoder.end_id
@@ -86,27 +99,47 @@ class SelfCritic:
 
     def __init__(self, cfg: ReinforceConfig, sampler: Sampler, reward: Reward, pad_id: int) -> None:
         self.cfg, self.sampler, self.reward, self.pad_id = cfg, sampler, reward, pad_id
+        self._start = deepcopy(sampler.model).to(torch.bfloat16).eval()
 
     def __call__(self, triples: Sequence[Triple]) -> tuple[Batch, float]:
-        """The batch, and the mean reward of its samples."""
+        """The batch, and the mean reward of its samples, drift aside."""
         encoder, triples = self.sampler.encoder, self.sampler.within_budget(triples)
         sampled_TK = self.sampler(triples, self.cfg.samples)
+        prompts = [encoder.prompt(triple) for triple in triples]
         reward_TK = torch.tensor(
             [
-                [self.reward(triple, self.sampler.text(ids)) for ids in sampled]
+                [self.reward(triple, self.sampler.text(sample.ids)) for sample in sampled]
                 for triple, sampled in zip(triples, sampled_TK, strict=True)
             ]
         )
+        worth_TK = reward_TK - self.cfg.drift * self._drift(prompts, sampled_TK)
         rows = []
-        for triple, sampled, advantages in zip(triples, sampled_TK, advantage(reward_TK).tolist(), strict=True):
-            prompt = encoder.prompt(triple)
+        for triple, prompt, sampled, advantages in zip(triples, prompts, sampled_TK, advantage(worth_TK).tolist(), strict=True):
             rows += [
-                (prompt + ids, [0.0] * len(prompt) + [weight] * len(ids))
-                for ids, weight in zip(sampled, advantages, strict=True)
+                (prompt + sample.ids, [0.0] * len(prompt) + [weight] * len(sample.ids))
+                for sample, weight in zip(sampled, advantages, strict=True)
             ]
             ids, weights = encoder(triple)
             rows.append((ids, [w * self.cfg.supervised_weight for w in weights]))
         return pad(rows, self.pad_id), float(reward_TK.mean())
+
+    @torch.no_grad()
+    def _drift(self, prompts: Sequence[list[int]], sampled_TK: Sequence[Sequence[Sample]]) -> Tensor:
+        """How many nats a token likelier each sample is than under the model at the start of this training: T, K."""
+        rows = [
+            (prompt + sample.ids, [0.0] * len(prompt) + [1.0] * len(sample.ids))
+            for prompt, sampled in zip(prompts, sampled_TK, strict=True)
+            for sample in sampled
+        ]
+        batch, device = pad(rows, self.pad_id), self._start.device
+        ids_NL, own_NL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
+        hidden_NLD = self._start.model(input_ids=ids_NL[:, :-1], use_cache=False).last_hidden_state
+        logits_MV = self._start.lm_head(hidden_NLD[own_NL > 0]).float()
+        before_NL = torch.zeros_like(own_NL)
+        before_NL[own_NL > 0] = -cross_entropy(logits_MV, ids_NL[:, 1:][own_NL > 0], reduction="none")
+        now_N = torch.tensor([sample.log_likelihood for sampled in sampled_TK for sample in sampled])
+        drift_N = (now_N - before_NL.sum(dim=1).cpu()) / own_NL.sum(dim=1).cpu()
+        return drift_N.view(len(prompts), -1)
 
     def validate(self, triples: Sequence[Triple], batch: int = 64) -> float:
         """Mean reward of greedy captions."""
@@ -116,7 +149,7 @@ class SelfCritic:
         for i in range(0, len(triples), batch):
             some = triples[i : i + batch]
             greedy = self.sampler(some, 0)
-            rewards += [self.reward(t, self.sampler.text(ids[0])) for t, ids in zip(some, greedy, strict=True)]
+            rewards += [self.reward(t, self.sampler.text(only.ids)) for t, [only] in zip(some, greedy, strict=True)]
         return math.fsum(rewards) / max(1, len(rewards))
 
 

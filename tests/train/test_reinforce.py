@@ -108,15 +108,20 @@ def test_greedy_samples_are_the_models_own_and_end_at_the_end_token(supervised, 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(supervised), AutoTokenizer.from_pretrained(supervised)
     encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, by_word=True)
     triples = read_triples(cfg.data)[1][:5]
-    for triple, [ids] in zip(triples, Sampler(model, tokenizer, encoder)(triples, 0), strict=True):
+    for triple, [(ids, nats)] in zip(triples, Sampler(model, tokenizer, encoder)(triples, 0), strict=True):
         prompt = torch.tensor([encoder.prompt(triple)])
         alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=MAX_NEW_TOKENS)
         assert ids[:5] == alone[0, prompt.shape[1] :].tolist()[:5]  # later tokens may differ: bfloat16, another padding
         assert ids.count(tokenizer.eos_token_id) <= 1
+        whole = torch.tensor([encoder.prompt(triple) + ids])
+        with torch.no_grad():
+            logits = model.float()(whole).logits[0, prompt.shape[1] - 1 : -1]
+        assert nats == pytest.approx(logits.log_softmax(dim=-1)[range(len(ids)), ids].sum().item(), rel=0.05, abs=0.3)
     assert all(len(drawn) == 3 for drawn in Sampler(model, tokenizer, encoder)(triples, 3))
 
 
-def test_what_is_rewarded_becomes_likelier(supervised, triples_file):
+@pytest.mark.parametrize(("drift", "becomes_likelier"), [(0.0, True), (30.0, False)])
+def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(supervised, triples_file, drift, becomes_likelier):
     """A reward of our own choice, the count of one letter: gradient steps on the critic's batches raise it."""
     cfg = recipe(triples_file, supervised)
     torch.manual_seed(0)
@@ -124,7 +129,7 @@ def test_what_is_rewarded_becomes_likelier(supervised, triples_file):
     encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, by_word=True)
     triples = random.Random(0).choices(read_triples(cfg.data)[0], k=8)
     critic = SelfCritic(
-        ReinforceConfig(samples=4, supervised_weight=0.0),
+        ReinforceConfig(samples=4, supervised_weight=0.0, drift=drift),
         Sampler(model, tokenizer, encoder),
         lambda triple, text: text.count("e") / max(1, len(text)),
         tokenizer.pad_token_id,
@@ -137,7 +142,7 @@ def test_what_is_rewarded_becomes_likelier(supervised, triples_file):
         optimizer.step()
         optimizer.zero_grad()
         seen.append(mean)
-    assert sum(seen[-5:]) > 1.5 * sum(seen[:5])
+    assert (sum(seen[-5:]) > 1.5 * sum(seen[:5])) == becomes_likelier
 
 
 def test_a_killed_second_stage_goes_on_and_keeps_the_prompt_of_the_first(supervised, triples_file, tmp_path):
