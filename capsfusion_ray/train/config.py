@@ -73,12 +73,12 @@ class RewardConfig:
     usual_cider: float = 3.3
     usual_rouge_l: float = 0.57
     usual_bleu_4: float = 0.37
-    concatenation: float = 1.4  # taken off for both sources pasted one after the other …
+    concatenation: float = 2.2  # taken off for both sources pasted one after the other …
     concatenation_from: float = 0.8  # … in part from this share of their words
     short: float = 0.4  # for the share of the teacher's length that is missing: leaving out must not be how pasting is avoided
-    repeated_trigram: float = 0.4
+    repeated_trigram: float = 0.6
     bad_ending: float = 0.5
-    lost: float = 0.3  # for all numbers and capitalised words of the raw caption lost; less for some
+    lost: float = 0.7  # for all numbers and capitalised words of the raw caption lost; less for some
     # Without it a model learns to part the sources by words that cost nothing: "X is a device that features Y", every time.
     unsupported: float = 0.7  # for the share of content words that neither source nor the teacher's caption holds
     rejected: float = 0.4  # by a gate, or with a hint of the instruction in it
