@@ -1,6 +1,7 @@
 """One self-contained page on an output, finished or running: counts, speed, lengths, diversity, and captions to read.
 
-With `evaluation` also what jobs/evaluate.py measured against reference captions. With `beside.path` a page on two outputs of the same rows: figures beside each other, captions with their differences.
+With `evaluation` also what jobs/evaluate.py measured against reference captions. With `beside.path` a page on two
+outputs of the same rows: figures beside each other, captions with their differences.
 
 Reads summaries and a bounded sample, however large the dataset is. `sample` draws the rows, `figures` computes, `page`
 writes the HTML.

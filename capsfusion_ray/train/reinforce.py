@@ -51,6 +51,7 @@ class Sampler:
         mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         drawn_NL = torch.full((len(prompts) * k, MAX_NEW_TOKENS), self.encoder.end_id, device=device)
         likelihood_N = torch.zeros(len(drawn_NL), device=device)
+        unended_N = torch.ones(len(drawn_NL), dtype=torch.bool, device=device)  # of those that are still in the batch
         # A prompt is read once, not once a sample, and samples that ended leave the batch: half the time of `generate`.
         cache = DynamicCache(config=self._half.config)
         logits_NV = self._logits(ids_TL, mask_TL, cache).repeat_interleave(k, dim=0)
@@ -60,13 +61,14 @@ class Sampler:
             chances_NV = logits_NV.float().softmax(dim=-1)
             ids_N = torch.multinomial(chances_NV, 1)[:, 0] if samples else chances_NV.argmax(dim=-1)
             drawn_NL[open_N, step] = ids_N
-            likelihood_N[open_N] += chances_NV.gather(1, ids_N[:, None])[:, 0].log() * self._open(drawn_NL[open_N, :step])
-            going_N = self._open(drawn_NL[open_N, : step + 1]).nonzero()[:, 0]
+            likelihood_N[open_N] += chances_NV.gather(1, ids_N[:, None])[:, 0].log() * unended_N
+            unended_N &= ids_N != self.encoder.end_id
+            going_N = unended_N.nonzero()[:, 0]
             if not len(going_N) or step == MAX_NEW_TOKENS - 1:
                 break
             if len(going_N) < 0.8 * len(open_N):
                 cache.batch_select_indices(going_N)
-                open_N, mask_NL, ids_N = open_N[going_N], mask_NL[going_N], ids_N[going_N]
+                open_N, mask_NL, ids_N, unended_N = open_N[going_N], mask_NL[going_N], ids_N[going_N], unended_N[going_N]
             mask_NL = torch.cat((mask_NL, torch.ones_like(mask_NL[:, :1])), dim=1)
             logits_NV = self._logits(ids_N[:, None], mask_NL, cache)
         rows = [Sample(self._cut(ids), nats) for ids, nats in zip(drawn_NL.tolist(), likelihood_N.tolist(), strict=True)]
@@ -81,10 +83,6 @@ class Sampler:
         )  # fmt: skip
         logits_NV: Tensor = out.logits[:, -1]
         return logits_NV
-
-    def _open(self, drawn_NL: Tensor) -> Tensor:
-        """Whether a caption has not ended yet."""
-        return (drawn_NL != self.encoder.end_id).all(dim=1)
 
     def _cut(self, ids: list[int]) -> list[int]:
         end = self.encoder.end_id
@@ -115,10 +113,7 @@ class SelfCritic:
         worth_TK = reward_TK - self.cfg.drift * self._drift(prompts, sampled_TK)
         rows = []
         for triple, prompt, sampled, advantages in zip(triples, prompts, sampled_TK, advantage(worth_TK).tolist(), strict=True):
-            rows += [
-                (prompt + sample.ids, [0.0] * len(prompt) + [weight] * len(sample.ids))
-                for sample, weight in zip(sampled, advantages, strict=True)
-            ]
+            rows += [_row(prompt, sample, weight) for sample, weight in zip(sampled, advantages, strict=True)]
             ids, weights = encoder(triple)
             rows.append((ids, [w * self.cfg.supervised_weight for w in weights]))
         return pad(rows, self.pad_id), float(reward_TK.mean())
@@ -126,17 +121,13 @@ class SelfCritic:
     @torch.no_grad()
     def _drift(self, prompts: Sequence[list[int]], sampled_TK: Sequence[Sequence[Sample]]) -> Tensor:
         """How many nats a token likelier each sample is than under the model at the start of this training: T, K."""
-        rows = [
-            (prompt + sample.ids, [0.0] * len(prompt) + [1.0] * len(sample.ids))
-            for prompt, sampled in zip(prompts, sampled_TK, strict=True)
-            for sample in sampled
-        ]
+        rows = [_row(prompt, sample, 1.0) for prompt, sampled in zip(prompts, sampled_TK, strict=True) for sample in sampled]
         batch, device = pad(rows, self.pad_id), self._start.device
-        ids_NL, own_NL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:]
+        ids_NL, own_NL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:] > 0
         hidden_NLD = self._start.model(input_ids=ids_NL[:, :-1], use_cache=False).last_hidden_state
-        logits_MV = self._start.lm_head(hidden_NLD[own_NL > 0]).float()
-        before_NL = torch.zeros_like(own_NL)
-        before_NL[own_NL > 0] = -cross_entropy(logits_MV, ids_NL[:, 1:][own_NL > 0], reduction="none")
+        logits_MV = self._start.lm_head(hidden_NLD[own_NL]).float()
+        before_NL = torch.zeros(own_NL.shape, device=device)
+        before_NL[own_NL] = -cross_entropy(logits_MV, ids_NL[:, 1:][own_NL], reduction="none")
         now_N = torch.tensor([sample.log_likelihood for sampled in sampled_TK for sample in sampled])
         drift_N = (now_N - before_NL.sum(dim=1).cpu()) / own_NL.sum(dim=1).cpu()
         return drift_N.view(len(prompts), -1)
@@ -151,6 +142,10 @@ class SelfCritic:
             greedy = self.sampler(some, 0)
             rewards += [self.reward(t, self.sampler.text(only.ids)) for t, [only] in zip(some, greedy, strict=True)]
         return math.fsum(rewards) / max(1, len(rewards))
+
+
+def _row(prompt: list[int], sample: Sample, weight: float) -> tuple[list[int], list[float]]:
+    return prompt + sample.ids, [0.0] * len(prompt) + [weight] * len(sample.ids)
 
 
 def advantage(reward_TK: Tensor) -> Tensor:
