@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system test-hosts test-ceph chaos train train-tiny evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system test-hosts test-ceph chaos train train-tiny average evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -66,13 +66,16 @@ chaos: setup ## faults at random on a local cluster of three nodes, each output 
 # The published example triples; they are not part of the project.
 TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
 train-tiny: setup ## train the embedded model anew into out/capsfusion-tiny: make train-tiny TRIPLES=…json; hours on a CPU, resumes
-	$(INSTALL) -e '.[dev,train]'
 	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
-	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny $(ARGS)
+	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-a $(ARGS)
+	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) optim.seed=2 output.path=out/capsfusion-tiny-b $(ARGS)
+	$(BIN)/python jobs/average.py models=[out/capsfusion-tiny-a,out/capsfusion-tiny-b] output.path=out/capsfusion-tiny
 
 train: setup ## train or fine-tune a fusion model: make train ARGS="conf/train/….yaml data.path=… output.path=…"
-	$(INSTALL) -e '.[dev,train]'
 	$(BIN)/python jobs/train.py $(ARGS)
+
+average: setup ## one model out of several trained from one start: make average ARGS="models=[a,b] shares=[0.7,0.3] output.path=…"
+	$(BIN)/python jobs/average.py $(ARGS)
 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
 	$(BIN)/python jobs/evaluate.py $(ARGS)

@@ -18,6 +18,7 @@ from capsfusion_ray.label import LabelConfig
 from capsfusion_ray.pair import PairConfig
 from capsfusion_ray.report import ReportConfig
 from capsfusion_ray.takedown import TakedownConfig
+from capsfusion_ray.train.average import AverageConfig
 from capsfusion_ray.train.config import TrainConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -36,6 +37,7 @@ JOBS = (
     ("jobs/takedown.py", TakedownConfig),
     ("jobs/export.py", ExportConfig),
     ("jobs/train.py", TrainConfig),
+    ("jobs/average.py", AverageConfig),
     ("jobs/evaluate.py", EvaluateConfig),
 )
 

@@ -1,0 +1,9 @@
+"""Average models trained from one start: python jobs/average.py models=[a,b] shares=[0.7,0.3] output.path=…"""
+
+import sys
+
+from capsfusion_ray.doorway import run_job
+from capsfusion_ray.train.average import AverageConfig, average
+
+if __name__ == "__main__":
+    sys.exit(run_job(AverageConfig, average))
