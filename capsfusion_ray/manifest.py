@@ -155,7 +155,7 @@ class Manifest:
 
 
 def assemble(plans: Sequence[Plan], entries: Sequence[GroupEntry], revisions: Sequence[dict[str, Any]]) -> Manifest:
-    """Join all group entries. Raises AccountingError unless they hold every planned unit exactly once."""
+    """Join all group entries. Raises AccountingError unless they hold every planned unit once, and no two name one file."""
     units = [unit for entry in entries for unit in entry.units]
     planned = {unit.id for plan in plans for unit in plan.units}
     counted = Counter(unit.id for unit in units)
@@ -167,13 +167,16 @@ def assemble(plans: Sequence[Plan], entries: Sequence[GroupEntry], revisions: Se
             f"the groups do not add up to the plan: {len(missing)} units missing {sorted(missing)[:3]}, "
             f"{len(twice)} twice {twice[:3]}, {len(foreign)} unknown {sorted(foreign)[:3]}"
         )
+    files = tuple(file for entry in entries for file in entry.files)
+    if shared := [path for path, times in Counter(file.path for file in files).items() if times > 1]:
+        raise AccountingError(f"two groups name one file, and one of them has lost its rows: {shared[:3]}")
     return Manifest(
         plans[0].fingerprint,
         plans[0].base,
         count(units, sum(plan.rows for plan in plans)),
         {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error},
         tuple(units),
-        tuple(file for entry in entries for file in entry.files),
+        files,
         tuple(revisions),
     )
 

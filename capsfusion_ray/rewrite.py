@@ -35,7 +35,7 @@ from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
-_OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-(?P<group>g\d+))?-\d{5}\.parquet")
+_OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-r\d{3})?(?:-(?P<group>g\d+))?-\d{5}\.parquet")
 
 PARTS_DIR = "_retry"  # where a revision's parts lie until they are merged
 Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
@@ -50,9 +50,9 @@ class Rewriter:
     fields: tuple[tuple[str, str], ...]
     output: OutputConfig
 
-    @property
-    def stamp(self) -> str:
-        return f"e{self.edition:03d}"
+    def _files_of(self, entry: GroupEntry) -> FileSet:
+        # With the plan's revision: a pilot and the full run after it have two entries of each group, in one folder.
+        return FileSet(self.store, entry.group, f"e{self.edition:03d}-r{entry.revision:03d}", self.fields, self.output)
 
     def retried_repeats(self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]) -> dict[str, int]:
         """The `repeats` that the entry will have once merge_retried has done the same."""
@@ -76,7 +76,7 @@ class Rewriter:
         """
         again = {unit.id: unit for unit in units}
         new_parts = {unit.id: _marked(*read_part(retried, unit), repeated) for unit in units}
-        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        files = self._files_of(entry)
         summaries = {unit.id: unit for unit in entry.units}
         kept_rejects: dict[str, list[pa.Table]] = {}
         for file in entry.files:
@@ -144,7 +144,7 @@ class Rewriter:
         change: Callable[[str, pa.Table, pa.Array, UnitSummary], Change],
     ) -> GroupEntry | None:
         """Rewrite the files that hold a row for which `is_hit` says true, a unit's rows at a time; None where there is none."""
-        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        files = self._files_of(entry)
         summaries = {unit.id: unit for unit in entry.units}
         untouched: list[FileEntry] = []
         for file in entry.files:
@@ -167,7 +167,7 @@ class Rewriter:
         Recomputed rows that get one of the `repeated` captions are marked.
         """
         again = {unit.id: unit for unit in units}
-        files = FileSet(self.store, entry.group, self.stamp, self.fields, self.output)
+        files = self._files_of(entry)
         untouched = [file for file in entry.files if not any(unit_id in again for unit_id, _ in file.units)]
         carried: dict[str, list[tuple[str, pa.Table]]] = {}
         for file in entry.files:

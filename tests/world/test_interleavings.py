@@ -47,7 +47,7 @@ class OneOutput(RuleBasedStateMachine):
         self.end(NEVER)
         unfinished = begun(self.store, read_manifest(self.store))
         if unfinished:
-            self.take_down(unfinished["row"], NEVER)
+            self.take_down(unfinished["rows"], NEVER)
         verify(VerifyConfig(self.output, deep=True))
         assert self.rows() == {
             row_id: caption
@@ -155,28 +155,29 @@ class OneOutput(RuleBasedStateMachine):
 
     @precondition(lambda self: read_manifest(self.store))
     @rule(data=st.data(), dies_at=st.sampled_from([1, 2, 3, 4, 5, NEVER]))
-    def a_row_is_taken_down(self, data, dies_at):
-        unit = data.draw(st.sampled_from(self.units()))
-        self.take_down(f"{unit.path}:{unit.start}", dies_at)
+    def rows_are_taken_down(self, data, dies_at):
+        """Of one unit or of several: groups of different plans, of one name, may both be rewritten in one edition."""
+        units = data.draw(st.lists(st.sampled_from(self.units()), min_size=1, max_size=3, unique=True))
+        self.take_down([f"{unit.path}:{unit.start}" for unit in units], dies_at)
 
-    def take_down(self, row_id, dies_at):
+    def take_down(self, row_ids, dies_at):
         store = DiesAt(self.store, dies_at)
         found = self.store.get_with_etag(MANIFEST)
         manifest = read_manifest(self.store)
         try:
-            edition = begin(store, manifest, {"kind": "takedown", "row": row_id})
+            edition = begin(store, manifest, {"kind": "takedown", "rows": row_ids})
         except ConfigError:  # what was begun goes first: another takedown, or an extension
             begun_before = self.unfinished_takedown()
-            assert begun_before["row"] != row_id if begun_before else len(manifest.units) < len(self.units())
+            assert begun_before["rows"] != row_ids if begun_before else len(manifest.units) < len(self.units())
             return
         except KeyboardInterrupt:
             return
-        self.taken.add(row_id)
+        self.taken |= set(row_ids)
         rewriter = Rewriter(store, edition, FIELDS, self.output)
         try:
             for entry in read_groups(self.store):
                 if entry.edition != edition:
-                    rewriter.remove(entry, lambda rows: pc.equal(rows["row_id"], row_id))
+                    rewriter.remove(entry, lambda rows: pc.is_in(rows["row_id"], pa.array(row_ids)))
             sweep(store, publish(store, manifest, found[1], {"revision": edition, "kind": "takedown"}))
         except KeyboardInterrupt:
             return
@@ -185,3 +186,19 @@ class OneOutput(RuleBasedStateMachine):
 
 TestOneOutput = OneOutput.TestCase
 TestOneOutput.settings = settings(max_examples=10, stateful_step_count=15, deadline=None)
+
+
+def test_groups_of_two_plans_that_bear_one_name_are_rewritten_in_one_edition():
+    """A pilot and then the full run leave two entries of each group, whose new files lie in one folder."""
+    one = OneOutput()
+    for _ in range(2):
+        for unit in one.units():
+            one.attempt(unit)
+        one.end(NEVER)
+        one.plan()
+    for unit in one.units():
+        one.attempt(unit)
+    one.end(NEVER)
+    one.take_down([f"{unit.path}:{unit.start}" for unit in one.units()], NEVER)
+    assert len(one.rows()) == 3 * GROUPS * UNITS_PER_GROUP * (ROWS - 1)
+    one.teardown()
