@@ -28,6 +28,7 @@ from capsfusion_ray.rows import (
     REASON,
     Outcome,
     WorkUnit,
+    type_of_name,
 )
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import UnitBatch
@@ -78,7 +79,7 @@ class UnitSummary:
 
 def part_schema(fields: Sequence[tuple[str, str]]) -> pa.Schema:
     """The frozen schema of a part: the dataset's columns, the reject's, and the tokens spent."""
-    extra = [pa.field(name, pa.type_for_alias(type_)) for name, type_ in fields]
+    extra = [pa.field(name, type_of_name(type_)) for name, type_ in fields]
     return pa.schema([*DATA_FIELDS, *extra, *PART_FIELDS])
 
 

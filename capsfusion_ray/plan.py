@@ -238,13 +238,22 @@ def check_base(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> None:
-    """Raises PlanChanged naming the first shard whose content is not what was planned."""
+    """Raises PlanChanged naming the first shard whose content is not what was planned, or that was planned under another path."""
     for shard in shards:
         old = known.get(shard.path)
         if old and old.content_key != shard.content_key:
             raise PlanChanged(
                 f"{shard.path}: the input file changed since this output was planned ({old.rows} rows then, {shard.rows} "
                 "now); restore it, or choose a new output.path"
+            )
+    listed = {shard.path for shard in shards}
+    gone = {old.content_key: old.path for old in known.values() if old.path not in listed and old.content_key and old.rows}
+    for shard in shards:
+        # Another root, or other roots before it: row ids begin with the path, so all its rows would be fused and stored again.
+        if shard.path not in known and shard.content_key in gone:
+            raise PlanChanged(
+                f"{shard.path}: this output was planned with the same file as {gone[shard.content_key]}; give input.path as it was then, "
+                "with more behind it, or choose a new output.path"
             )
 
 

@@ -30,7 +30,7 @@ from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, a
 from capsfusion_ray.parts import UnitSummary, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
-from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit
+from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit, type_of_name
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -131,8 +131,7 @@ class Rewriter:
             summary = _without(unit, going, removed=False)
             if n:
                 reasons = _positive(Counter(summary.reasons) + Counter({REPEATED: n}))
-                flags = _positive(Counter(summary.flags) + Counter(flag for row in going[FLAGS].to_pylist() for flag in row or ()))
-                summary = dataclasses.replace(summary, rejected=unit.rejected + n, reasons=reasons, flags=flags)
+                summary = dataclasses.replace(summary, rejected=unit.rejected + n, reasons=reasons)
             return {kind: rows.filter(pc.invert(found)), "rejected": rejects}, summary
 
         return self._change(entry, unmarked, out if captions.reject else flag)
@@ -211,7 +210,7 @@ class Rewriter:
 
     def _partition_value(self, path: str, rows: int) -> pa.Array:
         value = path.split("/")[1].partition("=")[2]
-        type_ = pa.type_for_alias(dict(self.fields)[self.output.partition_by])
+        type_ = type_of_name(dict(self.fields)[self.output.partition_by])
         return pa.array([None if value == NULL_PARTITION else unquote(value)] * rows, pa.string()).cast(type_)
 
     def _new_entry(self, old: GroupEntry, summaries: dict[str, UnitSummary], files: Sequence[FileEntry]) -> GroupEntry:
@@ -329,6 +328,12 @@ def clean(store: Store, manifest: Manifest) -> int:
 # ------------------------------------------------------------------------------------- one revision, begun and finished
 
 
+def as_begun(output: OutputConfig, manifest: Manifest) -> OutputConfig:
+    """How the output was cut into files when it was begun: a rewrite must not cut it otherwise."""
+    cut = {key.partition(".")[2]: value for key, value in manifest.base.items() if key.startswith("output.")}
+    return OutputConfig(output.path, storage=output.storage, **cut)
+
+
 def record_path(edition: int) -> str:
     return f"{RUN_DIR}/revision-e{edition:03d}.json"
 
@@ -336,6 +341,7 @@ def record_path(edition: int) -> str:
 def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
     """The edition to write: the one that a killed run of this very `record` began, or the next one, noted as begun.
 
+    A retry whose rows do not stand in the dataset yet gives way to one with other settings: its model may not have loaded.
     Raises ConfigError where another revision, or an extension, was begun and not finished.
     """
     left = {unit.id for plan in read_plans(store) for unit in plan.units} - {unit.id for unit in manifest.units}
@@ -345,8 +351,14 @@ def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
     text = json.dumps(record, sort_keys=True, indent=1).encode()
     if not store.put_if_absent(record_path(edition), text):
         other = json.loads(store.get(record_path(edition)))
-        if other != json.loads(text):
-            raise ConfigError(f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)})")
+        if other == json.loads(text):
+            return edition
+        if other["kind"] == record["kind"] == "retry" and not any(entry.edition == edition for entry in read_groups(store)):
+            log.warning("the retry that was begun here (%s) is given up: nothing of it stands in the dataset yet", _short(other))
+            store.delete([file.path for file in store.list(f"{PARTS_DIR}/e{edition:03d}")])
+            store.put(record_path(edition), text)
+        else:
+            raise ConfigError(f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)}{_other_settings(other, record)})")
     return edition
 
 
@@ -368,6 +380,11 @@ def begun(store: Store, manifest: Manifest) -> dict[str, Any] | None:
     path = record_path(len(manifest.revisions) + 1)
     record: dict[str, Any] | None = json.loads(store.get(path)) if store.exists(path) else None
     return record
+
+
+def _other_settings(begun: dict[str, Any], asked: dict[str, Any]) -> str:
+    old, new = begun.get("settings", {}), asked.get("settings", {})
+    return "".join(f"; {key}: was {json.dumps(old.get(key))[:80]}" for key in sorted(old) if new and old[key] != new.get(key))
 
 
 def _short(record: dict[str, Any]) -> str:

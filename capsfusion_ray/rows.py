@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,9 @@ SYNTHETIC = "laion_coco"  # the captioner's sentence
 FUSED = "capsfusion"  # ours; in a reject: what the engine wrote, if anything
 FLAGS = "flags"  # gates that matched but whose action is "flag"
 REFERENCE = "reference"  # a published fused caption, where the input has one
+
+FINISH = "_finish"  # how the engine ended a row, on its way to the gates
+ERROR = "_error"
 
 # ---------------------------------------------------------------- what a part holds beside them
 OUTCOME = "outcome"
@@ -48,8 +52,27 @@ PART_FIELDS = (
     pa.field(OUTPUT_TOKENS, pa.int32()),
 )
 RESERVED = frozenset(
-    (URL, RAW, SYNTHETIC, FUSED, ROW_ID, FLAGS, OUTCOME, REASON, DETAIL, PROMPT_TOKENS, OUTPUT_TOKENS)
+    (URL, RAW, SYNTHETIC, FUSED, ROW_ID, FLAGS, FINISH, ERROR, OUTCOME, REASON, DETAIL, PROMPT_TOKENS, OUTPUT_TOKENS)
 )
+
+_SERIALIZED = "arrow:"
+
+
+def name_of_type(type: pa.DataType) -> str:
+    """A column's type as a plan notes it: Arrow's alias, or, where it has none (a list, a time zone), its serialized form."""
+    try:
+        if pa.type_for_alias(str(type)) == type:
+            return str(type)
+    except ValueError:
+        pass
+    return _SERIALIZED + base64.b64encode(pa.schema([("", type)]).serialize()).decode()
+
+
+def type_of_name(name: str) -> pa.DataType:
+    """The inverse of name_of_type."""
+    if name.startswith(_SERIALIZED):
+        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(name.removeprefix(_SERIALIZED)))).field(0).type
+    return pa.type_for_alias(name)
 
 
 class Outcome(StrEnum):

@@ -16,6 +16,8 @@ from capsfusion_ray.parts import UnitSummary, part_schema, summarise
 from capsfusion_ray.presets import INVALID
 from capsfusion_ray.rows import (
     DETAIL,
+    ERROR,
+    FINISH,
     FLAGS,
     FUSED,
     OUTCOME,
@@ -34,8 +36,6 @@ from capsfusion_ray.rows import (
 )
 from capsfusion_ray.units import UnitBatch
 
-FINISH = "_finish"
-ERROR = "_error"
 KEPT = "kept"  # first flag of a kept row; the reason follows it
 
 

@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 from capsfusion_ray.config import FilterConfig, OutputConfig
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.lease import Lease
-from capsfusion_ray.manifest import Manifest, read_finished, read_groups
+from capsfusion_ray.manifest import read_finished, read_groups
 from capsfusion_ray.parts import committed, part_path
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import Rewriter, begin, clean, publish, sweep_if_idle
+from capsfusion_ray.rewrite import Rewriter, as_begun, begin, clean, publish, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.schema import active_filters, cast_column
@@ -63,7 +63,7 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
     with Lease(store, cfg.takeover) as lease:
         manifest, etag = read_finished(store, "a takedown")
         plans = read_plans(store)
-        output = _as_begun(cfg.output, manifest)
+        output = as_begun(cfg.output, manifest)
         criteria, is_removed = _criteria(cfg, dict(plans[0].fields))
         sweep_if_idle(store, manifest)
         edition = begin(store, manifest, {"kind": "takedown", **criteria})
@@ -92,12 +92,6 @@ def _forget(store: Store) -> None:
     store.delete([part_path(unit_id) for unit_id in committed(store)])  # of attempts that came after their group was compacted
     store.delete_leftovers(older_than_s=0)  # torn files of killed writers; who still writes here has lost the lease
     store.delete([REPORT, COMPARISON])  # their samples
-
-
-def _as_begun(output: OutputConfig, manifest: Manifest) -> OutputConfig:
-    """How the output was cut into files when it was begun: a rewrite must not cut it otherwise."""
-    cut = {key.partition(".")[2]: value for key, value in manifest.base.items() if key.startswith("output.")}
-    return OutputConfig(output.path, storage=output.storage, **cut)
 
 
 def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array]]:

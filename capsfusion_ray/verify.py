@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from capsfusion_ray.compact import check_group
@@ -59,9 +61,9 @@ def _all_problems(store: Store, plans: list[Plan], manifest: Manifest, deep: boo
     yield from _plan_problems(plans, manifest)
     yield from _count_problems(manifest)
     yield from _listing_problems(store, manifest)
-    ranges = {unit.id: unit for plan in plans for unit in plan.units}
+    seen = _Seen(plans, manifest.files) if deep else None
     with ThreadPoolExecutor(_READERS) as pool:
-        for found in pool.map(lambda file: _file_problems(store, file, ranges, deep), manifest.files):
+        for found in pool.map(lambda file: _file_problems(store, file, seen), manifest.files):
             yield from found
     if deep:
         yield from _schema_problems(store, manifest)
@@ -137,7 +139,29 @@ def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     yield from (f"{path}: not in the manifest, yet readers of the folder see it" for path in listed)
 
 
-def _file_problems(store: Store, file: FileEntry, units: dict[str, WorkUnit], deep: bool) -> list[str]:
+class _Seen:
+    """Which rows of a unit were read so far: it may lie in many files, of data/ and of rejected/. Forgotten after the last one."""
+
+    def __init__(self, plans: Sequence[Plan], files: Sequence[FileEntry]) -> None:
+        self.units = {unit.id: unit for plan in plans for unit in plan.units}
+        self._files_left = Counter(unit_id for file in files for unit_id, _ in file.units)
+        self._rows: dict[str, np.ndarray[Any, np.dtype[np.bool_]]] = {}
+        self._lock = threading.Lock()
+
+    def again(self, unit: WorkUnit, numbers: Sequence[int]) -> list[int]:
+        """Note row numbers of the unit, from one file; those that were read from another one."""
+        at = np.array(numbers, dtype=np.int64) - unit.start
+        with self._lock:
+            rows = self._rows.setdefault(unit.id, np.zeros(unit.rows, dtype=bool))
+            twice: list[int] = (at[rows[at]] + unit.start).tolist()
+            rows[at] = True
+            self._files_left[unit.id] -= 1
+            if not self._files_left[unit.id]:
+                del self._rows[unit.id]
+        return twice
+
+
+def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[str]:
     data = _bytes_of(store, file)
     if data is None:
         return []  # named by the listing
@@ -146,22 +170,24 @@ def _file_problems(store: Store, file: FileEntry, units: dict[str, WorkUnit], de
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     if rows != file.rows or rows != sum(n for _, n in file.units):
         return [f"{file.path}: {rows} rows, the manifest says {file.rows}"]
-    return list(_row_problems(file, data, units)) if deep else []
+    return list(_row_problems(file, data, seen)) if seen else []
 
 
-def _row_problems(file: FileEntry, data: bytes, units: dict[str, WorkUnit]) -> Iterator[str]:
-    """Every row lies in its unit's range, in ascending order: with the units' counts and disjoint ranges, once."""
+def _row_problems(file: FileEntry, data: bytes, seen: _Seen) -> Iterator[str]:
+    """Every row lies in its unit's range, in ascending order, and in no other file: with the units' counts, once."""
     ids = pq.ParquetFile(io.BytesIO(data)).read(columns=[ROW_ID])[ROW_ID].to_pylist()
     at = 0
     for unit_id, rows in file.units:
-        unit = units.get(unit_id)
-        last = -1
+        unit = seen.units.get(unit_id)
+        numbers = [-1]
         for row_id in ids[at : at + rows] if unit else ():
             path, number = re.fullmatch(r"(.*):(\d+)", row_id, re.DOTALL).groups()  # type: ignore[union-attr]
-            if not (unit and path == unit.path and unit.start <= int(number) < unit.stop and int(number) > last):
+            if not (unit and path == unit.path and unit.start <= int(number) < unit.stop and int(number) > numbers[-1]):
                 yield f"{file.path}: row {row_id} is not where unit {unit_id} ({unit}) has it"
                 break
-            last = int(number)
+            numbers.append(int(number))
+        if unit:
+            yield from (f"{file.path}: row {unit.path}:{number} stands in another file, too" for number in seen.again(unit, numbers[1:]))
         at += rows
 
 

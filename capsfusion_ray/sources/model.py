@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from capsfusion_ray.config import FilterConfig, SourceConfig
+from capsfusion_ray.errors import StorageError
 from capsfusion_ray.rows import FilterReason
 
 BATCH_ROWS = 8192  # decoded at a time: 2-3 MB of captions, however large the row group
 
 # What decoders raise on damaged bytes. A failing store raises StorageError instead, which is none of these: that is retried.
 DAMAGE = (pa.ArrowException, OSError, ValueError, EOFError, RecursionError)
+
+
+def refuse_outage(error: BaseException, where: str) -> None:
+    """Raises StorageError where a mounted file system failed (EIO, ESTALE, …) rather than a decoder: it may read again later.
+
+    A decoder's own OSError has no errno; EINVAL is a damaged offset, where no file has bytes.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise StorageError(f"cannot read {where}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

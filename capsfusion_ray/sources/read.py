@@ -21,7 +21,16 @@ from capsfusion_ray.presets import FILTER_COLUMNS, INVALID, column_map
 from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources import text
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.model import BATCH_ROWS, DAMAGE, Decoded, ReadSpec, Shard, UnitRows, UnreadableRange
+from capsfusion_ray.sources.model import (
+    BATCH_ROWS,
+    DAMAGE,
+    Decoded,
+    ReadSpec,
+    Shard,
+    UnitRows,
+    UnreadableRange,
+    refuse_outage,
+)
 from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
 from capsfusion_ray.storage import Store
 
@@ -128,6 +137,7 @@ def _parquet_pieces(
             if [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] != list(shard.row_groups):
                 raise ValueError("its row groups are not those of the plan: the file was replaced")
         except DAMAGE as error:
+            refuse_outage(error, store.url(shard.file))
             yield UnreadableRange(0, shard.rows or 0, _text(error))
             return
         group_start = 0
@@ -145,6 +155,7 @@ def _parquet_pieces(
                     if at >= inside[-1][1]:
                         break
             except DAMAGE as error:
+                refuse_outage(error, store.url(shard.file))
                 yield UnreadableRange(at, stop, f"row group {group}: {_text(error)}")
 
 
@@ -158,6 +169,7 @@ def _text_pieces(store: Store, shard: Shard, ranges: Sequence[tuple[int, int]], 
     except FileNotFoundError:
         raise
     except DAMAGE as error:
+        refuse_outage(error, store.url(shard.file))
         yield UnreadableRange(at, shard.rows or 0, _text(error))
 
 

@@ -142,7 +142,18 @@ def _array(stream: pa.NativeFile) -> Iterator[Record]:
 
 def _csv(stream: pa.NativeFile) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize)  # the default refuses captions above 128 KB
-    yield from _keyed(csv.reader(line + "\n" for line in _lines(stream)))
+    yield from _keyed(_parsed(csv.reader(line + "\n" for line in _lines(stream))))
+
+
+def _parsed(table: Iterator[list[str]]) -> Iterator[list[str] | None]:
+    """The reader's rows; None for one that breaks the format, such as a bare carriage return outside of quotes."""
+    while True:
+        try:
+            yield next(table)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield None
 
 
 def _tsv(stream: pa.NativeFile) -> Iterator[Record]:
@@ -153,14 +164,16 @@ def _unquoted(field: str) -> str:
     return field[1:-1].replace('""', '"') if len(field) > 1 and field[0] == field[-1] == '"' else field
 
 
-def _keyed(table: Iterator[list[str]]) -> Iterator[Record]:
-    names = next(table, None)
+def _keyed(table: Iterator[list[str] | None]) -> Iterator[Record]:
+    names = next((fields for fields in table if fields is None or fields), [])
     if names is None:
-        return
+        raise ValueError("its header breaks the format")
     if len(set(names)) < len(names):
         raise ValueError(f"two columns of the same name in the header: {', '.join(names)}")
     for fields in table:
-        if fields:  # an empty line is no row
+        if fields is None:
+            yield None
+        elif fields:  # an empty line is no row
             yield dict(zip(names, fields, strict=True)) if len(fields) == len(names) else None
 
 

@@ -1,6 +1,8 @@
 """Inputs that are empty, tiny or broken, through the real job: a clear end, and every row accounted for."""
 
+import datetime as dt
 import json
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -56,10 +58,16 @@ def test_one_row_and_no_row(tmp_path, driver):
     one, none = tmp_path / "one", tmp_path / "none"
     for folder, count in ((one, 1), (none, 0)):
         folder.mkdir()
-        schema = pa.Table.from_pylist(captions("x", 1)).schema
-        pq.write_table(pa.Table.from_pylist(captions("x", count), schema=schema), folder / "shard.parquet")
-        done = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out-{folder.name}", *ECHO)
+        # Carried along: types that Arrow knows by no single word.
+        seen = {"tags": ["sea", None], "taken": dt.datetime(2019, 7, 1, 12, tzinfo=dt.UTC), "price": Decimal("1.50")}
+        schema = pa.Table.from_pylist([row | seen for row in captions("x", 1)]).schema
+        pq.write_table(pa.Table.from_pylist([row | seen for row in captions("x", count)], schema=schema), folder / "shard.parquet")
+        carried = "source.passthrough=[tags,taken,price]"
+        done = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out-{folder.name}", carried, *ECHO)
         assert done["rows"]["planned"] == done["rows"]["fused"] == count
+        if count:
+            [row] = ds.dataset(tmp_path / "out-one" / "data").to_table().to_pylist()
+            assert {name: row[name] for name in seen} == seen
         driver.run("verify", f"output.path={tmp_path}/out-{folder.name}", "deep=true")
 
 
@@ -75,6 +83,14 @@ def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
     (tmp_path / "file").write_text("")
     said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/file/out", *ECHO, code=2)
     assert f"{tmp_path}/file/out" in said
+    odd = {"shard": "1", "_finish": "eos", "tags": ["sea"]}
+    pq.write_table(pa.Table.from_pylist([row | odd for row in captions("x", 3)]), shard)
+    for wrong, way_out in (
+        (["source.passthrough=[shard]"], "the output's folders are called shard=…"),
+        (["source.passthrough=[_finish]"], "'_finish' is a column of the output itself"),
+        (["source.passthrough=[tags]", "output.partition_by=tags"], "makes no folder's name"),
+    ):
+        assert way_out in driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, *wrong, code=2)
     said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, "output.target_file_md=1", code=2)
     assert "output.target_file_mb" in said
     assert not (tmp_path / "out").exists()

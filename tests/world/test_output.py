@@ -1,10 +1,12 @@
 """Parts, compaction, manifest and verify on a real folder: rows in equal rows out, and damage is found."""
 
+import hashlib
 import json
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,31 @@ def test_a_unit_that_lost_a_row_is_not_committed():
         summarise(UnitBatch(unit, table), table)
 
 
+def test_a_copy_of_a_compaction_that_was_slower_takes_the_others_entry(tmp_path):
+    """Ray runs a task anew on another node where its own fell silent; both may work on."""
+    store, units = Store(str(tmp_path)), units_of(2, 3, groups=1)
+    output = OutputConfig(str(tmp_path))
+    for unit in units:
+        table = part_of(unit, ["fused"] * 3)
+        commit(store, table, summarise(UnitBatch(unit, table), table))
+
+    class Slow:
+        """Has asked whether the entry stands, and only then the other one ends."""
+
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def exists(self, path):
+            stands = store.exists(path)
+            first.append(compact_group(store, "g00000", 1, units, FIELDS, output))
+            return stands
+
+    first = []
+    assert compact_group(Slow(), "g00000", 1, units, FIELDS, output) == first[0]
+    with pytest.raises(FileNotFoundError):  # a part that is gone without an entry is a loss, and said to be one
+        compact_group(store, "g00001", 1, units, FIELDS, output)
+
+
 @pytest.fixture
 def finished(tmp_path):
     output = OutputConfig(str(tmp_path / "out"), target_file_rows=4)
@@ -136,6 +163,24 @@ def test_verify_names_the_damage(finished, damage, says):
     damage(root, manifest)
     with pytest.raises(AccountingError, match=says):
         verify(VerifyConfig(output))
+
+
+def test_deep_verify_finds_a_row_that_stands_in_two_files_in_another_ones_place(finished):
+    """Every count is right and every row in its unit's range: only the row numbers over all files tell."""
+    root, output, manifest = finished
+    file = next(file for file in manifest.files if file.kind == "rejected")
+    table = pq.ParquetFile(root / file.path).read()
+    ids = table["row_id"].to_pylist()
+    assert ids[0].endswith(":1")
+    ids[0] = ids[0].removesuffix(":1") + ":2"  # row 2 lies in data/, too; row 1 is nowhere
+    pq.write_table(table.set_column(table.schema.get_field_index("row_id"), "row_id", pa.array(ids)), root / file.path)
+    data = (root / file.path).read_bytes()
+    other = replace(file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    files = tuple(other if known is file else known for known in manifest.files)
+    (root / MANIFEST).write_bytes(replace(manifest, files=files).to_bytes())
+    verify(VerifyConfig(output))
+    with pytest.raises(AccountingError, match=r"s0\.parquet:2 stands in another file, too"):
+        verify(VerifyConfig(output, deep=True))
 
 
 def test_verify_of_an_unfinished_or_foreign_folder_says_so(tmp_path):

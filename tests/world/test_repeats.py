@@ -91,6 +91,8 @@ def compacted(store):
     write_plan(store, plan)
     for unit in units:
         table = part_of(unit, ["fused"] * 8 + ["kept", "rejected"])
+        flags = [["lost_entity"] if n < 8 else row for n, row in enumerate(table["flags"].to_pylist())]
+        table = table.set_column(table.schema.get_field_index("flags"), "flags", pa.array(flags, pa.list_(pa.string())))
         numbers = range(unit.start, unit.stop)
         for name, values in (("laion_2b", [f"raw {n}" for n in numbers]), ("capsfusion", [LOST if n % 2 else f"c {n}" for n in numbers])):
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
@@ -125,6 +127,7 @@ def test_a_caption_of_too_many_pairs_is_marked(tmp_path, action):
     assert manifest.counts.flags.get("repeated_caption", 0) == (lost if action == "flag" else 0)
     assert manifest.counts.reasons.get("repeated_caption", 0) == (lost if action == "reject" else 0)
     assert (len(data), len(rejected)) == ((54 - lost, 6 + lost) if action == "reject" else (54, 6))
+    assert manifest.counts.flags["lost_entity"] == sum("lost_entity" in row["flags"] for row in data.values())
     flagged = {row_id for row_id, row in data.items() if "repeated_caption" in row["flags"]}
     assert len(flagged) == (lost if action == "flag" else 0)
     assert all(data[row_id]["capsfusion"] == LOST for row_id in flagged)

@@ -9,7 +9,8 @@ from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_
 from capsfusion_ray import retry as retry_module
 from capsfusion_ray import revision as revision_module
 from capsfusion_ray.config import VerifyConfig
-from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.errors import ConfigError, EngineError
+from capsfusion_ray.manifest import read_manifest
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Job
 from capsfusion_ray.planfile import read_plans
@@ -97,6 +98,30 @@ def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypat
         retry_of(tmp_path, store, *STRICT)
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
         refuse_unfinished(store, manifest)
+
+
+def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path, monkeypatch):
+    """Such as a model that does not load. What it had fused by then goes; the partition is the output's, whatever is asked."""
+    finished(tmp_path / "calm", "lang")
+    want = retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")), partition_by="lang")
+    finished(tmp_path, "lang")
+    store = Store(str(tmp_path / "out"))
+    work = retry_module.run_batches
+
+    def dies(*args):
+        yield next(iter(work(*args)))
+        raise EngineError("the model's captions are NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retry_module, "run_batches", dies)
+        with pytest.raises(EngineError):
+            retry_of(tmp_path, store, *STRICT, partition_by="lang")
+    assert store.list("_retry")
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        refuse_unfinished(store, read_manifest(store))
+    assert retry_of(tmp_path, store).fused == want.fused, "its own partition_by would be shard"
+    assert rows_of(tmp_path, "data") == rows_of(tmp_path / "calm", "data")
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
 
 
 @pytest.mark.parametrize("wrong", ["", "invalid_utf8", "repetitions", "repetition;cut_off"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bz2
 import csv
+import errno
 import gzip
+import io
 import json
 import logging
 import math
@@ -25,6 +27,7 @@ from capsfusion_ray.errors import SourceError, StorageError
 from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources import ReadSpec, UnitRows, discover, frozen_schema, iter_units, sample
 from capsfusion_ray.storage import Store
+from capsfusion_ray.storage.local import LocalBackend
 
 OFF = FilterConfig()
 GENERIC = SourceConfig()
@@ -48,8 +51,6 @@ def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 def as_csv(rows: list[dict[str, Any]], delimiter: str = ",") -> bytes:
-    import io
-
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
     writer.writeheader()
@@ -125,6 +126,40 @@ def test_a_csv_row_with_too_few_fields_is_one_broken_row(tmp_path: Path) -> None
     (tmp_path / "a.csv").write_text("raw,synthetic\na,b\nc\nd,e\n")
     got, _ = read_all(tmp_path)
     assert [(r["laion_2b"], r["_invalid"]) for r in got] == [("a", None), (None, "csv"), ("d", None)]
+
+
+def test_a_carriage_return_in_a_csv_field_costs_that_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\n\nraw,synthetic\na,b\nc\rc,d\ne,f\n")
+    got, _ = read_all(tmp_path)
+    assert [(r["laion_2b"], r["_invalid"]) for r in got] == [("a", None), (None, "csv"), ("e", None)]
+    (tmp_path / "a.csv").write_bytes(b"raw\rraw,synthetic\na,b\n")
+    [shard] = discover(InputConfig(path=str(tmp_path)), GENERIC)
+    assert shard.error == "ValueError: its header breaks the format"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
+def test_a_mounted_file_system_that_fails_is_an_outage_and_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is called unreadable is committed so for good: a mount that was away for a minute must not come to that."""
+
+    class Away(io.FileIO):
+        def read(self, n: int | None = -1) -> bytes:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def away(*_: Any) -> pa.NativeFile:
+        return pa.PythonFile(Away(tmp_path / name), mode="r")
+
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, pairs(20))
+    else:
+        (tmp_path / name).write_bytes(WRITERS[name](pairs(20)))
+    config = InputConfig(path=str(tmp_path))
+    [shard] = discover(config, GENERIC)
+    spec = ReadSpec(frozen_schema([shard], GENERIC, OFF), GENERIC, OFF)
+    monkeypatch.setattr(LocalBackend, "open_input", away)
+    with pytest.raises(StorageError, match=f"{name}.*Stale file handle"):
+        list(iter_units(shard, [(0, 20)], spec))
+    with pytest.raises(StorageError, match=f"{name}.*Stale file handle"):
+        discover(config, GENERIC)
 
 
 def test_a_stray_quote_in_tsv_swallows_no_rows(tmp_path: Path) -> None:
