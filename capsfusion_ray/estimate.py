@@ -57,7 +57,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     quote = Estimate(
         rows=rows,
         units=len(left),
-        actors=actors,
+        actors=max(min(actors, len(left)), 1),
         captions_per_s=captions_per_s,
         prompt_tokens=tokens[0],
         output_tokens=tokens[1],
@@ -83,16 +83,19 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
 
 
 def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
-    """GPUs an actor, and actors: what is asked for; where that is left open, what a run on this machine would take.
+    """GPUs an actor, and actors: what a run on this machine would take, where it can; else what is asked for.
 
     A cluster is not asked: one that scales up has few GPUs or none until a run wants them. Then it is a CPU's quote, and says so.
     """
     asked, elsewhere = cfg.cluster, cluster.named(cfg.cluster)
+    if not elsewhere:
+        here = cluster.this_machine()
+        wanted = (asked.gpus_per_actor or 0.0) * asked.min_actors or float(cfg.engine.device == "cuda")
+        if here.gpus >= wanted:  # else it is a cluster that is planned for here
+            pool = cluster.settle_pool(asked, cfg.engine, here, units=sys.maxsize)
+            return pool.gpus_per_actor, pool.max_actors
     if asked.gpus_per_actor is not None:
         return asked.gpus_per_actor, asked.max_actors or asked.min_actors
-    if not elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto" and (here := cluster.this_machine()).gpus:
-        pool = cluster.settle_pool(asked, cfg.engine, here, units=sys.maxsize)
-        return pool.gpus_per_actor, pool.max_actors
     if elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto":
         log.warning("%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's", elsewhere)
     gpus = float(cfg.engine.vllm.tensor_parallel) if cfg.engine.device == "cuda" else 0.0

@@ -97,4 +97,8 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
 
 def train_command(cfg: FuseConfig) -> str:
     """How to train on the labels."""
-    return f"python jobs/train.py conf/train/finetune.yaml data.path={cfg.output.path} data.fused=capsfusion output.path=<model folder>"
+    where = f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path  # training reads a local folder
+    return (
+        f"python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path={where} data.fused=capsfusion "
+        "output.path=<model folder>"
+    )

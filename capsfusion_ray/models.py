@@ -178,7 +178,7 @@ def _ask_hub(model: str, revision: str) -> tuple[str, dict[str, Any]]:
     except (HFValidationError, EntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{name}: neither a folder here nor a model of the hub that can be reached ({type(error).__name__}); give a model "
-            "folder or its URL, or fetch the model into HF_HOME first (hf download)"
+            "folder or its URL, or HF_TOKEN where the hub wants one, or fetch the model into HF_HOME first (hf download)"
         ) from None
     path = try_to_load_from_cache(model, FUSION_FILE, revision=commit)
     if path is None:  # it is not known yet whether there is one

@@ -11,12 +11,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, describe, unwrap_optional
+from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, default_of, describe, unwrap_optional
 from capsfusion_ray.evaluate import EvaluateConfig
 from capsfusion_ray.export import ExportConfig
 from capsfusion_ray.label import LabelConfig
 from capsfusion_ray.pair import PairConfig
 from capsfusion_ray.report import ReportConfig
+from capsfusion_ray.showcase import ShowConfig
 from capsfusion_ray.takedown import TakedownConfig
 from capsfusion_ray.train.average import AverageConfig
 from capsfusion_ray.train.config import TrainConfig
@@ -33,6 +34,7 @@ JOBS = (
     ("jobs/pair.py", PairConfig),
     ("jobs/label.py", LabelConfig),
     ("jobs/verify.py", VerifyConfig),
+    ("jobs/show.py", ShowConfig),
     ("jobs/report.py", ReportConfig),
     ("jobs/takedown.py", TakedownConfig),
     ("jobs/export.py", ExportConfig),
@@ -48,15 +50,12 @@ def comments(schema: type) -> dict[str, str]:
     return dict(found)
 
 
-def default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-
-
-def rows(schema: type, prefix: str) -> list[str]:
-    """A line of the table a key; a section's own sections follow it, under their longer prefix."""
+def rows(section: Any, prefix: str) -> list[str]:
+    """A line of the table a key of a section with its defaults; its own sections follow it, under their longer prefix."""
+    schema = type(section)
     hints, said, lines = typing.get_type_hints(schema), comments(schema), []
     for field in dataclasses.fields(schema):
-        hint, value = unwrap_optional(hints[field.name]), default(field)
+        hint, value = unwrap_optional(hints[field.name]), getattr(section, field.name)
         if dataclasses.is_dataclass(hint):
             for inner in dataclasses.fields(hint):
                 if dataclasses.is_dataclass(unwrap_optional(typing.get_type_hints(hint)[inner.name])):
@@ -85,12 +84,14 @@ def page() -> str:
         sections = [field for field in own if field not in top]
         if top:
             said, hints = comments(schema), typing.get_type_hints(schema)
-            lines = [_row(f.name, describe(hints[f.name]), default(f), said.get(f.name, "")) for f in top]
+            lines = [_row(f.name, describe(hints[f.name]), default_of(f), said.get(f.name, "")) for f in top]
             parts.append(_table(lines))
+        bases = {field.name: default_of(field) for field in dataclasses.fields(schema.__base__ or object)} if len(own) < len(dataclasses.fields(schema)) else {}
         for field in sections:
             hint = typing.get_type_hints(schema)[field.name]
             parts.append(f"### {field.name}\n{inspect.cleandoc(hint.__doc__ or '')}\n")
-            parts.append(_table(rows(hint, f"{field.name}.")))
+            known = rows(bases[field.name], f"{field.name}.") if field.name in bases else []
+            parts.append(_table([line for line in rows(default_of(field), f"{field.name}.") if line not in known]))
     return "\n".join(parts)
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from capsfusion_ray.config import load, unwrap_optional
+from capsfusion_ray.config import load, unwrap_optional, usage
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.showcase import ShowConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_configuration_page_is_made_from_the_configs():
     made = runpy.run_path(str(ROOT / "docs/make_configuration.py"))["page"]()
     assert (ROOT / "docs/configuration.md").read_text("utf-8") == made, "run: python docs/make_configuration.py"
+
+
+def test_every_job_is_on_the_page_of_keys_and_has_help():
+    assert set(JOBS) == {f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py")}
+    for schema in JOBS.values():
+        assert "=" in usage(schema)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
@@ -36,7 +41,7 @@ def test_every_file_and_target_that_a_page_names_exists(page):
 # ---------------------------------------------------------------------------------- commands and options, as they are typed
 
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
-JOBS = {**dict(runpy.run_path(str(ROOT / "docs/make_configuration.py"))["JOBS"]), "jobs/show.py": ShowConfig}
+JOBS = dict(runpy.run_path(str(ROOT / "docs/make_configuration.py"))["JOBS"])
 MAKES = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # other targets are named as their job
 JOB = re.compile(r"""\b(jobs/\w+\.py)((?: +(?:[^\s`#|<>&;"']|"[^"]*"|'[^']*')+)+)""")
 MAKE = re.compile(r"""\bmake ([a-z-]+)(?: [A-Z_]+=[^\s"'`]+)* ARGS=(?:"([^"]*)"|'([^']*)')""")

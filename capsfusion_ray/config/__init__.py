@@ -2,6 +2,7 @@
 
 from capsfusion_ray.config.parse import (
     as_dict,
+    default_of,
     describe,
     fingerprint,
     is_secret,
@@ -50,6 +51,7 @@ __all__ = [
     "VerifyConfig",
     "VllmConfig",
     "as_dict",
+    "default_of",
     "describe",
     "fingerprint",
     "is_secret",

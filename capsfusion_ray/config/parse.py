@@ -23,10 +23,11 @@ _SECRET = ("secret", "key", "token", "password", "credential", "connection_strin
 def load(schema: type[T], argv: typing.Sequence[str]) -> T:
     """Merge YAML fragments left to right, then `key=value` overrides, into one frozen config.
 
-    Raises ConfigError for a missing file, an unknown key (naming the nearest valid one) or a value of the wrong type.
+    Raises ConfigError for a missing file, an unknown key (naming the nearest valid one), a value of the wrong type, or one
+    that a fragment demands (???) and nobody gives.
     """
     merged: DictConfig = OmegaConf.create({})
-    valid = _keys(schema)
+    valid, demanded = _keys(schema), dict[str, str]()
     for argument in argv:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
@@ -38,7 +39,11 @@ def load(schema: type[T], argv: typing.Sequence[str]) -> T:
         else:
             raise ConfigError(f"{argument}: neither a .yaml file nor key=value")
         _refuse_unknown(part, valid, argument)
+        demanded |= dict.fromkeys(OmegaConf.missing_keys(part), argument)  # what it has as ???
         merged = typing.cast(DictConfig, OmegaConf.merge(merged, part))
+    for key, file in demanded.items():
+        if OmegaConf.select(merged, key) is None:
+            raise ConfigError(f"{file}: it leaves {key} to you; give {key}=…")
     try:
         typed = OmegaConf.merge(OmegaConf.structured(schema), merged)
         built = OmegaConf.to_object(typed)
@@ -113,13 +118,19 @@ def _keys(schema: Any, prefix: str = "") -> dict[str, str]:
     return keys
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default, made anew; of a section its defaults. A whole config may have none: it may demand a key."""
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[operator]
+
+
 def usage(schema: type) -> str:
     """Every key with its default and what it wants, a line each: what --help prints."""
-    config, lines = schema(), ["key=default  (what it wants; more in docs/configuration.md)"]
+    defaults, lines = {f.name: default_of(f) for f in dataclasses.fields(schema)}, ["key=default  (what it wants; more in docs/configuration.md)"]
     for key, want in _keys(schema).items():
         if want != "section":
-            value: Any = config
-            for name in key.split("."):
+            top, *names = key.split(".")
+            value = defaults[top]
+            for name in names:
                 value = getattr(value, name)
             lines.append(f"  {key}={'null' if value is None else value}  ({want})")
     return "\n".join(lines)

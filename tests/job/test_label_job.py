@@ -71,6 +71,6 @@ def test_labels_of_a_teacher_that_misbehaves_stop_at_the_cap_and_go_on_with_a_hi
     kept = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     assert not [data for data in kept if KEY.encode() in data]
 
-    assert summary["train"].startswith("python jobs/train.py conf/train/finetune.yaml")
+    assert summary["train"].startswith("python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path=")
     triples, held_out = read_triples(TripleConfig(path=str(output), fused="capsfusion", validation_rows=100))
     assert (len(triples), len(held_out)) == (300, 100)

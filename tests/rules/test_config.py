@@ -8,6 +8,7 @@ import pytest
 from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml, without_secrets
 from capsfusion_ray.doorway import EXIT_DONE, run_job
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.train.config import TrainConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -96,6 +97,15 @@ def test_fingerprint_does_not_depend_on_key_order():
 @pytest.mark.parametrize("path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name)
 def test_every_fragment_of_conf_loads(path):
     assert as_dict(load(FuseConfig, [str(path)]))
+
+
+@pytest.mark.parametrize("name", ["finetune", "reinforce"])
+def test_what_a_fragment_demands_must_be_given(name):
+    """Without its model it would train a tiny one from scratch, for hours, and end well."""
+    fragment = str(CONF / "train" / f"{name}.yaml")
+    with pytest.raises(ConfigError, match=r"it leaves model\.path to you; give model\.path=…"):
+        load(TrainConfig, [fragment, "optim.steps=2000"])
+    assert load(TrainConfig, [fragment, "model.path=out/model"]).model.path == "out/model"
 
 
 def test_each_job_has_its_own_schema():

@@ -24,18 +24,22 @@ def pool(monkeypatch, *words, gpus_here=0, ray_address=""):
 def test_a_box_with_gpus_is_quoted_with_them(monkeypatch):
     assert pool(monkeypatch, gpus_here=8) == (1, 8)
     assert pool(monkeypatch, "cluster.max_actors=4", gpus_here=8) == (1, 4)
+    assert pool(monkeypatch, "cluster.gpus_per_actor=1", gpus_here=8) == (1, 8)
+    assert pool(monkeypatch, "cluster.gpus_per_actor=0.5", gpus_here=8) == (0.5, 16)
+    assert pool(monkeypatch, "engine.device=cuda", gpus_here=8) == (1, 8)
     assert pool(monkeypatch, "engine.kind=vllm", "engine.vllm.tensor_parallel=4", gpus_here=8) == (4, 2)
 
 
 @pytest.mark.parametrize("words", [("engine.device=cpu",), ("engine.kind=echo",), ("cluster.gpus_per_actor=0",)])
 def test_who_wants_no_gpu_is_quoted_none(monkeypatch, words):
-    assert pool(monkeypatch, *words, gpus_here=8) == (0, 1)
+    assert pool(monkeypatch, *words, gpus_here=8) == (0, 16), "an actor a core, as a run takes; one core reads"
 
 
 def test_what_is_asked_for_is_quoted_wherever_the_plan_is_made(monkeypatch):
     assert pool(monkeypatch, "cluster.gpus_per_actor=1", "cluster.max_actors=16") == (1, 16)
     assert pool(monkeypatch, "engine.device=cuda") == (1, 1)
-    assert pool(monkeypatch) == (0, 1)
+    assert pool(monkeypatch, "cluster.gpus_per_actor=1", "cluster.min_actors=2", gpus_here=1) == (1, 2)
+    assert pool(monkeypatch) == (0, 16)
 
 
 def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog):

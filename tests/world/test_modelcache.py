@@ -229,6 +229,10 @@ def test_a_model_that_a_node_cannot_get_is_one_line_that_names_it(hub, hf_home):
     code, _, err = ended(in_a_process(EngineConfig(model="me/fusion", revision=commit), **nowhere))
     assert code == 1
     assert f"ConfigError: engine.model=me/fusion, commit {commit}: not whole in HF_HOME" in err
+    cut_off = environment(hub, hf_home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # as in a subnet without a way out
+    code, _, err = ended(in_a_process(EngineConfig(model="me/fusion", revision=commit), **cut_off))
+    assert code == 1
+    assert f"ConfigError: engine.model=me/fusion, commit {commit}: not whole in HF_HOME" in err
     absent = look(EngineConfig(model="me/other"), **environment(hub, hf_home))
     assert "engine.model=me/other: neither a folder" in absent
 
