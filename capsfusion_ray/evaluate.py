@@ -21,7 +21,7 @@ from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError
 from capsfusion_ray.metrics import FIGURES, Example, measure, words_of
 from capsfusion_ray.prompt import PromptBuilder
-from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, CaptionPair
+from capsfusion_ray.rows import FUSED, RAW, SYNTHETIC, CaptionPair
 from capsfusion_ray.train.triples import Triple, read_all
 
 LOG = logging.getLogger(__name__)
@@ -131,10 +131,13 @@ def _from_output(path: str, pairs: Sequence[CaptionPair]) -> dict[str, str]:
     files = sorted(Path(path).glob("data/**/*.parquet"))
     if not files:
         raise ConfigError(f"fused={path!r}: no data/**/*.parquet in it; give the folder of a finished output")
+    wanted = {(p.raw, p.synthetic) for p in pairs}  # of an output that may hold 120 million
     by_sources: dict[tuple[str, str], str] = {}
     for file in files:
-        for row in pq.ParquetFile(file).read(columns=[RAW, SYNTHETIC, FUSED, ROW_ID]).to_pylist():
-            by_sources[row[RAW], row[SYNTHETIC]] = row[FUSED]
+        for batch in pq.ParquetFile(file).iter_batches(columns=[RAW, SYNTHETIC, FUSED]):
+            for raw, synthetic, fused in zip(*(batch[name].to_pylist() for name in (RAW, SYNTHETIC, FUSED)), strict=True):
+                if (key := ((raw or "").strip(), (synthetic or "").strip())) in wanted:  # as the references are read
+                    by_sources[key] = fused
     return {p.row_id: by_sources[p.raw, p.synthetic] for p in pairs if (p.raw, p.synthetic) in by_sources}
 
 

@@ -115,6 +115,8 @@ def to_exchange(
     and presets.INVALID: null, or why the row cannot be used. `unreadable`: rows of the range that damage hides.
     """
     keys = keys_of(table[key].combine_chunks(), normalise)
+    # Bytes that were no UTF-8 came as U+FFFD: different keys are alike now, and would pair captions of different images.
+    keys = pc.if_else(pc.match_substring(keys, "\ufffd"), pa.scalar(None, keys.type), keys)
     usable = pc.is_null(table[INVALID]).combine_chunks()
     keyed = pc.is_valid(keys)
     lost = {

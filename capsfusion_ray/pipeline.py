@@ -29,8 +29,8 @@ from ray.exceptions import RayTaskError
 
 from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
-from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
-from capsfusion_ray.errors import CapsFusionError, StorageError
+from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.errors import CapsFusionError, CostCapReached, StorageError
 from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
@@ -130,8 +130,24 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         )
     )
     with as_raised():
-        for row in dataset.iter_rows():
-            yield UnitSummary.parse(json.loads(row["summary"]))
+        summaries = (UnitSummary.parse(json.loads(row["summary"])) for row in dataset.iter_rows())
+        yield from within_cap(summaries, job.engine.api, pool.max_actors)
+
+
+def within_cap(summaries: Iterable[UnitSummary], api: ApiConfig, actors: int) -> Iterator[UnitSummary]:
+    """The summaries, until together they cost what all actors may spend: an actor that is restarted begins to count anew.
+
+    Raises CostCapReached then.
+    """
+    spent = 0.0
+    for summary in summaries:
+        if api.max_dollars is not None and spent >= api.max_dollars * actors:
+            raise CostCapReached(
+                f"engine.api.max_dollars={api.max_dollars:g}: the units of this run cost {spent:.4f} dollars, by the server's token counts, "
+                f"which is what its {actors} actors may spend; what is committed is kept, and the same command with a higher cap goes on"
+            )
+        spent += api.dollars(summary.prompt_tokens, summary.output_tokens)
+        yield summary
 
 
 class UnitSource(Datasource):

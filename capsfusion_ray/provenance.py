@@ -160,7 +160,7 @@ class _Lexicon(dict[str, str]):
             return folded
         found = _DIGITS.findall(folded)
         values = [canonical_number(d) for d in found]
-        dotted = [canonical_number(d) for n in found if _DATED.search(n) for d in re.split("[.,]", n)]
+        dotted = [canonical_number(d) for n in found if _DATED.search(n) and not _GROUPED.fullmatch(n) for d in re.split("[.,]", n)]
         self.numbers[word] = tuple(v for v in values if v.count(".") < 2) + tuple(dotted)
         if len(found) == 1 and found[0] == folded:
             if dotted:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +65,13 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         manifest, etag = read_finished(store, "a takedown")
         plans = read_plans(store)
         output = as_begun(cfg.output, manifest)
-        criteria, is_removed = _criteria(cfg, dict(plans[0].fields))
+        criteria, is_removed, found = _criteria(cfg, dict(plans[0].fields))
         sweep_if_idle(store, manifest)
         edition = begin(store, manifest, {"kind": "takedown", **criteria})
         rewriter = Rewriter(store, edition, plans[0].fields, output)
-        entries = rewriter.each(read_groups(store), lambda entry: rewriter.remove(entry, is_removed), lease.check)
+        before = read_groups(store)
+        resumed = any(entry.edition == edition for entry in before)  # what was found in those is not known any more
+        entries = rewriter.each(before, lambda entry: rewriter.remove(entry, is_removed), lease.check)
         changed = sum(entry.edition == edition for entry in entries)
         lease.check()
         record = {"revision": edition, "kind": "takedown", "groups": changed, **criteria}
@@ -77,9 +80,14 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         _forget(store)
         report(ReportConfig(output))
     removed = after.counts.removed - manifest.counts.removed
+    not_found = {key: criteria[key]["count"] - len(values) for key, values in found.items()}
+    for key, n in not_found.items():
+        if n and not resumed:
+            log.warning("%s=%s: %d of its %d lines are no %s of this output (any more)", key, getattr(cfg, key), n, criteria[key]["count"], key[:-1])
     log.info("%d rows removed, %d groups rewritten, %d old files deleted", removed, changed, swept)
     return {
         "removed": removed,
+        "not_found": None if resumed else sum(not_found.values()),
         "groups_rewritten": changed,
         "files_deleted": swept,
         "seconds": round(time.monotonic() - began, 2),
@@ -94,8 +102,10 @@ def _forget(store: Store) -> None:
     store.delete([REPORT, COMPARISON])  # their samples
 
 
-def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array]]:
-    """What is noted of the criteria (hashes, no URLs: what is removed leaves no trace), and the test of a table's rows."""
+def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array], dict[str, set[str]]]:
+    """What is noted of the criteria (hashes, no URLs: what is removed leaves no trace), the test of a table's rows, and the
+    listed values that it met so far.
+    """
     urls, row_ids = _lines(cfg.urls, "urls"), _lines(cfg.row_ids, "row_ids")
     for name in (*cfg.above, *cfg.below):
         if name not in fields:
@@ -109,8 +119,15 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
         if values:
             noted[name] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
 
+    listed = {key: (column, values) for key, column, values in (("urls", URL, urls), ("row_ids", ROW_ID, row_ids)) if values}
+    found: dict[str, set[str]] = {key: set() for key in listed}
+
     def is_removed(rows: pa.Table) -> pa.Array:
-        tests = [pc.is_in(rows[column], pa.array(values, pa.string())) for column, values in ((URL, urls), (ROW_ID, row_ids)) if values]
+        tests = []
+        for key, (column, values) in listed.items():
+            written = pc.utf8_trim_whitespace(rows[column])  # as the list's lines are
+            tests.append(pc.is_in(written, pa.array(values, pa.string())))
+            found[key].update(written.filter(tests[-1]).to_pylist())
         tests += [pc.fill_null(pc.greater(_numbers(rows, name), value), False) for name, value in cfg.above.items()]
         tests += [pc.fill_null(pc.less(_numbers(rows, name), value), False) for name, value in cfg.below.items()]
         if filters:
@@ -120,7 +137,7 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
             together = pc.or_(together, test)
         return together
 
-    return noted, is_removed
+    return noted, is_removed, found
 
 
 def _as_read(rows: pa.Table, filter: FilterConfig) -> pa.Table:
@@ -140,10 +157,10 @@ def _lines(path: str, key: str) -> list[str]:
         return []
     try:
         data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")  # as spreadsheets save it, too
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SourceError(f"{key}={path}: cannot be read as lines of text ({error})") from None
-    values = sorted({line.strip() for line in text.splitlines() if line.strip()})
+    values = sorted({line.strip() for line in text.split("\n") if line.strip()})
     if not values:
         raise SourceError(f"{key}={path}: no line in it")
     return values

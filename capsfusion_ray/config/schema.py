@@ -95,7 +95,7 @@ class ApiConfig:
     gone_s: float = 600.0  # so long without one good answer, and the engine gives up
     prompt_price: float = 0.0  # USD for a million prompt tokens
     output_price: float = 0.0  # USD for a million output tokens
-    max_dollars: float | None = None  # an actor's, from its start; of jobs/label.py: the whole output's, over all its runs
+    max_dollars: float | None = None  # an actor's, from its start, all actors' together in a run; of jobs/label.py: the whole output's, over all its runs
 
     def __post_init__(self) -> None:
         ok = not self.url or (self.url.startswith(("http://", "https://")) and not set(self.url) & set("@?#"))
@@ -112,6 +112,10 @@ class ApiConfig:
             _check(self.max_dollars > 0, "engine.api.max_dollars", self.max_dollars, "dollars above 0")
             priced = self.prompt_price > 0 or self.output_price > 0
             _check(priced, "engine.api.max_dollars", self.max_dollars, "with engine.api.prompt_price and engine.api.output_price beside it")
+
+    def dollars(self, prompt_tokens: int, output_tokens: int) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.prompt_price + output_tokens * self.output_price) / 1e6
 
 
 @dataclass(frozen=True)

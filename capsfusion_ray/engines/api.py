@@ -263,7 +263,7 @@ class ApiEngine:
         answer = openai.parse(data)
         tokens = openai.usage(answer)
         if tokens is not None:
-            self._dollars += (tokens[0] * self._api.prompt_price + tokens[1] * self._api.output_price) / 1e6
+            self._dollars += self._api.dollars(*tokens)
         generation = openai.generation(prompt, answer, self._api.chat)
         generation = dataclasses.replace(generation, error=self._said(generation.error))
         if tokens is None and self._api.max_dollars is not None:

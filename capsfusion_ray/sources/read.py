@@ -37,6 +37,7 @@ from capsfusion_ray.storage import Store
 LOG = logging.getLogger(__name__)
 
 Piece = Decoded | UnreadableRange
+_NO_UTF8 = "no UTF-8: "  # before a column's name, where its bad cells are counted
 
 
 def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) -> Iterator[UnitRows]:
@@ -73,7 +74,10 @@ def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) 
             unreadable.append(UnreadableRange(at, stop, f"the file ends after row {at}"))
         yield UnitRows(start, stop, pa.concat_tables(tables).combine_chunks(), dict(filtered), tuple(unreadable))
     for column, count in (+bad_cells).items():  # "+" leaves out the zeros
-        LOG.warning("%s: %d cells of %r could not be read as the frozen type; they are null", shard.path, count, column)
+        if column.startswith(_NO_UTF8):
+            LOG.warning("%s: %d cells of %r are no UTF-8; U+FFFD stands for what they hold", shard.path, count, column.removeprefix(_NO_UTF8))
+        else:
+            LOG.warning("%s: %d cells of %r could not be read as the frozen type; they are null", shard.path, count, column)
 
 
 def read_rows(shard: Shard, start: int, stop: int, spec: ReadSpec) -> UnitRows:
@@ -205,7 +209,7 @@ def _caption_pairs(
                 if wrong is not None and field.name in (rows.RAW, rows.SYNTHETIC):
                     invalid = pc.coalesce(invalid, pc.if_else(wrong, field.name, pa.scalar(None, pa.string())))
                 elif wrong is not None:
-                    bad_cells[f"{field.name} (repaired)"] += pc.sum(wrong).as_py()
+                    bad_cells[_NO_UTF8 + field.name] += pc.sum(wrong).as_py()
             bad_cells[field.name] += bad
             columns[field.name] = array
     columns[INVALID] = invalid

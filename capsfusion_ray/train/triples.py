@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from capsfusion_ray.rows import FLAGS, Outcome, Reason
 from capsfusion_ray.stages import KEPT
 from capsfusion_ray.train.config import TripleConfig
 
+log = logging.getLogger(__name__)
 _GOOD_ENDING = re.compile(r"""[.!?]["'”’)]*$""")
 _GATES = GatesConfig()
 
@@ -68,7 +70,11 @@ def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
     else:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
-        return [Triple(*(str(row[name]).strip() for name in names)) for row in rows]
+        texts = [[row[name] for name in names] for row in rows]
+        whole = [Triple(*(str(text).strip() for text in three)) for three in texts if None not in three]
+        if len(whole) < len(texts):
+            log.warning("%s: %d of %d rows have a null caption and are left out", path, len(texts) - len(whole), len(texts))
+        return whole
     except KeyError as error:
         raise SourceError(f"{path}: a row has no column {error}; set {', '.join(columns)}") from error
 

@@ -1,14 +1,17 @@
 """Labelling refuses early what cannot work, and counts what all its runs spent. The teacher itself: tests/engines/test_api.py."""
 
 import dataclasses
+import shutil
 
 import pyarrow as pa
 import pytest
 
 from capsfusion_ray.config import FuseConfig, GatesConfig, load, to_yaml
 from capsfusion_ray.doorway import run_job
+from capsfusion_ray.errors import CostCapReached
 from capsfusion_ray.label import LabelConfig, dollars_spent, prepare
-from capsfusion_ray.parts import commit
+from capsfusion_ray.parts import UnitSummary, commit
+from capsfusion_ray.pipeline import within_cap
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.planfile import write_plan
 from capsfusion_ray.prompt import Template
@@ -93,6 +96,23 @@ def test_the_cap_holds_for_all_runs_together_and_is_shared_among_the_actors(argv
     cfg = load(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=1", "cluster.max_actors=2"])
     assert dollars_spent(store, cfg.engine.api) == pytest.approx(0.06)
     assert prepare(cfg).engine.api.max_dollars == pytest.approx(0.47)
+
+
+def test_what_a_retry_paid_and_did_not_merge_counts_too(argv, tmp_path):
+    root = tmp_path / "out"
+    store = commit_units(str(root), 3)
+    shutil.copytree(root / "_units", root / "_retry" / "e002" / "_units")
+    assert dollars_spent(store, load(LabelConfig, [*argv, *PRICES]).engine.api) == pytest.approx(0.12)
+
+
+def test_actors_that_are_started_anew_do_not_spend_the_cap_again(argv):
+    """Each counts from its own start; the driver counts what all of them committed."""
+    api = load(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=0.05"]).engine.api
+    units = [UnitSummary(f"u{i}", "a", 0, 10, prompt_tokens=1000, output_tokens=100) for i in range(9)]  # 0.02 dollars each
+    with pytest.raises(CostCapReached, match=r"max_dollars=0.05: the units of this run cost 0.1000 dollars"):
+        list(within_cap(units, api, actors=2))
+    assert len(list(within_cap(units, dataclasses.replace(api, max_dollars=None), actors=2))) == 9
+    assert len(list(within_cap(units[:5], api, actors=2))) == 5, "the last one may reach it"
 
 
 def test_a_cap_that_is_used_up_stops_with_exit_code_1_and_says_how_to_go_on(argv, tmp_path, capsys):

@@ -58,6 +58,24 @@ def test_what_is_rejected_by_default_and_why(fused, reason):
     assert verdict.detail
 
 
+@pytest.mark.parametrize("raw", ["Kleid von Prada für den Sommer", "Robe de plage pour les femmes", "Vestido de la playa para el verano"])
+def test_an_english_caption_is_right_whatever_language_the_alt_text_has(raw):
+    """The captioner writes English, and not every sentence of it has a the, of or with."""
+    synthetic = "a woman in a white dress standing on a beach"
+    fused = "The woman on a beach is wearing a white summer dress that is perfect for the season."
+    verdict = judge_text(raw, synthetic, fused, FinishReason.EOS, DEFAULT)
+    assert (verdict.outcome, verdict.reason) == (Outcome.FUSED, None)
+    foreign = judge_text(raw, "une femme dans la robe blanche sur une plage", fused, FinishReason.EOS, DEFAULT)
+    assert foreign.reason is Reason.WRONG_SCRIPT
+
+
+@pytest.mark.parametrize(("raw", "fused"), [("House price 1500000 USD", "The house costs 1,500,000 USD."), ("Built for 3.500.000 EUR", "It was built for 3,500,000 EUR.")])
+def test_a_number_in_another_notation_is_the_same_number(raw, fused):
+    assert judge_text(raw, "a house with a garden", fused, FinishReason.EOS, DEFAULT).reason is None
+    wrong = judge_text(raw.replace("500", "400"), "a house with a garden", fused, FinishReason.EOS, DEFAULT)
+    assert wrong.reason is Reason.UNSUPPORTED_NUMBER
+
+
 @pytest.mark.parametrize(
     ("fused", "reason"),
     [

@@ -225,6 +225,17 @@ def test_damage_is_counted_on_the_side_that_has_it(tables, tmp_path, without_ray
     }  # fmt: skip
 
 
+def test_keys_that_are_no_utf8_pair_with_nothing(tmp_path, without_ray):
+    """Repaired they would all be alike: captions of different images would be joined."""
+    for side, header, letter in (("raw", b"url\tTEXT", b"\xdf"), ("synthetic", b"url\tre_caption", b"\xe4")):
+        (tmp_path / side).mkdir()
+        lines = [header, b"https://x.example/stra" + letter + b"e.jpg\tA street", b"https://x.example/1.jpg\tA square"]
+        (tmp_path / side / "a.tsv").write_bytes(b"\n".join(lines) + b"\n")
+    config = PairConfig(TableConfig(str(tmp_path / "raw")), TableConfig(str(tmp_path / "synthetic")), PairOutputConfig(str(tmp_path / "out")))
+    report = pair(config)
+    assert [(report[side]["matched"], report[side]["without_key"]) for side in ("raw", "synthetic")] == [(1, 1), (1, 1)]
+
+
 def test_what_cannot_be_a_key_or_a_caption_is_said_before_anything_starts(tmp_path):
     write(tmp_path / "t/a.parquet", [{"hash": 0.5, "TEXT": "x", "id": 7}])
     path = str(tmp_path / "t")

@@ -1,9 +1,11 @@
 """Rows taken out of an output: gone from every file, counted, and the accounting closes wherever it was killed."""
 
+import gzip
 import shutil
 from pathlib import Path
 
 import echo_run
+import outputs
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ from outputs import DiesAt, run_of, units_of
 
 from capsfusion_ray import takedown as takedown_module
 from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
-from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.manifest import read_manifest
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
 from capsfusion_ray.rewrite import PARTS_DIR, sweep
@@ -94,6 +96,41 @@ def test_by_url_and_by_a_columns_value(tmp_path):
     with pytest.raises(ConfigError, match="nothing to take down"):
         TakedownConfig(output)
     verify(VerifyConfig(output, deep=True))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda path: path.write_text("u3\nu1\n", "utf-8-sig"),  # a spreadsheet's mark, before the first line
+        lambda path: path.write_bytes(b"  u3 \r\n\r\nu1\t\r\n"),
+    ],
+)
+def test_a_list_as_other_programs_save_it_finds_its_rows_and_says_what_it_does_not_find(tmp_path, written, caplog):
+    output = finished(tmp_path / "out")
+    written(tmp_path / "urls")
+    assert takedown(TakedownConfig(output, urls=str(tmp_path / "urls")))["removed"] == 8
+    done = takedown(TakedownConfig(output, urls=listed(tmp_path / "more", ["u4", "u3", '"u2"'])))
+    assert (done["removed"], done["not_found"]) == (4, 2)
+    assert "2 of its 3 lines are no url of this output (any more)" in caplog.text
+    verify(VerifyConfig(output, deep=True))
+
+
+def test_an_address_that_is_stored_with_white_space_is_taken_down_too(tmp_path, monkeypatch):
+    part = outputs.part_of
+    monkeypatch.setattr(outputs, "part_of", lambda *args: padded(part(*args)))
+
+    def padded(table):
+        return table.set_column(0, "image_url", pa.array([f"{url} " for url in table["image_url"].to_pylist()]))
+
+    output = finished(tmp_path / "out")
+    assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4
+
+
+def test_a_list_that_breaks_off_is_refused(tmp_path):
+    path = tmp_path / "urls.gz"
+    path.write_bytes(gzip.compress(b"u3\n" * 9999)[:-9])
+    with pytest.raises(SourceError, match=f"urls={path}: cannot be read as lines of text"):
+        takedown(TakedownConfig(finished(tmp_path / "out"), urls=str(path)))
 
 
 NUMBERED = ("source.passthrough=[lang,punsafe]",)
