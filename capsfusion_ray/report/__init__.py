@@ -35,7 +35,7 @@ class ReportConfig:
     evaluation: str = ""  # the output.path of a jobs/evaluate.py: its figures become a section of the page
     beside: OutputConfig = field(default_factory=OutputConfig)  # another output of the same rows, to compare with
     rows_per_reason: int = 25  # captions to read, of each gate and of the ordinary ones tenfold
-    price_per_gpu_hour: float = 2.5  # USD
+    price_per_gpu_hour: float | None = None  # USD; null: as the run was told, else 2.5
 
     def __post_init__(self) -> None:
         if self.rows_per_reason < 1:
@@ -56,7 +56,10 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     others = {row.id: row for row in drawn_rows(*beside)} if beside else None
     sample = draw(store, state, cfg.rows_per_reason, others)
     if beside and not sample.shown:
-        raise ConfigError(f"beside.path={cfg.beside.path}: none of its rows drawn is one of {cfg.output.path}; give two outputs of one input")
+        raise ConfigError(
+            f"beside.path={cfg.beside.path}: a sample of its rows and one of {cfg.output.path} have none in common; give two outputs of one "
+            "input. (Samples are taken by position: of millions of rows, cut otherwise or with many more rejects, they may miss each other)"
+        )
     shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
     if evaluation:
         shown["evaluation"] = evaluation

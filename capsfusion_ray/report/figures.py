@@ -15,13 +15,14 @@ from capsfusion_ray.gates.entities import is_entity
 from capsfusion_ray.provenance import Origin, Words, align_words, source_words
 from capsfusion_ray.report.sample import Row, State
 
+DEFAULT_USD_PER_GPU_HOUR = 2.5  # of an output whose run did not say
 LONGEST_BAR = 60  # words; the last bar holds all longer captions
 BAR_WORDS = 3
 DIVERSITY_POINTS = 20
 OUTCOMES = ("fused", "kept", "rejected", "filtered", "removed", "unreadable")
 
 
-def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float) -> dict[str, Any]:
+def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | None) -> dict[str, Any]:
     """Everything that the page shows beside the rows themselves, as plain JSON values. `written`: rows of data/."""
     counts = asdict(state.counts)
     sides = {
@@ -48,25 +49,33 @@ def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float) -> 
     }
 
 
-def _speed(state: State, price_per_gpu_hour: float) -> dict[str, Any]:
-    """Captions/s and the time left over time, and the cost of a million; a GPU's price counts only where a GPU was."""
+def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
+    """Captions/s and the time left over time, and the cost of a million; a GPU's price counts only where a GPU was.
+
+    While it runs: as the last minutes were. Finished: an actor's, over all that its engines did, whichever process it was.
+    """
     progress = state.progress
+    cost: dict[str, Any] = next((revision["cost"] for revision in reversed(state.revisions) if "cost" in revision), {})
+    price = price_per_gpu_hour if price_per_gpu_hour is not None else cost.get("usd_per_gpu_hour", DEFAULT_USD_PER_GPU_HOUR)
     history = progress.get("history", [])
     actors = progress.get("actors", 0)
     on_gpu = any(not device.endswith((":cpu", ":none")) for device in state.devices)
     rate = progress.get("captions_per_s") or 0.0
-    actor_hours = actors * 1e6 / rate / 3600 if rate else None
+    over_all = state.finished and state.busy_s > 0
+    shown = (state.counts.fused + state.counts.kept + state.counts.rejected) / state.busy_s if over_all else rate
+    actor_hours = (1 if over_all else actors) * 1e6 / shown / 3600 if shown else None
     return {
         "history": history,
         "eta_history": [(seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate],
-        "captions_per_s": rate,
+        "captions_per_s": shown,
+        "unit": "captions/s an actor" if over_all else "captions/s",
         "eta_s": progress.get("eta_s"),
         "actors": actors,
         "updated_at": progress.get("updated_at", ""),
         "devices": state.devices,
         "actor_hours_per_million": actor_hours,
-        "usd_per_million": actor_hours * price_per_gpu_hour if actor_hours and on_gpu else None,
-        "usd_per_gpu_hour": price_per_gpu_hour,
+        "usd_per_million": actor_hours * (cost.get("gpus_per_actor") or 1.0) * price if actor_hours and on_gpu else None,
+        "usd_per_gpu_hour": price,
         "prompt_tokens": state.counts.prompt_tokens,
         "output_tokens": state.counts.output_tokens,
     }

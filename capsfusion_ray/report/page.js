@@ -88,7 +88,7 @@ function cards() {
     make("div", { class: "meter" }, make("span", {}, make("span", { class: "dot", style: `background:var(--${name})` }), text), make("span", {}, share(F.origins[name])))));
   const speed = F.speed;
   const cost = speed.usd_per_million !== null ? `$${speed.usd_per_million.toFixed(2)} a million at $${speed.usd_per_gpu_hour} a GPU hour` : speed.actor_hours_per_million !== null ? `${Number(speed.actor_hours_per_million.toPrecision(2))} actor hours a million` : "";
-  card("Speed", make("p", { class: "big" }, `${speedOf(speed.captions_per_s)} captions/s`),
+  card("Speed", make("p", { class: "big" }, `${speedOf(speed.captions_per_s)} ${speed.unit}`),
     speed.history.length > 1 ? lines({ fused: speed.history.map((h) => [h[0] / 60, h[2]]) }, "minutes") : make("p", {}, "too short a run for a curve"),
     make("p", {}, [`${speed.actors} actor${speed.actors === 1 ? "" : "s"}`, ...Object.keys(speed.devices), F.finished ? "finished" : `ETA ${clock(speed.eta_s)}`, cost].filter(Boolean).join(" · ")));
   const hours = Math.max(0, ...speed.eta_history.map((h) => h[1])) > 2 * 3600;
@@ -181,7 +181,7 @@ function beside() {
   line("knowledge kept", share(F.knowledge.fused), share(B.knowledge.fused));
   line("words from neither source", share(F.origins.neither), share(B.origins.neither));
   line("words a caption", String(F.lengths.fused.mean), String(B.lengths.fused.mean));
-  line("captions/s", speedOf(F.speed.captions_per_s), speedOf(B.speed.captions_per_s));
+  line(F.speed.unit === B.speed.unit ? F.speed.unit : "captions/s", speedOf(F.speed.captions_per_s), speedOf(B.speed.captions_per_s));
   for (const name of [...new Set([...Object.keys(F.base), ...Object.keys(B.base)])].sort()) if (F.base[name] !== B.base[name]) line(name, F.base[name] || "–", B.base[name] || "–");
 }
 

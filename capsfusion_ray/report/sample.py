@@ -40,6 +40,7 @@ class State:
     revisions: tuple[dict[str, Any], ...]
     base: dict[str, Any]
     devices: dict[str, int]  # device -> units
+    busy_s: float  # the engines at work, all of them together
     progress: dict[str, Any]
     folders: tuple[str, ...]  # of files with rows
 
@@ -85,8 +86,8 @@ def state_of(store: Store) -> State | None:
         counts = count(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
         revisions, folders = (), (*FOLDERS, UNITS_DIR)
-    devices = Counter(unit.device for unit in units if unit.device)
-    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), progress, folders)
+    devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
+    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), busy_s, progress, folders)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
-from capsfusion_ray.manifest import MANIFEST, assemble
+from capsfusion_ray.manifest import MANIFEST, assemble, read_manifest
 from capsfusion_ray.parts import commit, part_schema, summarise
 from capsfusion_ray.plan import Plan, PlannedShard
 from capsfusion_ray.planfile import write_plan
@@ -203,6 +203,21 @@ def test_the_time_left_is_shown_as_it_was_foreseen(tmp_path):
     Store(cfg.output.path).put("progress.json", json.dumps({"history": history, "captions_per_s": 2.0, "actors": 1}).encode())
     report(cfg)
     assert data_of(tmp_path)[1]["figures"]["speed"]["eta_history"] == [[20.0, 20.0], [30.0, 10.0]], "120 rows are planned"
+
+
+def test_a_finished_outputs_speed_and_price_are_those_of_all_its_units(tmp_path):
+    """progress.json tells of the last process' last minutes: twenty rows of an extension say nothing of the run."""
+    cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 3)
+    store = Store(cfg.output.path)
+    store.put("progress.json", json.dumps({"history": [[150.0, 120, 0.1]], "captions_per_s": 0.1, "actors": 1}).encode())
+    manifest = read_manifest(store)
+    units = tuple(dataclasses.replace(each, busy_s=10.0, device="beam:NVIDIA H200") for each in manifest.units)
+    revisions = ({"revision": 1, "kind": "base", "cost": {"gpus_per_actor": 0.5, "usd_per_gpu_hour": 3.0}}, {"revision": 2, "kind": "takedown"})
+    store.put(MANIFEST, dataclasses.replace(manifest, units=units, revisions=revisions).to_bytes())
+    report(cfg)
+    speed = data_of(tmp_path)[1]["figures"]["speed"]
+    assert (speed["captions_per_s"], speed["unit"]) == (4.0, "captions/s an actor")
+    assert speed["usd_per_million"] == pytest.approx(1e6 / 4 / 3600 * 0.5 * 3)
 
 
 def test_outputs_without_a_common_row_cannot_be_compared(tmp_path):
