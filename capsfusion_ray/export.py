@@ -6,6 +6,7 @@ img2dataset command that fetches the images. Knows stores; no Ray.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import shlex
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.manifest import FileEntry, Manifest, read_finished
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rewrite import Rewriter
@@ -63,7 +64,10 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
     rewriter = Rewriter(source, 0, read_plans(source)[0].fields, OutputConfig(cfg.output.path, partition_by=partition_by))
 
     def copy(file: FileEntry, name: str) -> None:
-        target.put(name, source.get(file.path) if partition_by == "shard" else _with_column(rewriter, file))
+        data = source.get(file.path)
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise AccountingError(f"{source.url(file.path)}: other bytes than the manifest says; the fuse command with repair=true recomputes them")
+        target.put(name, data if partition_by == "shard" else _with_column(rewriter, file))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, files, names))

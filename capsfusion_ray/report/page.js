@@ -63,7 +63,7 @@ function key(names) {
 function lines(series, xLabel) {
   const [W, H, left, bottom] = [320, 150, 44, 20];
   const points = Object.values(series).flat();
-  const xMax = Math.max(1, ...points.map((p) => p[0])), yMax = Math.max(...points.map((p) => p[1])) || 1;
+  const xMax = Math.max(1, ...points.map((p) => p[0])), yMax = Math.max(0, ...points.map((p) => p[1])) || 1;
   const at = ([x, y]) => `${(left + (x / xMax) * (W - left - 4)).toFixed(1)},${(H - bottom - (y / yMax) * (H - bottom - 10)).toFixed(1)}`;
   const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": xLabel });
   svg.append(make("line", { x1: left, y1: H - bottom, x2: W, y2: H - bottom, stroke: "var(--line)" }));

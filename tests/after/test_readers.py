@@ -1,5 +1,7 @@
 """The tools that consume the dataset read it as it lies, and as it is exported."""
 
+import shutil
+
 import datasets
 import duckdb
 import pandas
@@ -9,7 +11,7 @@ import yaml
 from test_report import run_of, unit
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.export import ExportConfig, export
 
 ROWS, REJECTED = 80, 8
@@ -51,3 +53,14 @@ def test_an_export_is_a_dataset_of_the_hub(output, tmp_path):
     (to / "data" / "other.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"data/other.parquet; choose an empty folder"):
         export(ExportConfig(OutputConfig(str(output)), to=str(to)))
+
+
+def test_an_export_passes_no_damage_on(output, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(output, damaged)
+    file = next((damaged / "data").rglob("*.parquet"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(AccountingError, match=rf"{file.name}: other bytes than the manifest says"):
+        export(ExportConfig(OutputConfig(str(damaged)), to=str(tmp_path / "export")))
