@@ -166,9 +166,11 @@ class Lease:
         return None
 
     def _put(self, holder: Holder, etag: str | None) -> bool:
+        # From the request on, not from its answer, which may be late: whoever watches counts from when it was written.
+        asked = time.monotonic()
         new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)
         if new is not None:
-            self._holder, self._etag, self._renewed = holder, new, time.monotonic()
+            self._holder, self._etag, self._renewed = holder, new, asked
         return new is not None
 
     def _beat(self) -> None:

@@ -27,11 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(address: str, runtime_env: str, submission_id: str, script: list[str]) -> list[str]:
-    """The `ray job submit` line. The driver asks for no GPU and no CPU: a head node has neither to give."""
+    """The `ray job submit` line. The driver asks for no GPU and no CPU: a head node has neither to give.
+
+    The words are as they are: `ray job submit` itself quotes them for the shell that starts the driver.
+    """
     return [
         str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--submission-id", submission_id,
         "--working-dir", str(ROOT), "--runtime-env", runtime_env,
-        "--", "python", *(shlex.quote(part) for part in script),
+        "--", "python", *script,
     ]  # fmt: skip
 
 

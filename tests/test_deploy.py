@@ -3,11 +3,16 @@
 import json
 import re
 import runpy
+import shlex
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import yaml
+from click.testing import CliRunner
+from ray.dashboard.modules.job import cli
 from ray.job_submission import JobStatus
 
 from capsfusion_ray import monitor
@@ -40,11 +45,17 @@ def test_all_environments_upload_the_job_and_leave_the_rest_at_home():
         assert (ROOT / excluded.strip("/")).exists(), f"{excluded}: excluded and not there"
 
 
-def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole():
+def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole(monkeypatch):
     command = runpy.run_path(str(ROOT / "deploy/submit.py"))["command"]
-    line = command("http://head:8265", "deploy/runtime_env.yaml", "fuse-1", ["jobs/fuse.py", "filter={max_punsafe: 0.5}"])
+    words = ["jobs/fuse.py", "filter={max_punsafe: 0.5}", "input.path=s3://b/in/*.parquet", "output.path=it's größe $HOME"]
+    line = command("http://head:8265", str(ROOT / "deploy/runtime_env.yaml"), "fuse-1", words)
     assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
-    assert line[line.index("--") + 1 :] == ["python", "jobs/fuse.py", "'filter={max_punsafe: 0.5}'"]
+    sent = {}
+    client = SimpleNamespace(submit_job=lambda **job: sent.update(job) or "fuse-1", get_address=lambda: line[4], get_version=lambda: ray.__version__)
+    monkeypatch.setattr(cli, "_get_sdk_client", lambda *args, **kwargs: client)
+    done = CliRunner().invoke(cli.submit, ["--no-wait", *line[3:]])
+    assert done.exit_code == 0, done.output
+    assert shlex.split(sent["entrypoint"]) == ["python", *words], "what the shell on the head makes of it"
     assert not any(part.startswith("--entrypoint-num") for part in line), "a head node has no CPU or GPU to give"
 
 

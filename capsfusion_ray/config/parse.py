@@ -167,7 +167,9 @@ def without_secrets(words: typing.Sequence[str]) -> list[str]:
 
     def shown(word: str) -> str:
         key, _, value = word.partition("=")
-        secret = is_secret(key.rpartition(".")[2]) if _section(key) == "storage" else key.endswith("storage") and is_secret(value)
+        # {…}: a whole section at once, such as output={path: …, storage: {secret: …}}
+        section = key.endswith("storage") or ("storage" in value and value.lstrip().startswith("{"))
+        secret = is_secret(key.rpartition(".")[2]) if _section(key) == "storage" else section and is_secret(value)
         return f"{key}=***" if secret and value else word
 
     return [shown(word) for word in words]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tiny import EOS, IdTokenizer, beam_engine, loaded, tiny_llama
@@ -102,10 +104,17 @@ def test_a_sliding_window_shorter_than_a_caption_is_refused():
     refused(model, r"sliding window of 100.*engine\.kind=transformers")
 
 
-def test_a_generation_config_the_search_would_ignore_is_refused():
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("repetition_penalty", 1.2), ("no_repeat_ngram_size", 3), ("encoder_no_repeat_ngram_size", 3), ("encoder_repetition_penalty", 1.2),
+        ("begin_suppress_tokens", [5]), ("sequence_bias", [[[5], 1.0]]), ("exponential_decay_length_penalty", (4, 1.1)),
+    ],
+)  # fmt: skip
+def test_a_generation_config_the_search_would_ignore_is_refused(key, value):
     model = tiny_llama(1)
-    model.generation_config.repetition_penalty = 1.2
-    refused(model, "repetition_penalty=1.2")
+    setattr(model.generation_config, key, value)
+    refused(model, f"{key}={re.escape(repr(value))} of its generation_config.json")
 
 
 def test_a_model_without_eos_is_refused(folder):

@@ -81,7 +81,10 @@ def test_saved_config_loads_again_and_hides_secrets(tmp_path):
 def test_a_command_line_is_shown_without_secrets():
     words = ["jobs/fuse.py", "output.path=s3://b/out", "output.storage.endpoint_url=http://x", "engine.api.key_env=KEY", "a.yaml"]
     secret = ["output.storage.secret=hunter2", "input.storage.account_key=hunter2", "engine.storage={connection_string: hunter2}"]
-    assert without_secrets([*words, *secret]) == [*words, "output.storage.secret=***", "input.storage.account_key=***", "engine.storage=***"]
+    secret += ["output={path: s3://b/out, storage: {secret: hunter2}}"]
+    shown = ["output.storage.secret=***", "input.storage.account_key=***", "engine.storage=***", "output=***"]
+    assert without_secrets([*words, *secret]) == [*words, *shown]
+    assert without_secrets(["input.path=s3://storage/key/"]) == ["input.path=s3://storage/key/"]
 
 
 @pytest.mark.parametrize("secret", ["007", "1e5", "true", "null", "a=b", "[", "x: y #z"])

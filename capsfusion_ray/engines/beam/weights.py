@@ -145,6 +145,12 @@ def check_supported(loaded: LoadedModel, max_tokens: int) -> None:
         "min_new_tokens": (None, 0),
         "forced_eos_token_id": (None,),
         "num_beam_groups": (None, 1),
+        "no_repeat_ngram_size": (None, 0),
+        "encoder_no_repeat_ngram_size": (None, 0),
+        "encoder_repetition_penalty": (None, 1.0),
+        "begin_suppress_tokens": (None, []),
+        "sequence_bias": (None, []),
+        "exponential_decay_length_penalty": (None,),
     }.items():
         value = getattr(generation, key, None)
         if value not in neutral:
