@@ -31,6 +31,7 @@ STEP_S = 0.2  # step() waits so long for a caption before it lets new prompts in
 CONNECT_S = 10.0
 BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # doubled from try to try; up to a half of it is taken off by chance
 ROW_TRIES = 8  # a row that fails so often while others are answered is at fault itself
+PROBE_FROM = 2  # failures of a row that nobody was answered beside: then it is asked whether the server is there at all
 ANSWER_TRIES = 3  # answers that cannot be read are paid for as well
 REFUSALS_IN_A_ROW = 50  # then it is not the rows
 MAX_ANSWER_BYTES = 4 << 20
@@ -56,6 +57,7 @@ class _Tries:
 
     waits: int = 0  # tries that came to nothing, whatever the cause
     failures: int = 0  # of these, those that others did not share; a 429 is nobody's fault
+    shared: int = 0
     failed_at: float | None = None
     unreadable: int = 0
 
@@ -87,6 +89,8 @@ class ApiEngine:
         self._silent_since: float | None = None
         self._not_before = 0.0  # of any request: a Retry-After is meant for the key, not for one row
         self._refusals = 0  # since the last good answer
+        self._good: Prompt | None = None  # the last one that was answered
+        self._probing = False
         self._warned: float | None = None
         self._prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
@@ -177,14 +181,33 @@ class ApiEngine:
                 why = self._said(str(fault))
                 if (verdict := self._verdict(tries, fault)) is not None:
                     return self._refuse(prompt, f"{why}; {verdict}")
+                if tries.shared >= PROBE_FROM:
+                    await self._probe(session)
                 self._note_failure(why)
                 await self._sleep(_backoff(tries.waits))
             except CapsFusionError as error:
                 self._stop(error)
             else:
-                self._answered, self._silent_since, self._refusals = time.monotonic(), None, 0
+                self._answered, self._silent_since, self._refusals, self._good = time.monotonic(), None, 0, prompt
                 return generation
         return None
+
+    async def _probe(self, session: aiohttp.ClientSession) -> None:
+        """Ask for one token of a row that was answered before. At a unit's end the rows that are left may all be at fault,
+        and without an answer to another one nothing would ever speak against them."""
+        if self._good is None or self._probing or not await self._may_send():
+            return
+        self._probing = True
+        try:
+            await self._ask(session, self._good, max_tokens=1)
+        except (_RowRefused, _Again, openai.Unreadable):
+            pass
+        except CapsFusionError as error:
+            self._stop(error)
+        else:
+            self._answered, self._silent_since = time.monotonic(), None
+        finally:
+            self._probing = False
 
     def _verdict(self, tries: _Tries, fault: _Again | openai.Unreadable) -> str | None:
         """Count one more try that came to nothing; why the row is given up, if it is."""
@@ -199,6 +222,7 @@ class ApiEngine:
             before, tries.failed_at = tries.failed_at, time.monotonic()
             shared = before is not None and (self._answered is None or self._answered < before)
             tries.failures += not shared
+            tries.shared += shared
         return f"{tries.failures} tries failed while other rows were answered" if tries.failures >= ROW_TRIES else None
 
     async def _may_send(self) -> bool:
@@ -245,9 +269,9 @@ class ApiEngine:
             )
         return Generation(prompt.id, "", FinishReason.ERROR, error=f"{prompt.id}: {why}")
 
-    async def _ask(self, session: aiohttp.ClientSession, prompt: Prompt) -> Generation:
+    async def _ask(self, session: aiohttp.ClientSession, prompt: Prompt, max_tokens: int | None = None) -> Generation:
         """One try. Raises _RowRefused, _Again, openai.Unreadable, or ConfigError, for which the engine stops."""
-        body = openai.request_body(self._api, prompt.text, self._max_tokens)
+        body = openai.request_body(self._api, prompt.text, max_tokens or self._max_tokens)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             async with session.post(self._url, json=body, headers=headers, allow_redirects=False) as response:

@@ -151,6 +151,19 @@ def test_a_row_that_the_server_will_not_write_fails_alone_and_says_why(teacher, 
     assert teacher.tries["row-7"] >= tries if tries == api.ROW_TRIES else teacher.tries["row-7"] == tries
 
 
+@pytest.mark.parametrize("act", [500, "reset"])
+def test_rows_that_always_fail_and_are_left_over_at_the_end_fail_alone_too(teacher, act):
+    """Nobody is answered beside them any more: a probe tells whether it is they or the server."""
+    bad = {"row-7", "row-8"}
+    teacher.script = lambda row, number: act if row in bad else "good"
+    engine = engine_for(teacher, concurrency=4, gone_s=5)
+    engine.submit(prompts(12))
+    generations = run(engine)
+    assert {row for row, g in generations.items() if g.finish is FinishReason.ERROR} == bad
+    assert all("while other rows were answered" in generations[row].error for row in bad)
+    assert sum(teacher.tries.values()) < 10 + 2 * 4 * api.ROW_TRIES, "a probe now and then"
+
+
 def test_a_firewall_that_forbids_one_prompt_fails_that_row_alone(teacher):
     teacher.script = lambda row, number: 403 if row == "row-30" else "good"
     engine = engine_for(teacher, concurrency=1)
