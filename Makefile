@@ -68,8 +68,9 @@ TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
 train-tiny: setup ## train the embedded model anew into out/capsfusion-tiny: make train-tiny TRIPLES=…json; hours on a CPU, resumes
 	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
 	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-a $(ARGS)
-	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) optim.seed=2 output.path=out/capsfusion-tiny-b $(ARGS)
-	$(BIN)/python jobs/average.py models=[out/capsfusion-tiny-a,out/capsfusion-tiny-b] output.path=out/capsfusion-tiny
+	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) optim.seed=2 optim.steps=570 optim.decay_steps=70 \
+	  reinforce.drift=0.5 output.path=out/capsfusion-tiny-b $(ARGS)
+	$(BIN)/python jobs/average.py models=[out/capsfusion-tiny-a,out/capsfusion-tiny-b] shares=[0.6,0.4] output.path=out/capsfusion-tiny
 
 train: setup ## train or fine-tune a fusion model: make train ARGS="conf/train/….yaml data.path=… output.path=…"
 	$(BIN)/python jobs/train.py $(ARGS)
