@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeVar
 
 from capsfusion_ray.config import load, usage
@@ -31,6 +31,13 @@ class _Stderr(logging.StreamHandler[TextIO]):
         """StreamHandler sets it when it is made."""
 
 
+def helped(schema: type, argv: Sequence[str]) -> bool:
+    """Print what the job is and its keys where --help asks for them; whether it did."""
+    if asked := bool({"-h", "--help"} & set(argv)):
+        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\n{usage(schema)}")
+    return asked
+
+
 def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str] | None = None) -> int:
     """Logs go to stderr; the last line on stdout is the call's result as one JSON object. --help: the job's keys."""
     logging.basicConfig(
@@ -39,8 +46,7 @@ def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str
     for noisy in ("botocore", "aiobotocore", "s3fs", "urllib3", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(f"{(sys.modules['__main__'].__doc__ or '').strip()}\n\n{usage(schema)}")
+    if helped(schema, argv):
         return EXIT_DONE
     try:
         result = call(load(schema, argv))

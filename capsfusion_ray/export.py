@@ -6,7 +6,6 @@ img2dataset command that fetches the images. Knows stores; no Ray.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 import shlex
@@ -26,6 +25,7 @@ from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rewrite import Rewriter
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.storage import Store
+from capsfusion_ray.verify import WAY_OUT, checksum_problem
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
@@ -65,9 +65,9 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
 
     def copy(file: FileEntry, name: str) -> None:
         data = source.get(file.path)
-        if hashlib.sha256(data).hexdigest() != file.sha256:
-            raise AccountingError(f"{source.url(file.path)}: other bytes than the manifest says; the fuse command with repair=true recomputes them")
-        target.put(name, data if partition_by == "shard" else _with_column(rewriter, file))
+        if wrong := checksum_problem(file, data):
+            raise AccountingError(f"{source.url(file.path)}: other bytes than the manifest says ({wrong}); {WAY_OUT}")
+        target.put(name, data if partition_by == "shard" else _with_column(rewriter.rows_in(file, data)))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, files, names))
@@ -79,9 +79,9 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
     return {"exported": rows, "files": len(files), "to": cfg.to, "seconds": round(time.monotonic() - began, 2)}
 
 
-def _with_column(rewriter: Rewriter, file: FileEntry) -> bytes:
+def _with_column(rows: list[tuple[str, pa.Table]]) -> bytes:
     """A file of a column's partition with that column, which stood in its path, back inside."""
-    table = pa.concat_tables([rows for _, rows in rewriter.rows_of(file)])
+    table = pa.concat_tables([of_unit for _, of_unit in rows])
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -21,10 +21,9 @@ from capsfusion_ray.config import (
 from capsfusion_ray.engines.api import check
 from capsfusion_ray.errors import ConfigError, CostCapReached
 from capsfusion_ray.manifest import read_groups
-from capsfusion_ray.parts import committed, read_summaries
+from capsfusion_ray.parts import PARTS_DIR, committed, parts_of, read_summaries
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.rewrite import PARTS_DIR
 from capsfusion_ray.storage import Store
 
 # A chat model likes to introduce what it writes.
@@ -92,7 +91,7 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
     planned = [unit for plan in read_plans(store) for unit in plan.units]
     summaries += read_summaries(store, [unit for unit in planned if unit.id in waiting])
     for edition in sorted({file.path.split("/")[1] for file in store.list(PARTS_DIR)}):  # of a retry that is not merged yet
-        retried = Store(f"{store.root}/{PARTS_DIR}/{edition}", store.options)
+        retried = parts_of(store, int(edition.removeprefix("e")))
         done = committed(retried)
         summaries += read_summaries(retried, [unit for unit in planned if unit.id in done])
     return sum(api.dollars(unit.prompt_tokens, unit.output_tokens) for unit in summaries)

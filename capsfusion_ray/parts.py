@@ -28,11 +28,12 @@ from capsfusion_ray.rows import (
     REASON,
     Outcome,
     WorkUnit,
-    type_of_name,
+    extra_fields,
 )
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import UnitBatch
 
+PARTS_DIR = "_retry"  # of a retry or a repair
 UNITS_DIR = "_units"
 _SUMMARY_KEY = b"capsfusion_unit"
 _READERS = 16  # footers are a few kB each: latency, not bandwidth
@@ -79,8 +80,7 @@ class UnitSummary:
 
 def part_schema(fields: Sequence[tuple[str, str]]) -> pa.Schema:
     """The frozen schema of a part: the dataset's columns, the reject's, and the tokens spent."""
-    extra = [pa.field(name, type_of_name(type_)) for name, type_ in fields]
-    return pa.schema([*DATA_FIELDS, *extra, *PART_FIELDS])
+    return pa.schema([*DATA_FIELDS, *extra_fields(fields), *PART_FIELDS])
 
 
 def summarise(batch: UnitBatch, part: pa.Table) -> UnitSummary:
@@ -111,6 +111,11 @@ def summarise(batch: UnitBatch, part: pa.Table) -> UnitSummary:
     )
     summary.check()
     return summary
+
+
+def parts_of(store: Store, edition: int) -> Store:
+    """Where the parts of one revision of the dataset lie, apart, until they are merged."""
+    return Store(f"{store.root}/{PARTS_DIR}/e{edition:03d}", store.options)
 
 
 def part_path(unit_id: str) -> str:

@@ -25,7 +25,7 @@ from capsfusion_ray.presets import INVALID
 from capsfusion_ray.repeats import REPEATED, Repeated
 from capsfusion_ray.revision import Revision
 from capsfusion_ray.rewrite import Rewriter, as_begun, begin, clean, in_row_order
-from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit, type_of_name
+from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit, extra_fields
 from capsfusion_ray.stages import admit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
@@ -135,7 +135,7 @@ def rejects(
             for unit_id, rows in rewriter.rows_of(file):
                 if unit_id in wanted:
                     found[unit_id].append(rows.filter(pc.is_in(rows[REASON], pa.array(list(reasons), pa.string()))))
-    schema = pa.schema([*PAIR_FIELDS, *(pa.field(name, type_of_name(type_)) for name, type_ in rewriter.fields)])
+    schema = pa.schema([*PAIR_FIELDS, *extra_fields(rewriter.fields)])
     for unit in units:
         tables = [table.select(schema.names).cast(schema) for table in found[unit.id]]
         # Files of different partitions interleave a unit's rows: back into their order.

@@ -20,12 +20,12 @@ from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.lease import Lease
 from capsfusion_ray.manifest import Counts, GroupEntry, Manifest, read_groups
-from capsfusion_ray.parts import UnitSummary, committed, read_summaries
+from capsfusion_ray.parts import UnitSummary, committed, parts_of, read_summaries
 from capsfusion_ray.pipeline import Job, Pool
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.repeats import REPEATED, Repeated, repeated
-from capsfusion_ray.rewrite import PARTS_DIR, THREADS, Rewriter, clean, publish
+from capsfusion_ray.rewrite import THREADS, Rewriter, clean, publish
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.storage import Store
 
@@ -69,7 +69,7 @@ class Revision(ABC):
     @property
     def parts(self) -> Store:
         """Where the units' parts lie; gone once they are merged."""
-        return Store(f"{self.store.root}/{PARTS_DIR}/e{self.edition:03d}", self.store.options)
+        return parts_of(self.store, self.edition)
 
     @property
     def units(self) -> list[WorkUnit]:

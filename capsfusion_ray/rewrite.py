@@ -27,7 +27,7 @@ from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.files import NULL_PARTITION, FileSet
 from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups
-from capsfusion_ray.parts import UnitSummary, read_part
+from capsfusion_ray.parts import PARTS_DIR, UnitSummary, parts_of, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit, type_of_name
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
 _OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-r\d{3})?(?:-(?P<group>g\d+))?-\d{5}\.parquet")
 
-PARTS_DIR = "_retry"  # where a revision's parts lie until they are merged
 Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
 
 
@@ -199,7 +198,11 @@ class Rewriter:
 
     def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
         """(unit id, its rows) of one file, in order, with the partition's column back in place."""
-        table = pq.ParquetFile(io.BytesIO(self.store.get(file.path))).read()
+        return self.rows_in(file, self.store.get(file.path))
+
+    def rows_in(self, file: FileEntry, data: bytes) -> list[tuple[str, pa.Table]]:
+        """The same, of a file that was read already."""
+        table = pq.ParquetFile(io.BytesIO(data)).read()
         if self.output.partition_by != "shard":
             table = table.append_column(self.output.partition_by, self._partition_value(file.path, table.num_rows))
         out, at = [], 0
@@ -355,7 +358,8 @@ def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
             return edition
         if other["kind"] == record["kind"] == "retry" and not any(entry.edition == edition for entry in read_groups(store)):
             log.warning("the retry that was begun here (%s) is given up: nothing of it stands in the dataset yet", _short(other))
-            store.delete([file.path for file in store.list(f"{PARTS_DIR}/e{edition:03d}")])
+            given_up = parts_of(store, edition)
+            given_up.delete([file.path for file in given_up.list()])
             store.put(record_path(edition), text)
         else:
             raise ConfigError(f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)}{_other_settings(other, record)})")
@@ -382,8 +386,8 @@ def begun(store: Store, manifest: Manifest) -> dict[str, Any] | None:
     return record
 
 
-def _other_settings(begun: dict[str, Any], asked: dict[str, Any]) -> str:
-    old, new = begun.get("settings", {}), asked.get("settings", {})
+def _other_settings(record: dict[str, Any], asked: dict[str, Any]) -> str:
+    old, new = record.get("settings", {}), asked.get("settings", {})
     return "".join(f"; {key}: was {json.dumps(old.get(key))[:80]}" for key in sorted(old) if new and old[key] != new.get(key))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -73,6 +74,11 @@ def type_of_name(name: str) -> pa.DataType:
     if name.startswith(_SERIALIZED):
         return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(name.removeprefix(_SERIALIZED)))).field(0).type
     return pa.type_for_alias(name)
+
+
+def extra_fields(noted: Iterable[tuple[str, str]]) -> list[pa.Field]:
+    """A plan's reference and passthrough columns, as it notes them: (name, name_of_type)."""
+    return [pa.field(name, type_of_name(type_)) for name, type_ in noted]
 
 
 class Outcome(StrEnum):

@@ -30,7 +30,7 @@ from capsfusion_ray.repair import open_repair
 from capsfusion_ray.retry import open_retry, reasons_of
 from capsfusion_ray.revision import Revision, run_revision
 from capsfusion_ray.rewrite import Rewriter, clean, judge_repeats, refuse_unfinished
-from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit, name_of_type, type_of_name
+from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit, extra_fields, name_of_type
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
 
@@ -66,26 +66,28 @@ def survey(cfg: FuseConfig) -> Survey:
         found = "; ".join(f"{shard.path}: {shard.error}" for shard in shards[:3]) or "no files"
         raise SourceError(f"input.path={cfg.input.path}: nothing readable ({found})")
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
-    if cfg.output.partition_by == "shard" and "shard" in schema.names:
+    pair_columns = {field.name for field in PAIR_FIELDS}
+    fields = tuple((field.name, name_of_type(field.type)) for field in schema if field.name not in pair_columns)
+    _check_partition(cfg.output.partition_by, {name: schema.field(name).type for name, _ in fields})
+    return Survey(model, shards, fields)
+
+
+def _check_partition(by: str, extra: dict[str, pa.DataType]) -> None:
+    """Raises ConfigError for a column that cannot name the output's folders. `extra`: those carried along."""
+    if by == "shard" and "shard" in extra:
         raise ConfigError(
             "source.passthrough: the output's folders are called shard=…, and a reader would find two columns of that name; rename it in the "
             "input, leave it out, or partition the output by another column (output.partition_by)"
         )
-    pair_columns = {field.name for field in PAIR_FIELDS}
-    fields = tuple((field.name, name_of_type(field.type)) for field in schema if field.name not in pair_columns)
-    if cfg.output.partition_by != "shard" and cfg.output.partition_by not in dict(fields):
-        raise ConfigError(
-            f"output.partition_by={cfg.output.partition_by}: not a passthrough column; have {[name for name, _ in fields]} or shard"
-        )
-    if cfg.output.partition_by != "shard" and pa.types.is_nested(kind := schema.field(cfg.output.partition_by).type):
-        raise ConfigError(f"output.partition_by={cfg.output.partition_by}: a column of {kind}, which makes no folder's name; partition by another")
-    return Survey(model, shards, fields)
+    if by != "shard" and by not in extra:
+        raise ConfigError(f"output.partition_by={by}: not a passthrough column; have {list(extra)} or shard")
+    if by != "shard" and pa.types.is_nested(extra[by]):
+        raise ConfigError(f"output.partition_by={by}: a column of {extra[by]}, which makes no folder's name; partition by another")
 
 
 def read_spec(cfg: FuseConfig, fields: Sequence[tuple[str, str]]) -> ReadSpec:
     """How every shard is read: the pair's columns, then the frozen extra ones."""
-    extra = [pa.field(name, type_of_name(type_)) for name, type_ in fields]
-    return ReadSpec(pa.schema([*PAIR_FIELDS, *extra]), cfg.source, cfg.filter, cfg.input.storage)
+    return ReadSpec(pa.schema([*PAIR_FIELDS, *extra_fields(fields)]), cfg.source, cfg.filter, cfg.input.storage)
 
 
 def base_of(cfg: FuseConfig, model: ModelInfo) -> dict[str, Any]:

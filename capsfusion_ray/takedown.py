@@ -115,11 +115,9 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
             raise ConfigError(f"filter: the {reason} filter needs a column {FILTER_COLUMNS[reason]!r}, and this output has {sorted(fields)}")
     filters = {name: value for name, value in vars(cfg.filter).items() if value is not None}
     noted: dict[str, Any] = {"above": dict(cfg.above), "below": dict(cfg.below), "filter": filters}
-    for name, values in (("urls", urls), ("row_ids", row_ids)):
-        if values:
-            noted[name] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
-
     listed = {key: (column, values) for key, column, values in (("urls", URL, urls), ("row_ids", ROW_ID, row_ids)) if values}
+    for key, (_, values) in listed.items():
+        noted[key] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
     found: dict[str, set[str]] = {key: set() for key in listed}
 
     def is_removed(rows: pa.Table) -> pa.Array:

@@ -28,7 +28,7 @@ from capsfusion_ray.rows import ROW_ID, WorkUnit
 from capsfusion_ray.storage import Store
 
 _READERS = 8
-_WAY_OUT = "the fuse command with repair=true recomputes its units"
+WAY_OUT = "the fuse command with repair=true recomputes its units"
 _MAX_PROBLEMS = 50  # named one by one; a broken disk would name every file
 
 
@@ -110,7 +110,7 @@ def damage(store: Store, files: Sequence[FileEntry]) -> dict[str, str]:
 
     def wrong(file: FileEntry) -> str:
         data = _bytes_of(store, file)
-        return "missing" if data is None else _checksum_problem(file, data)
+        return "missing" if data is None else checksum_problem(file, data)
 
     with ThreadPoolExecutor(_READERS) as pool:
         return {file.path: what for file, what in zip(files, pool.map(wrong, files), strict=True) if what}
@@ -123,7 +123,8 @@ def _bytes_of(store: Store, file: FileEntry) -> bytes | None:
         return None
 
 
-def _checksum_problem(file: FileEntry, data: bytes) -> str:
+def checksum_problem(file: FileEntry, data: bytes) -> str:
+    """Where its bytes are not those of the manifest; empty where they are."""
     digest = hashlib.sha256(data).hexdigest()
     return "" if digest == file.sha256 else f"checksum {digest[:12]}…, the manifest says {file.sha256[:12]}…"
 
@@ -133,7 +134,7 @@ def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     for file in manifest.files:
         size = listed.pop(file.path, None)
         if size is None:
-            yield f"{file.path}: missing; {_WAY_OUT}"
+            yield f"{file.path}: missing; {WAY_OUT}"
         elif size != file.bytes:
             yield f"{file.path}: {size} bytes, the manifest says {file.bytes}"
     yield from (f"{path}: not in the manifest, yet readers of the folder see it" for path in listed)
@@ -152,12 +153,12 @@ class _Seen:
         """Note row numbers of the unit, from one file; those that were read from another one."""
         at = np.array(numbers, dtype=np.int64) - unit.start
         with self._lock:
-            rows = self._rows.setdefault(unit.id, np.zeros(unit.rows, dtype=bool))
+            rows = self._rows.pop(unit.id) if unit.id in self._rows else np.zeros(unit.rows, dtype=bool)
             twice: list[int] = (at[rows[at]] + unit.start).tolist()
             rows[at] = True
             self._files_left[unit.id] -= 1
-            if not self._files_left[unit.id]:
-                del self._rows[unit.id]
+            if self._files_left[unit.id]:
+                self._rows[unit.id] = rows
         return twice
 
 
@@ -165,8 +166,8 @@ def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[st
     data = _bytes_of(store, file)
     if data is None:
         return []  # named by the listing
-    if wrong := _checksum_problem(file, data):
-        return [f"{file.path}: {wrong}; {_WAY_OUT}"]
+    if wrong := checksum_problem(file, data):
+        return [f"{file.path}: {wrong}; {WAY_OUT}"]
     rows = pq.read_metadata(io.BytesIO(data)).num_rows
     if rows != file.rows or rows != sum(n for _, n in file.units):
         return [f"{file.path}: {rows} rows, the manifest says {file.rows}"]

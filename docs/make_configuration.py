@@ -78,7 +78,8 @@ def page() -> str:
     for job, schema in JOBS:
         parts.append(f"## {job}\n")
         own = [field for field in dataclasses.fields(schema) if field.name in schema.__annotations__]
-        if len(own) < len(dataclasses.fields(schema)):
+        inherits = len(own) < len(dataclasses.fields(schema))
+        if inherits:
             parts.append(f"The keys of {next(name for name, base in JOBS if base is schema.__base__)}; new, or with other defaults:\n")
         top = [field for field in own if not dataclasses.is_dataclass(typing.get_type_hints(schema)[field.name])]
         sections = [field for field in own if field not in top]
@@ -86,7 +87,7 @@ def page() -> str:
             said, hints = comments(schema), typing.get_type_hints(schema)
             lines = [_row(f.name, describe(hints[f.name]), default_of(f), said.get(f.name, "")) for f in top]
             parts.append(_table(lines))
-        bases = {field.name: default_of(field) for field in dataclasses.fields(schema.__base__ or object)} if len(own) < len(dataclasses.fields(schema)) else {}
+        bases = {field.name: default_of(field) for field in dataclasses.fields(schema.__base__)} if inherits else {}  # type: ignore[arg-type]
         for field in sections:
             hint = typing.get_type_hints(schema)[field.name]
             parts.append(f"### {field.name}\n{inspect.cleandoc(hint.__doc__ or '')}\n")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from capsfusion_ray.config import load, usage
+from capsfusion_ray.config import load
+from capsfusion_ray.doorway import helped
 from capsfusion_ray.errors import CapsFusionError, UsageError
 from capsfusion_ray.showcase import ShowConfig, show
 
 
 def main(argv: list[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(f"{(__doc__ or '').strip()}\n\n{usage(ShowConfig)}")
+    if helped(ShowConfig, argv):
         return 0
     try:
         config = load(ShowConfig, argv)

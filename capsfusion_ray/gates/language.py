@@ -75,7 +75,6 @@ def _wrong_language(t: Triple) -> Fault | None:
     sources = t.raw.held | t.synthetic.held
     if sources & _FUNCTION_KEYS[best] or len(sources) < 6:
         return None
-    foreign = max(len(t.synthetic.held & keys) for name, keys in _FUNCTION_KEYS.items() if name != "English")
-    if best == "English" and foreign < 2:
+    if best == "English" and max(len(t.synthetic.held & keys) for name, keys in _FUNCTION_KEYS.items() if name != "English") < 2:
         return None  # a captioner that is not seen to write otherwise writes English, in whatever language the raw caption is
     return Fault(1.0, f"written in {best}, which neither source is")

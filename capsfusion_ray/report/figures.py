@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from capsfusion_ray.config import ClusterConfig
 from capsfusion_ray.gates.entities import is_entity
 from capsfusion_ray.provenance import Origin, Words, align_words, source_words
 from capsfusion_ray.report.sample import Row, State
 
-DEFAULT_USD_PER_GPU_HOUR = 2.5  # of an output whose run did not say
 LONGEST_BAR = 60  # words; the last bar holds all longer captions
 BAR_WORDS = 3
 DIVERSITY_POINTS = 20
@@ -56,7 +56,7 @@ def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """
     progress = state.progress
     cost: dict[str, Any] = next((revision["cost"] for revision in reversed(state.revisions) if "cost" in revision), {})
-    price = price_per_gpu_hour if price_per_gpu_hour is not None else cost.get("usd_per_gpu_hour", DEFAULT_USD_PER_GPU_HOUR)
+    price = price_per_gpu_hour if price_per_gpu_hour is not None else cost.get("usd_per_gpu_hour", ClusterConfig.price_per_gpu_hour)
     history = progress.get("history", [])
     actors = progress.get("actors", 0)
     on_gpu = any(not device.endswith((":cpu", ":none")) for device in state.devices)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from capsfusion_ray.config import InputConfig, SourceConfig
 from capsfusion_ray.errors import SourceError
-from capsfusion_ray.sources.model import DAMAGE, Shard, refuse_outage
+from capsfusion_ray.sources.model import DAMAGE, Shard, damage_of
 from capsfusion_ray.sources.text import first_byte, open_text, scan
 from capsfusion_ray.storage import Store, StoredFile
 
@@ -170,8 +170,7 @@ def _inspected(shard: Shard, store: Store, source: SourceConfig) -> Shard:
     except FileNotFoundError:
         return replace(shard, error="a link to nothing, or deleted since it was listed")
     except DAMAGE as error:
-        refuse_outage(error, store.url(shard.file))
-        return replace(shard, error=" ".join(f"{type(error).__name__}: {error}".split())[:500])
+        return replace(shard, error=damage_of(error, store.url(shard.file)))
 
 
 def _sniffed(store: Store, shard: Shard) -> str:

@@ -18,13 +18,15 @@ BATCH_ROWS = 8192  # decoded at a time: 2-3 MB of captions, however large the ro
 DAMAGE = (pa.ArrowException, OSError, ValueError, EOFError, RecursionError)
 
 
-def refuse_outage(error: BaseException, where: str) -> None:
-    """Raises StorageError where a mounted file system failed (EIO, ESTALE, …) rather than a decoder: it may read again later.
+def damage_of(error: BaseException, where: str) -> str:
+    """What DAMAGE is called in the accounting.
 
+    Raises StorageError where a mounted file system failed (EIO, ESTALE, …) rather than a decoder: it may read again later.
     A decoder's own OSError has no errno; EINVAL is a damaged offset, where no file has bytes.
     """
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise StorageError(f"cannot read {where}: {error}") from error
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 @dataclass(frozen=True, slots=True)

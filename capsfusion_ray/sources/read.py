@@ -29,7 +29,7 @@ from capsfusion_ray.sources.model import (
     Shard,
     UnitRows,
     UnreadableRange,
-    refuse_outage,
+    damage_of,
 )
 from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
 from capsfusion_ray.storage import Store
@@ -37,7 +37,9 @@ from capsfusion_ray.storage import Store
 LOG = logging.getLogger(__name__)
 
 Piece = Decoded | UnreadableRange
-_NO_UTF8 = "no UTF-8: "  # before a column's name, where its bad cells are counted
+BadCells = Counter[tuple[str, str]]  # column, and what became of its cells
+_NULLED = "could not be read as the frozen type; they are null"
+_REPAIRED = "are no UTF-8; U+FFFD stands for what they hold"
 
 
 def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) -> Iterator[UnitRows]:
@@ -53,7 +55,7 @@ def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) 
     pieces = _pieces(shard, ranges, spec)
     piece = next(pieces, None)
     empty = spec.schema.append(pa.field(INVALID, pa.string())).empty_table()
-    bad_cells = Counter[str]()
+    bad_cells = BadCells()
     for start, stop in ranges:
         tables, filtered, unreadable, at = [empty], Counter[FilterReason](), list[UnreadableRange](), start
         while piece is not None and at < stop:
@@ -73,11 +75,8 @@ def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) 
         if at < stop:
             unreadable.append(UnreadableRange(at, stop, f"the file ends after row {at}"))
         yield UnitRows(start, stop, pa.concat_tables(tables).combine_chunks(), dict(filtered), tuple(unreadable))
-    for column, count in (+bad_cells).items():  # "+" leaves out the zeros
-        if column.startswith(_NO_UTF8):
-            LOG.warning("%s: %d cells of %r are no UTF-8; U+FFFD stands for what they hold", shard.path, count, column.removeprefix(_NO_UTF8))
-        else:
-            LOG.warning("%s: %d cells of %r could not be read as the frozen type; they are null", shard.path, count, column)
+    for (column, became), count in (+bad_cells).items():  # "+" leaves out the zeros
+        LOG.warning("%s: %d cells of %r %s", shard.path, count, column, became)
 
 
 def read_rows(shard: Shard, start: int, stop: int, spec: ReadSpec) -> UnitRows:
@@ -141,8 +140,7 @@ def _parquet_pieces(
             if [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] != list(shard.row_groups):
                 raise ValueError("its row groups are not those of the plan: the file was replaced")
         except DAMAGE as error:
-            refuse_outage(error, store.url(shard.file))
-            yield UnreadableRange(0, shard.rows or 0, _text(error))
+            yield UnreadableRange(0, shard.rows or 0, damage_of(error, store.url(shard.file)))
             return
         group_start = 0
         for group, group_rows in enumerate(shard.row_groups):
@@ -159,8 +157,7 @@ def _parquet_pieces(
                     if at >= inside[-1][1]:
                         break
             except DAMAGE as error:
-                refuse_outage(error, store.url(shard.file))
-                yield UnreadableRange(at, stop, f"row group {group}: {_text(error)}")
+                yield UnreadableRange(at, stop, f"row group {group}: {damage_of(error, store.url(shard.file))}")
 
 
 def _text_pieces(store: Store, shard: Shard, ranges: Sequence[tuple[int, int]], columns: list[str]) -> Iterator[Piece]:
@@ -173,19 +170,14 @@ def _text_pieces(store: Store, shard: Shard, ranges: Sequence[tuple[int, int]], 
     except FileNotFoundError:
         raise
     except DAMAGE as error:
-        refuse_outage(error, store.url(shard.file))
-        yield UnreadableRange(at, shard.rows or 0, _text(error))
-
-
-def _text(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        yield UnreadableRange(at, shard.rows or 0, damage_of(error, store.url(shard.file)))
 
 
 # ------------------------------------------------------------------------------------------------ one batch
 
 
 def _caption_pairs(
-    piece: Decoded, low: int, high: int, shard: Shard, spec: ReadSpec, bad_cells: Counter[str]
+    piece: Decoded, low: int, high: int, shard: Shard, spec: ReadSpec, bad_cells: BadCells
 ) -> pa.Table:
     """Rows [low, high) of a decoded batch, with the frozen schema, INVALID and the filters' columns."""
     assert shard.schema is not None
@@ -209,15 +201,15 @@ def _caption_pairs(
                 if wrong is not None and field.name in (rows.RAW, rows.SYNTHETIC):
                     invalid = pc.coalesce(invalid, pc.if_else(wrong, field.name, pa.scalar(None, pa.string())))
                 elif wrong is not None:
-                    bad_cells[_NO_UTF8 + field.name] += pc.sum(wrong).as_py()
-            bad_cells[field.name] += bad
+                    bad_cells[field.name, _REPAIRED] += pc.sum(wrong).as_py()
+            bad_cells[field.name, _NULLED] += bad
             columns[field.name] = array
     columns[INVALID] = invalid
     for reason in active_filters(spec.filter):
         name = FILTER_COLUMNS[reason]
         number, bad = cast_column(source[name], pa.float64())
         if name not in columns:
-            bad_cells[name] += bad
+            bad_cells[name, _NULLED] += bad
             columns[name] = number
     return pa.table(columns)
 

@@ -18,8 +18,9 @@ from capsfusion_ray import takedown as takedown_module
 from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.manifest import read_manifest
+from capsfusion_ray.parts import PARTS_DIR
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import PARTS_DIR, sweep
+from capsfusion_ray.rewrite import sweep
 from capsfusion_ray.storage import Store
 from capsfusion_ray.takedown import TakedownConfig, takedown
 from capsfusion_ray.verify import verify
