@@ -24,16 +24,19 @@ from capsfusion_ray.engines.base import Engine, build_engine
 from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
 from capsfusion_ray.models import locate
 from capsfusion_ray.prompt import PromptBuilder
-from capsfusion_ray.rows import FinishReason, Generation, Prompt
+from capsfusion_ray.rows import CaptionPair, FinishReason, Generation, Prompt
 from capsfusion_ray.stages import waiting_pairs, with_generations
+from capsfusion_ray.starts import StartLog
 from capsfusion_ray.units import BUSY_S, DEVICE, ENGINE_S, UnitBatch, named
 
 log = logging.getLogger(__name__)
-EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED, EXIT_NODE_GOES = 70, 71, 72  # from EX_SOFTWARE up
+EXIT_ENGINE_DEAD, EXIT_ENGINE_STALLED, EXIT_NODE_GOES, EXIT_NO_START = 70, 71, 72, 73  # from EX_SOFTWARE up
 NOTICE_EVERY_S = 3.0  # a node is given 30 s by Ray, 30 to 120 s by a cloud
 LEAVE_S = 3.0  # before its node goes an actor is away: with its notes in order, and what is finished handed to Ray
 MAX_DEATHS = 60  # two poison rows of a unit of 10,000 take 32
 DEBUT = 16  # captions by which a model is judged
+STARTS_PER_PATIENCE = 30  # an engine that does not start is tried again so often, while the run stands still
+REHEARSAL = CaptionPair("rehearsal", "lighthouse at dusk", "a lighthouse on a rock by the sea")
 
 
 @dataclass(eq=False)
@@ -159,13 +162,27 @@ class FusionActor:
         attempts: AttemptLog,
         monitor: Monitor | None = None,
         notice: Notice | None = None,
+        starts: StartLog | None = None,
     ) -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._unusable: CapsFusionError | None = None
+        self._step_began: float | None = None
+        threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
         try:
+            if starts:
+                starts.begin()
             self._engine, self._prompts = start_engine(engine, decode, template)
-        except CapsFusionError as error:  # what a constructor raises would reach the driver as the text of a traceback
-            self._unusable = error
+            if engine.loads_model:
+                self._rehearse()
+            if starts:
+                starts.succeeded()
+        except Exception as error:
+            if starts and starts.failed(f"{type(error).__name__}: {error}"):
+                _start_anew(error, engine.start_patience_s / STARTS_PER_PATIENCE)
+            if not isinstance(error, CapsFusionError):
+                raise
+            # Raised here, it would reach the driver as the text of a traceback.
+            self._unusable = type(error)(f"{error} (on {socket.gethostname()})")
             return
         self._encode_lock = threading.Lock()  # a fast tokenizer must not be entered by two threads at once
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
@@ -175,11 +192,19 @@ class FusionActor:
         self._company = _Company()
         self._under_way: dict[str, Attempt] = {}  # by unit id, those that are noted
         self._debut = _Debut(locate(engine.model), decode) if engine.loads_model else None
-        self._step_began: float | None = None
         threading.Thread(target=self._drive, name="engine", daemon=True).start()
-        threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
         if notice:
             threading.Thread(target=self._look_out, args=(notice,), name="notice", daemon=True).start()
+
+    def _rehearse(self) -> None:
+        """Write one caption: an engine whose every step fails (no compiler, no memory) has not started, and no unit is to blame."""
+        for prompt in self._prompts.build([REHEARSAL]):
+            if isinstance(prompt, Prompt):
+                self._engine.submit([prompt])
+        while self._engine.unfinished:
+            self._step_began = time.monotonic()
+            self._engine.step()
+        self._step_began = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Fuse one unit. Every row that was waiting has a generation afterwards, or an error of its own.
@@ -325,6 +350,17 @@ def share_out(step_s: float, requests: Sequence[_Request]) -> None:
     rows = sum(request.left for request in requests)
     for request in requests:
         request.busy_s += step_s * request.left / rows
+
+
+def _start_anew(error: Exception, wait_s: float) -> None:
+    """End this process after a while: what kept its engine from starting may be gone then, and what is broken in it is gone."""
+    log.error(
+        "%s cannot start its engine (%s: %s); others of this run can, and go on. It is tried again in %.0f s; otherwise mend this node, or take it out",
+        socket.gethostname(), type(error).__name__, error, wait_s,
+    )  # fmt: skip
+    time.sleep(wait_s)
+    sys.stderr.flush()
+    os._exit(EXIT_NO_START)
 
 
 def _device_name(engine: EngineConfig) -> str:

@@ -38,6 +38,7 @@ from capsfusion_ray.preemption import NodeNotice
 from capsfusion_ray.rows import WorkUnit
 from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
 from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.starts import StartLog
 from capsfusion_ray.storage import Store, patiently
 from capsfusion_ray.units import Apart, UnitBatch, named
 
@@ -96,6 +97,8 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
     data_context().target_max_block_size = 1  # one row a block: a row is a unit, and is scheduled alone
     # One reader, and one committer, keep up with any GPU; more would be processes that start, hold memory and wait.
     tasks = TaskPoolStrategy(size=pool.max_actors)
+    attempts = AttemptLog(job.output, job.run)
+    starts = StartLog(job.output, job.run, job.engine.start_patience_s)
     dataset = (
         ray.data.read_datasource(
             source,
@@ -105,7 +108,7 @@ def run_batches(job: Job, pool: Pool, source: Datasource, read_tasks: int) -> It
         )
         .map_batches(
             FusionActor,
-            fn_constructor_args=(job.engine, job.decode, job.template, AttemptLog(job.output, job.run), EngineMonitor(), NodeNotice()),
+            fn_constructor_args=(job.engine, job.decode, job.template, attempts, EngineMonitor(), NodeNotice(), starts),
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,

@@ -15,11 +15,11 @@ FLOORS = [
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing", "repeats"]),
     ("the world", ["storage", "sources", "models", "modelcache", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages", "exchange"]),
     ("engines", ["engines"]),
-    ("the run", ["actors", "preemption", "pipeline", "cluster", "compactor", "monitor", "progress", "calibrate", "estimate", "revision", "retry", "repair", "run", "join", "pair"]),
+    ("the run", ["actors", "starts", "preemption", "pipeline", "cluster", "compactor", "monitor", "progress", "calibrate", "estimate", "revision", "retry", "repair", "run", "join", "pair"]),
     ("after", ["export", "takedown", "report", "showcase", "metrics", "evaluate", "train", "label", "doorway"]),
 ]
 FLOOR = {room: height for height, (_, rooms) in enumerate(FLOORS) for room in rooms}
-RAY_ROOMS = {"preemption", "pipeline", "monitor", "calibrate", "retry", "join", "cluster", "compactor", "train"}
+RAY_ROOMS = {"preemption", "starts", "pipeline", "monitor", "calibrate", "retry", "join", "cluster", "compactor", "train"}
 TORCH_ROOMS = {"engines", "train", "evaluate", "actors"}  # actors asks torch for the device's name
 
 

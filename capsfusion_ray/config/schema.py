@@ -152,6 +152,7 @@ class EngineConfig:
     max_prompt_tokens: int = 256  # text_input_max_length in the reference config.yaml
     threads: int | None = None  # CPU threads of one actor, for `beam` engines side by side; null: its share of the cores
     stall_s: float = 900.0  # a decode step (or batch) that takes longer ends the actor, and its units are tried again
+    start_patience_s: float = 1800.0  # an engine that does not start, where others of the run did, is tried again while the run moves; 0: it ends the run
     allow_demo_model: bool = False  # more than 100,000 rows with the embedded model
     trust_remote_code: bool = False
     api: ApiConfig = field(default_factory=ApiConfig)
@@ -166,6 +167,7 @@ class EngineConfig:
         _check(self.slots is None or self.slots > 0, "engine.slots", self.slots, "a positive number")
         _check(self.batch_size > 0, "engine.batch_size", self.batch_size, "a positive number")
         _check(self.stall_s > 0, "engine.stall_s", self.stall_s, "seconds above 0")
+        _check(self.start_patience_s >= 0, "engine.start_patience_s", self.start_patience_s, "seconds, 0 or more")
         _check(self.max_prompt_tokens >= 16, "engine.max_prompt_tokens", self.max_prompt_tokens, "at least 16")
 
     @property
