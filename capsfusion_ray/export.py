@@ -19,13 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.errors import AccountingError, ConfigError
-from capsfusion_ray.manifest import FileEntry, Manifest, read_finished
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.manifest import FileEntry, Manifest, read_finished, read_intact
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rewrite import Rewriter
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.storage import Store
-from capsfusion_ray.verify import WAY_OUT, checksum_problem
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
@@ -64,9 +63,7 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
     rewriter = Rewriter(source, 0, read_plans(source)[0].fields, OutputConfig(cfg.output.path, partition_by=partition_by))
 
     def copy(file: FileEntry, name: str) -> None:
-        data = source.get(file.path)
-        if wrong := checksum_problem(file, data):
-            raise AccountingError(f"{source.url(file.path)}: other bytes than the manifest says ({wrong}); {WAY_OUT}")
+        data = read_intact(source, file)
         target.put(name, data if partition_by == "shard" else _with_column(rewriter.rows_in(file, data)))
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -6,6 +6,7 @@ last, joins them. Knows the store; no Ray, no parquet.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ MANIFEST_VERSION = 1
 MANIFEST = "manifest.json"
 GROUPS_DIR = "_run/groups"
 _GROUP_NAME = len("r001-g00000")
+WAY_OUT = "the fuse command with repair=true recomputes its units"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ class FileEntry:
     @classmethod
     def parse(cls, data: dict[str, Any]) -> FileEntry:
         return cls(**{**data, "units": tuple((unit, rows) for unit, rows in data["units"])})
+
+
+def checksum_problem(file: FileEntry, data: bytes) -> str:
+    """What tells a file's bytes from those that were noted; empty where nothing does."""
+    digest = hashlib.sha256(data).hexdigest()
+    return "" if digest == file.sha256 else f"checksum {digest[:12]}…, the manifest says {file.sha256[:12]}…"
+
+
+def read_intact(store: Store, file: FileEntry) -> bytes:
+    """A file's bytes, to be written elsewhere: damage must not get a new checksum there. Raises AccountingError."""
+    data = store.get(file.path)
+    if wrong := checksum_problem(file, data):
+        raise AccountingError(f"{store.url(file.path)}: damaged ({wrong}); {WAY_OUT}")
+    return data
 
 
 @dataclass(frozen=True)

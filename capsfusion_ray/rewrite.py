@@ -26,7 +26,7 @@ from capsfusion_ray.compact import check_group
 from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.files import NULL_PARTITION, FileSet
-from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups
+from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups, read_intact
 from capsfusion_ray.parts import PARTS_DIR, UnitSummary, parts_of, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
@@ -198,7 +198,7 @@ class Rewriter:
 
     def rows_of(self, file: FileEntry) -> list[tuple[str, pa.Table]]:
         """(unit id, its rows) of one file, in order, with the partition's column back in place."""
-        return self.rows_in(file, self.store.get(file.path))
+        return self.rows_in(file, read_intact(self.store, file))
 
     def rows_in(self, file: FileEntry, data: bytes) -> list[tuple[str, pa.Table]]:
         """The same, of a file that was read already."""

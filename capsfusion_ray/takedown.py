@@ -27,11 +27,12 @@ from capsfusion_ray.parts import committed, part_path
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import Rewriter, as_begun, begin, clean, publish, sweep_if_idle
+from capsfusion_ray.rewrite import Rewriter, as_begun, begin, begun, clean, publish, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.schema import active_filters, cast_column
 from capsfusion_ray.storage import Store
+from capsfusion_ray.verify import refuse_damage
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         output = as_begun(cfg.output, manifest)
         criteria, is_removed, found = _criteria(cfg, dict(plans[0].fields))
         sweep_if_idle(store, manifest)
+        if not begun(store, manifest):
+            refuse_damage(store, manifest.files, "a takedown")
         edition = begin(store, manifest, {"kind": "takedown", **criteria})
         rewriter = Rewriter(store, edition, plans[0].fields, output)
         before = read_groups(store)

@@ -5,7 +5,6 @@ Knows the store, the plans and the manifest; no Ray, no engine. Nothing is repai
 
 from __future__ import annotations
 
-import hashlib
 import io
 import re
 import threading
@@ -21,14 +20,13 @@ import pyarrow.parquet as pq
 from capsfusion_ray.compact import check_group
 from capsfusion_ray.config import VerifyConfig
 from capsfusion_ray.errors import AccountingError, CapsFusionError, ConfigError
-from capsfusion_ray.manifest import FileEntry, GroupEntry, Manifest, count, read_manifest
+from capsfusion_ray.manifest import WAY_OUT, FileEntry, GroupEntry, Manifest, checksum_problem, count, read_manifest
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rows import ROW_ID, WorkUnit
 from capsfusion_ray.storage import Store
 
 _READERS = 8
-WAY_OUT = "the fuse command with repair=true recomputes its units"
 _MAX_PROBLEMS = 50  # named one by one; a broken disk would name every file
 
 
@@ -123,10 +121,12 @@ def _bytes_of(store: Store, file: FileEntry) -> bytes | None:
         return None
 
 
-def checksum_problem(file: FileEntry, data: bytes) -> str:
-    """Where its bytes are not those of the manifest; empty where they are."""
-    digest = hashlib.sha256(data).hexdigest()
-    return "" if digest == file.sha256 else f"checksum {digest[:12]}…, the manifest says {file.sha256[:12]}…"
+def refuse_damage(store: Store, files: Sequence[FileEntry], what: str) -> None:
+    """Before `what` writes these files' rows anew: begun, it could not be finished. Raises AccountingError."""
+    found = damage(store, files)
+    if found:
+        path, wrong = next(iter(found.items()))
+        raise AccountingError(f"{store.root}: {len(found)} files are damaged (first {path}: {wrong}), and {what} would carry that on; {WAY_OUT}")
 
 
 def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:

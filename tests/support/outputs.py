@@ -1,5 +1,7 @@
 """Small finished outputs, made without an engine; an output's files, to compare; a store that dies."""
 
+from pathlib import Path
+
 import pyarrow as pa
 
 from capsfusion_ray.compact import compact_group
@@ -74,3 +76,12 @@ class DiesAt:
             return method(*args)
 
         return call
+
+
+def flip_a_bit(folder: Path) -> Path:
+    """As a disk does, in the middle of the first file below; its path."""
+    path = min(folder.rglob("*.parquet"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return path

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
+from outputs import flip_a_bit
 
 from capsfusion_ray import retry as retry_module
 from capsfusion_ray import revision as revision_module
 from capsfusion_ray.config import VerifyConfig
-from capsfusion_ray.errors import ConfigError, EngineError
+from capsfusion_ray.errors import AccountingError, ConfigError, EngineError
 from capsfusion_ray.manifest import read_manifest
 from capsfusion_ray.parts import commit
 from capsfusion_ray.pipeline import Job
@@ -86,6 +87,30 @@ def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
     retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")))
     killed_at_every_write(tmp_path, retry_of, rows_of(tmp_path / "calm", "data"))
+
+
+def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
+    manifest = finished(tmp_path)
+    store = Store(str(tmp_path / "out"))
+    bad = flip_a_bit(tmp_path / "out" / "rejected")
+    with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
+        retry_of(tmp_path, store)
+    refuse_unfinished(store, manifest)  # a repair may begin
+    flip_a_bit(tmp_path / "out" / "rejected")
+    assert retry_of(tmp_path, store).fused > manifest.counts.fused
+
+
+def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_it_is_merged(tmp_path, monkeypatch):
+    finished(tmp_path)
+    work = retry_module.run_batches
+
+    def then_damaged(*args):
+        yield from work(*args)
+        flip_a_bit(tmp_path / "out" / "rejected")
+
+    monkeypatch.setattr(retry_module, "run_batches", then_damaged)
+    with pytest.raises(AccountingError, match="damaged"):
+        retry_of(tmp_path, Store(str(tmp_path / "out")))
 
 
 def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):

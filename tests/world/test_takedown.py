@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outputs import DiesAt, run_of, units_of
+from outputs import DiesAt, flip_a_bit, run_of, units_of
 
 from capsfusion_ray import takedown as takedown_module
 from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
-from capsfusion_ray.errors import ConfigError, SourceError
+from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.manifest import read_manifest
 from capsfusion_ray.parts import PARTS_DIR
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import sweep
+from capsfusion_ray.rewrite import refuse_unfinished, sweep
 from capsfusion_ray.storage import Store
 from capsfusion_ray.takedown import TakedownConfig, takedown
 from capsfusion_ray.verify import verify
@@ -86,6 +86,16 @@ def test_killed_at_every_write_and_repeated_it_closes(tmp_path, monkeypatch):
         assert verify(VerifyConfig(output, deep=True))["rows"]["removed"] == 3
         assert len(row_ids(tmp_path / f"out{at}")) == len(ROWS) - 3
     assert kills > 8
+
+
+def test_a_damaged_file_is_not_written_anew_as_if_it_were_whole(tmp_path):
+    output = finished(tmp_path / "out")
+    bad = flip_a_bit(tmp_path / "out" / "data")
+    with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
+        takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))
+    refuse_unfinished(Store(output.path), read_manifest(Store(output.path)))  # a repair may begin
+    flip_a_bit(tmp_path / "out" / "data")
+    assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4
 
 
 def test_by_url_and_by_a_columns_value(tmp_path):
