@@ -20,7 +20,7 @@ from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.metrics import FIGURES
 from capsfusion_ray.report.figures import figures
 from capsfusion_ray.report.page import render
-from capsfusion_ray.report.sample import State, draw, drawn_rows, state_of
+from capsfusion_ray.report.sample import State, draw, state_of
 from capsfusion_ray.storage import Store
 
 REPORT = "report.html"
@@ -53,12 +53,10 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     evaluation = _evaluation(Path(cfg.evaluation)) if cfg.evaluation else None
     store, state = _opened(cfg.output, "output.path")
     name, beside = (COMPARISON, _opened(cfg.beside, "beside.path")) if cfg.beside.path else (REPORT, None)
-    others = {row.id: row for row in drawn_rows(*beside)} if beside else None
-    sample = draw(store, state, cfg.rows_per_reason, others)
+    sample = draw(store, state, cfg.rows_per_reason, beside)
     if beside and not sample.shown:
         raise ConfigError(
-            f"beside.path={cfg.beside.path}: a sample of its rows and one of {cfg.output.path} have none in common; give two outputs of one "
-            "input. (Samples are taken by position: of millions of rows, cut otherwise or with many more rejects, they may miss each other)"
+            f"beside.path={cfg.beside.path}: has none of the rows that were drawn from {cfg.output.path}; give two outputs of one input"
         )
     shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
     if evaluation:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -13,14 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capsfusion_ray.manifest import Counts, count, read_groups, read_manifest
-from capsfusion_ray.parts import UNITS_DIR, committed, read_summaries
+from capsfusion_ray.manifest import Counts, FileEntry, count, read_groups, read_manifest
+from capsfusion_ray.parts import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.storage import Store
 
 FILES_READ = 48  # of each folder, spread over all its files
 ROWS_READ = 96_000  # of each folder, spread over these files and their row groups: a small output is read whole
+ROWS_FOUND = 2 * ROWS_READ  # of another output, to stand beside these
 BATCH_ROWS = 2_000
 MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
@@ -43,6 +45,8 @@ class State:
     busy_s: float  # the engines at work, all of them together
     progress: dict[str, Any]
     folders: tuple[str, ...]  # of files with rows
+    units: tuple[UnitSummary, ...]  # that are done
+    files: tuple[FileEntry, ...]  # and where their rows lie; a unit that is in none of them is a part
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def state_of(store: Store) -> State | None:
     progress = json.loads(store.get(PROGRESS)) if store.exists(PROGRESS) else {}
     manifest = read_manifest(store)
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
-        counts, units, shards = manifest.counts, manifest.units, manifest.unreadable_shards
+        counts, units, files, shards = manifest.counts, manifest.units, manifest.files, manifest.unreadable_shards
         revisions, folders = manifest.revisions, FOLDERS
     else:
         entries = read_groups(store)
@@ -83,11 +87,12 @@ def state_of(store: Store) -> State | None:
         waiting = committed(store) - compacted
         parts = read_summaries(store, [unit for plan in plans for unit in plan.units if unit.id in waiting])
         units = (*(unit for entry in entries for unit in entry.units), *parts)
+        files = tuple(file for entry in entries for file in entry.files)
         counts = count(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
         revisions, folders = (), (*FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
-    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), busy_s, progress, folders)
+    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), busy_s, progress, folders, units, files)
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,22 @@ class Sample:
     different: int = 0
 
 
-def draw(store: Store, state: State, per_reason: int, others: Mapping[str, Row] | None = None) -> Sample:
+def draw(store: Store, state: State, per_reason: int, beside: tuple[Store, State] | None = None) -> Sample:
     """At most `per_reason` rows to show of each reason and flag, and ten times as many ordinary ones.
 
-    `others`: the rows of another output by id; then only rows that are in both, each with its other, are drawn.
+    `beside`: another output; then only rows that are in both, each with its other, are drawn.
     """
+    rows: Iterable[Row] = drawn_rows(store, state)
+    others: dict[str, Row] = {}
+    if beside:
+        rows = list(rows)
+        others = find(*beside, {row.id for row in rows})
     left: Counter[str] = Counter()
     compared: Counter[bool] = Counter()
     drawn: list[Row] = []
     written: list[Row] = []
-    for row in drawn_rows(store, state):
-        if others is not None:
+    for row in rows:
+        if beside:
             if row.id not in others:
                 continue
             row = replace(row, other=others[row.id])
@@ -134,6 +144,65 @@ def drawn_rows(store: Store, state: State) -> Iterator[Row]:
             yield row
 
 
+def find(store: Store, state: State, ids: Collection[str]) -> dict[str, Row]:
+    """The rows of an output that have one of these ids, by id. A bounded number is read: of units that hold many of them, first."""
+    wanted = _units_of(state, ids)
+    found: dict[str, Row] = {}
+    compacted: set[str] = set()
+    for file in state.files:
+        places, at = [], 0
+        for unit_id, rows in file.units:
+            if unit_id in wanted:
+                places.append((at, at + rows))
+                compacted.add(unit_id)
+            at += rows
+        if places:
+            found |= _found(store, file.path, ids, places)
+    for unit_id in wanted - compacted:
+        found |= _found(store, part_path(unit_id), ids)
+    return found
+
+
+def _units_of(state: State, ids: Collection[str]) -> set[str]:
+    by_path: dict[str, list[UnitSummary]] = {}
+    for unit in sorted(state.units, key=lambda unit: unit.start):
+        by_path.setdefault(unit.path, []).append(unit)
+    hits: Counter[str] = Counter()
+    sizes: dict[str, int] = {}
+    for row_id in ids:
+        path, _, number = row_id.rpartition(":")
+        units = by_path.get(path, [])
+        at = bisect.bisect_right(units, int(number), key=lambda unit: unit.start) - 1
+        if at >= 0 and int(number) < units[at].stop:
+            hits[units[at].id] += 1
+            sizes[units[at].id] = units[at].stop - units[at].start
+    chosen, rows = set(), 0
+    for unit_id, _ in sorted(hits.items(), key=lambda hit: (-hit[1], hit[0])):
+        chosen.add(unit_id)
+        rows += sizes[unit_id]
+        if rows > ROWS_FOUND:
+            break
+    return chosen
+
+
+def _found(store: Store, path: str, ids: Collection[str], places: Sequence[tuple[int, int]] | None = None) -> dict[str, Row]:
+    """Of one file, from the row groups that hold some of `places` (rows of it, from and to); None: from all."""
+    try:
+        with store.open_input(path) as source:
+            file = pq.ParquetFile(source)
+            chosen, at = [], 0
+            for group in range(file.num_row_groups):
+                end = at + file.metadata.row_group(group).num_rows
+                if places is None or any(first < end and last > at for first, last in places):
+                    chosen.append(group)
+                at = end
+            batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=chosen, columns=_columns(file))
+            rows = (_row(row) for batch in batches for row in _as_bytes(batch).to_pylist())
+            return {row.id: row for row in rows if row.id in ids}
+    except FileNotFoundError:  # compacted, or swept, between the listing and now
+        return {}
+
+
 def _rows(store: Store, folder: str) -> Iterator[Row]:
     names = spread([file.path for file in store.list(folder) if file.path.endswith(".parquet")], FILES_READ)
     for name in names:
@@ -147,15 +216,18 @@ def _rows(store: Store, folder: str) -> Iterator[Row]:
 
 def _batches(file: pq.ParquetFile, most: int) -> Iterator[pa.RecordBatch]:
     """At most `most` rows of one file, of row groups spread over it."""
-    wanted = (ROW_ID, URL, RAW, SYNTHETIC, FUSED, FLAGS, REASON, DETAIL, OUTCOME)
-    columns = [column for column in wanted if column in file.schema_arrow.names]
     rows, groups = file.metadata.num_rows, file.num_row_groups
     chosen = spread(list(range(groups)), max(1, -(-most * groups // max(rows, 1))))
-    for batch in file.iter_batches(batch_size=min(BATCH_ROWS, most), row_groups=chosen, columns=columns):
+    for batch in file.iter_batches(batch_size=min(BATCH_ROWS, most), row_groups=chosen, columns=_columns(file)):
         yield batch.slice(0, most)
         most -= batch.num_rows
         if most <= 0:
             return
+
+
+def _columns(file: pq.ParquetFile) -> list[str]:
+    wanted = (ROW_ID, URL, RAW, SYNTHETIC, FUSED, FLAGS, REASON, DETAIL, OUTCOME)
+    return [column for column in wanted if column in file.schema_arrow.names]
 
 
 def _as_bytes(batch: pa.RecordBatch) -> pa.Table:

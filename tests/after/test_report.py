@@ -33,7 +33,7 @@ def unit(i, rows):
 
 def part(of):
     rows = []
-    for i in range(of.rows):
+    for i in range(of.start, of.stop):
         rejected, flagged = i % 10 == 0, i % 10 == 1
         rows.append(
             {
@@ -156,6 +156,11 @@ def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):
     assert data["figures"]["beside"]["different"] == 1
 
 
+def comparison_of(path):
+    """The figures of its page."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', (path / COMPARISON).read_text("utf-8"), re.DOTALL)[1])["figures"]
+
+
 def text_of(pieces, marked=False):
     """A caption's text on the page, or of it what is marked as different."""
     text = "".join(text if mark or not marked else " " for text, _, mark in pieces)
@@ -166,8 +171,25 @@ def test_a_small_output_is_compared_whole_whatever_became_of_a_row(tmp_path):
     """Rejected here and fused there, beyond the first rows of a file: what two settings differ in."""
     one, other = (run_of(tmp_path / name, [unit(0, 5_000)], 1) for name in ("one", "other"))
     report(ReportConfig(one.output, beside=other.output))
-    figures = json.loads(re.search(r'id="data">(.*?)</script>', (tmp_path / "one" / COMPARISON).read_text("utf-8"), re.DOTALL)[1])["figures"]
+    figures = comparison_of(tmp_path / "one")
     assert figures["beside"]["compared"] == 5_000
+
+
+def test_rows_of_another_output_are_found_wherever_they_lie_and_a_bounded_number_is_read(tmp_path, monkeypatch):
+    """Cut into other units and files, half of it not compacted yet: samples by position would have few rows in common."""
+    monkeypatch.setattr(sample, "ROWS_READ", 60)
+    monkeypatch.setattr(sample, "FILES_READ", 5)
+    one = run_of(tmp_path / "one", [unit(i, 40) for i in range(30)], 30)
+    pieces = [WorkUnit(f"v{i}-{start}", f"s{i}.parquet", start, start + 8, f"g{i * 5 + start // 8:05d}") for i in range(30) for start in range(0, 40, 8)]
+    other = run_of(tmp_path / "other", pieces, 75)
+    report(ReportConfig(one.output, beside=other.output))
+    figures = comparison_of(tmp_path / "one")
+    assert figures["beside"]["compared"] == 60 + 20, "all that were drawn: whole files of twelve rows, and their rejects"
+
+    monkeypatch.setattr(sample, "ROWS_FOUND", 16)
+    report(ReportConfig(one.output, beside=other.output))
+    figures = comparison_of(tmp_path / "one")
+    assert figures["beside"]["compared"] == 24, "three units"
 
 
 def test_what_is_read_is_bounded_and_spread_over_the_output(tmp_path, monkeypatch):
