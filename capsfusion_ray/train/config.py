@@ -18,6 +18,10 @@ class TripleConfig:
     fused: str = "capsfuion_official"  # spelled so in the published example file
     validation_rows: int = 500  # the last rows of the file
 
+    def __post_init__(self) -> None:
+        if self.validation_rows < 1:
+            raise ConfigError(f"data.validation_rows={self.validation_rows}: must be at least 1; the curve is measured on them")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -64,6 +68,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if not 0 < self.decay_steps <= self.steps:
             raise ConfigError(f"optim.decay_steps={self.decay_steps}: must be 1 to optim.steps={self.steps}")
+        if self.warmup_steps < 0 or self.batch_triples < 1:
+            raise ConfigError(f"optim.warmup_steps={self.warmup_steps}, optim.batch_triples={self.batch_triples}: must be at least 0 and 1")
+        if not 0 <= self.source_loss_weight < 1:
+            raise ConfigError(f"optim.source_loss_weight={self.source_loss_weight:g}: must be 0 or more and less than the fused caption's, 1")
 
 
 @dataclass(frozen=True)

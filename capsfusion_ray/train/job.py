@@ -72,7 +72,13 @@ def _worker(loop: dict[str, TrainConfig]) -> None:
 
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    wrap = ray.train.torch.prepare_model if context.get_world_size() > 1 else lambda model: model
+
+    def wrap(model: Any) -> Any:
+        if context.get_world_size() == 1:
+            return model
+        # Else every gradient stands in memory twice: the parameter's own, and the bucket's that is sent around.
+        return ray.train.torch.prepare_model(model, parallel_strategy_kwargs={"gradient_as_bucket_view": True})
+
     fit(loop["config"], lambda row: None, wrap, rank)
 
 

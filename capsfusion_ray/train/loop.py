@@ -21,7 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from capsfusion_ray import prompt
 from capsfusion_ray.models import FUSION_FILE, WISHES
 from capsfusion_ray.train.augment import Banks
-from capsfusion_ray.train.batches import POOL_BATCHES, Batch, Encoder, cached_by_word, pad, pool
+from capsfusion_ray.train.batches import (
+    POOL_BATCHES,
+    Batch,
+    Encoder,
+    PieceEncoder,
+    TextEncoder,
+    cached_by_word,
+    pad,
+    pool,
+)
 from capsfusion_ray.train.config import ModelConfig, OptimConfig, TrainConfig
 from capsfusion_ray.train.optim import Average, build_optimizers
 from capsfusion_ray.train.reinforce import Sampler, SelfCritic
@@ -32,6 +41,7 @@ CHECKPOINT = "checkpoint.pt"
 CURVE = "curve.jsonl"
 TOKENIZER = "tokenizer"  # a folder: trained once, read back when a killed run goes on
 VALIDATION_BATCH = 64  # sequences
+_STEPS_APART = 1_000_003  # of seeds: a resumed worker draws neither its own first numbers again nor another's
 _FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _ATTENTION = {"cpu": [SDPBackend.MATH], "cuda": _FUSED}
 
@@ -57,7 +67,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     banks = Banks.collect(triples, cfg.optim.seed)
     tokenizer, plain = _start(cfg, triples, work / TOKENIZER)
     plain.to(device)
-    encoder = build_encoder(tokenizer, template_text(cfg), cfg.optim.source_loss_weight, by_word=not cfg.model.path)
+    encoder = build_encoder(tokenizer, template_text(cfg), cfg.optim.source_loss_weight, ours=not cfg.model.path)
     _add_dropout(plain, cfg.optim.dropout)
     weighed = Loss(plain, cfg.optim.label_smoothing)
     loss_of = wrap(torch.compile(weighed, dynamic=True) if cfg.cluster.compile else weighed)
@@ -66,7 +76,11 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     average = Average(plain, cfg.optim.ema)
     # Before the resume, which restores the random state: building the sampler's copy of the model draws numbers.
     critic = _critic(cfg, plain, tokenizer, encoder, triples) if cfg.reinforce.samples else None
-    step = _resume(work / CHECKPOINT, plain, optimizers, average)
+    step = _resume(work / CHECKPOINT, plain, optimizers, average, device)
+    if step and rank:
+        torch.manual_seed(cfg.optim.seed + rank + _STEPS_APART * step)  # the checkpoint holds the first worker's random state
+    if rank == 0:
+        _forget_after(step, work / CURVE)
     held_out = _batches(validation, encoder, tokenizer.pad_token_id)
     batches: list[Batch] = []
     losses, rewards, tokens, began = [], [], 0, time.monotonic()
@@ -128,17 +142,18 @@ def template_text(cfg: TrainConfig) -> str:
     return wished or prompt.TEMPLATE
 
 
-def build_encoder(tokenizer: Any, template: str, source_weight: float, by_word: bool) -> Encoder:
-    """`by_word`: the tokenizer is ours, which never merges over a space, so words can be cached."""
+def build_encoder(tokenizer: Any, template: str, source_weight: float, ours: bool) -> Encoder:
+    """`ours`: the tokenizer is tokenizer.py's, which never merges over a space, so words can be cached."""
+    parsed = prompt.Template.parse(template)
+    if not ours:
+        return TextEncoder(parsed, tokenizer, tokenizer.eos_token_id, source_weight)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    parsed = prompt.Template.parse(template)
-    return Encoder(
-        parsed,
-        cached_by_word(encode) if by_word else encode,
+    return PieceEncoder(
+        cached_by_word(encode),
         list(tokenizer(parsed.before_raw)["input_ids"]),
         encode(parsed.between),
         encode(parsed.after_synthetic),
@@ -160,9 +175,9 @@ class Loss(nn.Module):
         scored_N = (weights_BL != 0).flatten().nonzero()[:, 0]
         # On CPUs the backward pass of torch's fused attention takes far longer than that of plain matrix products.
         with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(_ATTENTION[device.type]):
-            hidden_BLD = self.model.model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state
+            hidden_BLD = self.model.base_model(input_ids=ids_BL[:, :-1], use_cache=False).last_hidden_state
             # Logits only where they count: the table has more columns than all other layers together.
-            logits_NV = self.model.lm_head(hidden_BLD.flatten(0, 1).index_select(0, scored_N))
+            logits_NV = self.model.get_output_embeddings()(hidden_BLD.flatten(0, 1).index_select(0, scored_N))
         labels_N = ids_BL[:, 1:].flatten()[scored_N]
         losses_N = F.cross_entropy(logits_NV.float(), labels_N, reduction="none", label_smoothing=self.smoothing)
         weights_N = weights_BL.flatten()[scored_N]
@@ -185,7 +200,7 @@ def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device) -
 
 def rate(step: int, cfg: OptimConfig) -> float:
     """The share of the base learning rate at this step."""
-    return min(1.0, (step + 1) / cfg.warmup_steps, (cfg.steps - step) / cfg.decay_steps)
+    return min(1.0, (step + 1) / max(1, cfg.warmup_steps), (cfg.steps - step) / cfg.decay_steps)
 
 
 def save_model(model: Any, tokenizer: Any, cfg: TrainConfig, folder: Path) -> None:
@@ -275,13 +290,16 @@ def _checkpoint(
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "average": average.values,
         "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     half_written = path.with_suffix(".tmp")
     torch.save(state, half_written)
     os.replace(half_written, path)  # a kill leaves the old checkpoint or the new one, never half of one
 
 
-def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average) -> int:
+def _resume(
+    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average, device: torch.device
+) -> int:
     """The step to go on from: 0 without a checkpoint."""
     if not path.exists():
         return 0
@@ -292,4 +310,13 @@ def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optim
     for mine, saved in zip(average.values, state["average"], strict=True):
         mine.copy_(saved)
     torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state.get("cuda_rng") is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"])
     return int(state["step"])
+
+
+def _forget_after(step: int, curve: Path) -> None:
+    """What a killed run measured after its last checkpoint is measured again."""
+    if curve.exists():
+        lines = [line for line in curve.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+        curve.write_text("".join(f"{line}\n" for line in lines), "utf-8")

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from capsfusion_ray.train.batches import MAX_NEW_TOKENS, Batch, Encoder, pad
+from capsfusion_ray.train.batches import MAX_NEW_TOKENS, MAX_PROMPT, Batch, Encoder, pad
 from capsfusion_ray.train.config import ReinforceConfig
 from capsfusion_ray.train.triples import Triple
 
 if TYPE_CHECKING:
     from capsfusion_ray.train.reward import Reward
-
-MAX_PROMPT = 256  # tokens, the budget of the reference; a longer prompt is not sampled from
 
 
 class Sample(NamedTuple):
@@ -100,8 +98,8 @@ class SelfCritic:
         self._start = deepcopy(sampler.model).to(torch.bfloat16).eval()
 
     def __call__(self, triples: Sequence[Triple]) -> tuple[Batch, float]:
-        """The batch, and the mean reward of its samples, drift aside."""
-        encoder, triples = self.sampler.encoder, self.sampler.within_budget(triples)
+        """The batch, and the mean reward of its samples, drift aside. Prompts are within the budget: see `pool`."""
+        encoder = self.sampler.encoder
         sampled_TK = self.sampler(triples, self.cfg.samples)
         prompts = [encoder.prompt(triple) for triple in triples]
         reward_TK = torch.tensor(
@@ -124,8 +122,8 @@ class SelfCritic:
         rows = [_row(prompt, sample, 1.0) for prompt, sampled in zip(prompts, sampled_TK, strict=True) for sample in sampled]
         batch, device = pad(rows, self.pad_id), self._start.device
         ids_NL, own_NL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:] > 0
-        hidden_NLD = self._start.model(input_ids=ids_NL[:, :-1], use_cache=False).last_hidden_state
-        logits_MV = self._start.lm_head(hidden_NLD[own_NL]).float()
+        hidden_NLD = self._start.base_model(input_ids=ids_NL[:, :-1], use_cache=False).last_hidden_state
+        logits_MV = self._start.get_output_embeddings()(hidden_NLD[own_NL]).float()
         before_NL = torch.zeros(own_NL.shape, device=device)
         before_NL[own_NL] = -cross_entropy(logits_MV, ids_NL[:, 1:][own_NL], reduction="none")
         now_N = torch.tensor([sample.log_likelihood for sampled in sampled_TK for sample in sampled])

@@ -9,8 +9,8 @@ import pytest
 
 from capsfusion_ray.errors import SourceError
 from capsfusion_ray.train.augment import Banks
-from capsfusion_ray.train.batches import MAX_NEW_TOKENS, POOL_BATCHES, pool
-from capsfusion_ray.train.config import AugmentConfig, OptimConfig, TrainConfig
+from capsfusion_ray.train.batches import MAX_NEW_TOKENS, MAX_PROMPT, POOL_BATCHES, pool
+from capsfusion_ray.train.config import AugmentConfig, OptimConfig, ReinforceConfig, TrainConfig
 from capsfusion_ray.train.triples import Triple
 
 CFG = TrainConfig(
@@ -46,7 +46,7 @@ def test_only_captions_that_are_too_long_are_refused():
     rows = triples(1.0)
     as_they_are = dataclasses.replace(CFG, augment=dataclasses.replace(CFG.augment, rewrite_share=0.0))
     with pytest.raises(SourceError, match="at most"):
-        pool(1, rows, Banks.collect(rows, 1), encoder, as_they_are, 0)  # pool 0 has copy tasks alone
+        pool(1, rows, Banks.collect(rows, 1), encoder, as_they_are, 0)
 
 
 def test_the_same_seed_draws_the_same_batches_in_another_process():
@@ -71,3 +71,30 @@ def spelled(triple):
     """Token ids that tell the words: their letters."""
     text = f"{triple.raw} {triple.synthetic} {triple.fused}".encode()
     return list(text), [0.0] * (len(text) - 1) + [1.0]
+
+
+def test_without_a_curriculum_the_first_batches_are_real_captions():
+    rows = triples(0.0)
+    plain = dataclasses.replace(CFG, augment=dataclasses.replace(CFG.augment, rewrite_share=0.0, phrase_share=0.0, noise_share=0.0))
+    drawn = [triple for batch in pool(0, rows, Banks.collect(rows, 1), encoder, plain, 0) for triple in batch.triples]
+    assert set(drawn) <= set(rows)
+
+
+def test_a_self_critical_pool_has_prompts_to_sample_from_however_small_its_batches():
+    """A batch of one whose prompt is over the budget would stop the run at that step, at every try."""
+    rows = [dataclasses.replace(t, raw=" ".join([t.raw] * (120 if i % 3 else 1))) for i, t in enumerate(triples(0.0))]
+    one = dataclasses.replace(CFG, optim=OptimConfig(batch_triples=1), reinforce=ReinforceConfig(samples=2))
+    for number in range(5):
+        batches = pool(number, rows, Banks.collect(rows, 1), Words(), one, 0)
+        assert len(batches) == POOL_BATCHES
+        assert all(len(Words().prompt(triple)) <= MAX_PROMPT for batch in batches for triple in batch.triples)
+
+
+class Words:
+    """As `encoder`, with the prompt told apart."""
+
+    end_id = 0
+    __call__ = staticmethod(encoder)
+
+    def prompt(self, triple):
+        return list(range(len(triple.raw.split()) + len(triple.synthetic.split())))

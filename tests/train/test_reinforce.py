@@ -106,7 +106,7 @@ def test_one_sample_has_nothing_to_be_measured_against():
 def test_greedy_samples_are_the_models_own_and_end_at_the_end_token(supervised, triples_file):
     cfg = recipe(triples_file, supervised)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(supervised), AutoTokenizer.from_pretrained(supervised)
-    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, by_word=True)
+    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, ours=True)
     triples = read_triples(cfg.data)[1][:5]
     for triple, [(ids, nats)] in zip(triples, Sampler(model, tokenizer, encoder)(triples, 0), strict=True):
         prompt = torch.tensor([encoder.prompt(triple)])
@@ -126,7 +126,7 @@ def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(supervised
     cfg = recipe(triples_file, supervised)
     torch.manual_seed(0)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(supervised, dtype=torch.float32), AutoTokenizer.from_pretrained(supervised)
-    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, by_word=True)
+    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, ours=True)
     triples = random.Random(0).choices(read_triples(cfg.data)[0], k=8)
     critic = SelfCritic(
         ReinforceConfig(samples=4, supervised_weight=0.0, drift=drift),
