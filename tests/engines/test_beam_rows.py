@@ -60,6 +60,36 @@ def test_prompts_that_stream_in_while_others_are_in_work_change_nothing(alone, m
     assert texts(finished) == alone
 
 
+@pytest.mark.parametrize("slots", [1, 6, 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_step_that_is_rehearsed_on_a_gpu_leaves_nothing_behind(dtype, slots, monkeypatch):
+    """More slots than prompts: in bfloat16 the idle rows take part in every step. Here the rehearsal is on the CPU."""
+    model = tiny_llama(11, dtype=dtype)
+    calm = drain(beam_engine(model, DECODE, slots), PROMPTS[:3])
+    monkeypatch.setattr("capsfusion_ray.engines.beam.engine.REHEARSED_ON", {"cpu"})
+    engine = beam_engine(model, DECODE, slots)
+    assert drain(engine, PROMPTS[:1])[PROMPTS[0].id] == calm[PROMPTS[0].id] or slots == 1
+    assert texts(drain(beam_engine(model, DECODE, slots), PROMPTS[:3])) == texts(calm)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("attention", ["torch", "triton"])
+def test_on_a_gpu_captions_are_those_of_transformers_there(attention):
+    model = tiny_llama(11, dtype=torch.float32, head_dim=16).to("cuda")
+    assert texts(drain(beam_engine(model, DECODE, slots=5, attention=attention), PROMPTS)) == hf_texts(model, PROMPTS, DECODE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("prompts", [1, 14])
+def test_on_a_gpu_in_bfloat16_every_caption_comes_whatever_is_idle(prompts):
+    model = tiny_llama(11, dtype=torch.bfloat16, head_dim=16).to("cuda")
+    finished = [drain(beam_engine(model, DECODE, slots=9), PROMPTS[:prompts]) for _ in range(2)]
+    assert finished[0] == finished[1]
+    assert {generation.finish for generation in finished[0].values()} <= {FinishReason.EOS, FinishReason.LENGTH}
+
+
 def test_the_batch_stays_full_while_work_is_queued():
     engine = beam_engine(MODEL, DECODE, slots=4)
     engine.submit(PROMPTS)

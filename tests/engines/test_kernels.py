@@ -89,7 +89,7 @@ def test_the_engine_writes_the_same_captions_through_the_kernel(kernel, beams):
 
 
 def test_what_a_kernel_cannot_run_is_refused_by_name():
-    model = tiny_llama(1, dtype=torch.float32)  # heads of 8
+    model = tiny_llama(1, dtype=torch.float32).to(DEVICES["triton"])  # heads of 8
     with pytest.raises(ConfigError, match="heads have 8 channels"):
         beam_engine(model, DecodeConfig(), attention="triton")
     with pytest.raises(ConfigError, match=r"float32 on a CPU, and this is torch\.bfloat16"):

@@ -103,8 +103,8 @@ def hf_texts(
     ids = [list(prompt.prefix_ids + prompt.suffix_ids) for prompt in prompts]
     width = max(map(len, ids))
     out = model.generate(
-        torch.tensor([[IdTokenizer.pad_token_id] * (width - len(row)) + row for row in ids]),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+        torch.tensor([[IdTokenizer.pad_token_id] * (width - len(row)) + row for row in ids], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device),
         num_beams=decode.num_beams,
         max_new_tokens=decode.max_new_tokens,
         length_penalty=decode.settled().length_penalty,

@@ -59,6 +59,11 @@ class Cache:
         columns: int = self.visible_BKN.shape[2]
         return columns
 
+    def clear(self) -> None:
+        """No row sees anything: as it was allocated, whatever keys and values it holds."""
+        self.visible_BKN.zero_()
+        self.suffix_B.zero_()
+
     def open_rows(self, rows: Tensor, suffix_lengths: Tensor) -> None:
         """Rows begin: their beams see their own suffix and nothing generated."""
         suffix = torch.arange(self.columns, device=rows.device) < suffix_lengths[:, None]

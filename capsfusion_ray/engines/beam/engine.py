@@ -19,7 +19,7 @@ from capsfusion_ray.engines.base import Load, prompt_fault
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
-from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, arrange, plan_slots
+from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, arrange, plan_slots, release_cached
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel
 from capsfusion_ray.errors import EngineError
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Steps between two looks at the stop flags. A look waits for the device; a finished row idles 1.5 steps of about 41.
 LOOK_EVERY = {"cpu": 1, "cuda": 4}
+REHEARSED_ON = {"cuda"}  # where memory ends with an error that can be caught, one worst-case step is tried before any caption
 SHARED_PREFIX = 16  # tokens; a shorter prefix is cheaper read with each suffix than kept apart
 REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill of several suffixes, not several of one
 
@@ -126,6 +127,7 @@ class BeamEngine:
                 raise EngineError(f"engine.model={self._loaded.name!r}: no memory for a single caption: {shortage}")
             fewer = self._slots * 3 // 4
             log.warning("out of memory for %d slots (%s); trying %d", self._slots, plan.why, fewer)
+            release_cached()  # else fewer rows are carved out of the larger pieces of the last try, and what is left of each is lost
             self._slots = fewer
         log.info("%d slots (%s), %d prefix tokens, %d suffix columns", self._slots, plan.why, len(ids), suffix_columns)
 
@@ -138,14 +140,15 @@ class BeamEngine:
         try:
             cache = Cache.allocate(slots, suffix_columns, plan.num_beams, plan.max_new_tokens, weights)
             state = BeamState.empty(slots, plan, self._device)
-            if self._device.type == "cuda":
-                rows = torch.arange(max(1, min(slots, PREFILL_TOKENS["cuda"] // suffix_columns)), device=self._device)
+            if self._device.type in REHEARSED_ON:
+                rows = torch.arange(max(1, min(slots, PREFILL_TOKENS[self._device.type] // suffix_columns)), device=self._device)
                 tokens_RS = torch.zeros(len(rows), suffix_columns, dtype=torch.int64, device=self._device)
                 self._network.prefill(cache, prefix, rows, tokens_RS, torch.full_like(rows, suffix_columns))
                 ends = [cache.columns] * slots
                 logits = self._network.decode(cache, prefix, state.tokens_BKT[:, :, 0], state.length_B, ends)
                 self._search.advance(state, logits)
                 state = BeamState.empty(slots, plan, self._device)
+                cache.clear()
         except torch.OutOfMemoryError as error:
             return str(error)  # and the frame's tensors are freed with it, before the next try
         state.done_B.fill_(True)  # an idle slot takes part in every step; a prefill begins its search
