@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def load_model(engine: EngineConfig) -> LoadedModel:
     trust = engine.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        tokenizer = load_tokenizer(name, trust)
     except (OSError, ValueError) as error:
         raise ConfigError(f"engine.model={name!r}: no usable config and tokenizer there: {error}") from error
     try:
@@ -91,10 +92,7 @@ def load_model(engine: EngineConfig) -> LoadedModel:
     except ValueError as error:  # "Unrecognized configuration class": not a causal language model
         raise ConfigError(f"engine.model={name!r}: not loadable as a causal language model: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise EngineError(
-            f"engine.model={name!r}: no memory for its weights on {device} ({error}); use a larger GPU, or engine.kind=vllm "
-            "with engine.vllm.tensor_parallel=2, which splits a model and has no beam search"
-        ) from error
+        raise EngineError(_no_memory(name, device, error)) from error
     except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError: by the form that is damaged
         raise EngineError(
             f"engine.model={name!r}: its weights cannot be read ({error}); download them again"
@@ -107,7 +105,10 @@ def load_model(engine: EngineConfig) -> LoadedModel:
                 "of another model; download it again"
             )
     _refuse_foreign_tokens(model, tokenizer, name)
-    model = model.to(device).eval()
+    try:
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError as error:  # without accelerate it was loaded into the host's memory first
+        raise EngineError(_no_memory(name, device, error)) from error
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if not torch.isfinite(parameter).all():
@@ -116,6 +117,28 @@ def load_model(engine: EngineConfig) -> LoadedModel:
             )
     _name_empty_rows(model, tokenizer, name)
     return LoadedModel(model, tokenizer, eos_ids_of(model, tokenizer, name), name)
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model's folder. Raises OSError or ValueError for one that is not usable.
+
+    A LLaMA whose folder holds `tokenizer.model` alone was trained with BOS before its texts, as transformers 4 gave it;
+    transformers 5 leaves BOS out unless tokenizer_config.json has `add_bos_token`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    alone = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
+    unsaid = "add_bos_token" not in tokenizer.init_kwargs and tokenizer.bos_token_id is not None
+    if alone and unsaid and AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type in ("llama", "mistral"):
+        tokenizer.add_bos_token = True
+        log.info("%s: no add_bos_token in its tokenizer_config.json; prompts begin with %s", folder, tokenizer.bos_token)
+    return tokenizer
+
+
+def _no_memory(name: str, device: torch.device, error: Exception) -> str:
+    return (
+        f"engine.model={name!r}: no memory for its weights on {device} ({error}); use a larger GPU, or engine.kind=vllm "
+        "with engine.vllm.tensor_parallel=2, which splits a model and has no beam search"
+    )
 
 
 def _refuse_foreign_tokens(model: Any, tokenizer: Any, name: str) -> None:

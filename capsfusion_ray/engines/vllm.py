@@ -11,10 +11,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Load, prompt_fault
+from capsfusion_ray.engines.loading import load_tokenizer
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -32,7 +31,7 @@ class VllmEngine:
         vllm = _import_vllm()
         folder = folder_of(engine)
         # One of our own: prompts are encoded by other threads than the one that steps.
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=engine.trust_remote_code)
+        self._tokenizer = load_tokenizer(folder, engine.trust_remote_code)
         self._vllm = vllm
         self._max_prompt_tokens = engine.max_prompt_tokens
         self._slots = engine.slots or SLOTS

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+import sentencepiece
 import torch
 from tiny import EOS, IdTokenizer, beam_engine, loaded, tiny_llama
 from tokenizers import Tokenizer
@@ -48,6 +50,23 @@ def test_weights_in_the_hubs_bin_form_load(folder):
     torch.save(state, folder / "pytorch_model.bin")
     model = load_model(config(folder)).model
     assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("said", [None, {}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_a_tokenizer_model_alone_is_read_and_begins_with_bos_unless_it_says_otherwise(folder, said, tmp_path_factory):
+    """As LLaMA models of 2023 are, such as CapsFusion's: sentencepiece's own file, and no tokenizer.json."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("\n".join(f"a lighthouse of {year} on a rock by the sea, number {year % 97}" for year in range(1700, 2000)))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe", hard_vocab_limit=False, minloglevel=2
+    )
+    if said is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **said}))
+    [ids] = load_model(config(folder)).encode(["a lighthouse"])
+    assert (ids[0] == 1) == ((said or {}).get("add_bos_token", True))
+    assert len(ids) > 2
 
 
 def test_nan_weights_are_named(folder):
