@@ -39,6 +39,7 @@ def _strict() -> GatesConfig:
         cut_off=reject,
         unsupported_name=reject,
         too_short=GateConfig("reject", 3),
+        repeated_caption=GateConfig("reject", 0.001),  # one refusal for many pairs
     )
 
 

@@ -132,20 +132,14 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
         tests += [pc.fill_null(pc.greater(_numbers(rows, name), value), False) for name, value in cfg.above.items()]
         tests += [pc.fill_null(pc.less(_numbers(rows, name), value), False) for name, value in cfg.below.items()]
         if filters:
-            tests.append(pc.invert(filter_mask(_as_read(rows, cfg.filter), cfg.filter)[0]))
+            as_read = rows.append_column(INVALID, pa.nulls(rows.num_rows, pa.string()))
+            tests.append(pc.invert(filter_mask(as_read, cfg.filter)[0]))
         together = tests[0]
         for test in tests[1:]:
             together = pc.or_(together, test)
         return together
 
     return noted, is_removed, found
-
-
-def _as_read(rows: pa.Table, filter: FilterConfig) -> pa.Table:
-    """Rows of the output as the filters saw them when they were read."""
-    for name in (FILTER_COLUMNS[reason] for reason in active_filters(filter)):
-        rows = rows.set_column(rows.schema.get_field_index(name), name, _numbers(rows, name))
-    return rows.append_column(INVALID, pa.nulls(rows.num_rows, pa.string()))
 
 
 def _numbers(rows: pa.Table, name: str) -> pa.Array:

@@ -21,26 +21,27 @@ _SECRET = ("secret", "key", "token", "password", "credential", "connection_strin
 
 
 def load(schema: type[T], argv: typing.Sequence[str]) -> T:
-    """Merge YAML fragments left to right, then `key=value` overrides, into one frozen config.
+    """Merge YAML fragments left to right, then `key=value` overrides, wherever they stand, into one frozen config.
 
     Raises ConfigError for a missing file, an unknown key (naming the nearest valid one), a value of the wrong type, or one
     that a fragment demands (???) and nobody gives.
     """
-    merged: DictConfig = OmegaConf.create({})
+    files: list[DictConfig] = []
+    overrides: list[DictConfig] = []
     valid, demanded = _keys(schema), dict[str, str]()
     for argument in argv:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             raise ConfigError(f"{argument}: there are no flags but --help; give YAML files first, then key=value (see docs/configuration.md)")
         if equals:
-            part = _parse_override(key, value, valid)
+            overrides.append(part := _parse_override(key, value, valid))
         elif argument.endswith((".yaml", ".yml")):
-            part = _read_yaml(argument)
+            files.append(part := _read_yaml(argument))
         else:
             raise ConfigError(f"{argument}: neither a .yaml file nor key=value")
         _refuse_unknown(part, valid, argument)
         demanded |= dict.fromkeys(OmegaConf.missing_keys(part), argument)  # what it has as ???
-        merged = typing.cast(DictConfig, OmegaConf.merge(merged, part))
+    merged = typing.cast(DictConfig, OmegaConf.merge({}, *files, *overrides))
     for key, file in demanded.items():
         if OmegaConf.select(merged, key) is None:
             raise ConfigError(f"{file}: it leaves {key} to you; give {key}=…")
@@ -59,7 +60,7 @@ def load(schema: type[T], argv: typing.Sequence[str]) -> T:
 def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
     # A value of a text field is taken literally: a caption column named `null`, a path with `[` or a secret of figures
     # must not become YAML.
-    if valid.get(key, "").startswith("str") or _section(key) == "storage":
+    if valid.get(key, "").startswith("str") or _in_storage(key):
         part = OmegaConf.create({})
         OmegaConf.update(part, key, value)
         return part
@@ -169,15 +170,15 @@ def without_secrets(words: typing.Sequence[str]) -> list[str]:
         key, _, value = word.partition("=")
         # {…}: a whole section at once, such as output={path: …, storage: {secret: …}}
         section = key.endswith("storage") or ("storage" in value and value.lstrip().startswith("{"))
-        secret = is_secret(key.rpartition(".")[2]) if _section(key) == "storage" else section and is_secret(value)
+        secret = is_secret(key.rpartition(".")[2]) if _in_storage(key) else section and is_secret(value)
         return f"{key}=***" if secret and value else word
 
     return [shown(word) for word in words]
 
 
-def _section(key: str) -> str:
-    """The section that a dotted key stands in."""
-    return key.rpartition(".")[0].rpartition(".")[2]
+def _in_storage(key: str) -> bool:
+    """Of a dotted key: an option of a store, such as output.storage.secret or to_storage.secret."""
+    return key.rpartition(".")[0].endswith("storage")
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     def masked(value: Any, name: str = "") -> Any:
         if isinstance(value, dict):
             return {k: masked(v, f"{name}.{k}") for k, v in value.items()}
-        secret = _section(name) == "storage" and is_secret(name.rpartition(".")[2])
+        secret = _in_storage(name) and is_secret(name.rpartition(".")[2])
         return "***" if secret and value else value
 
     return {k: masked(v, k) for k, v in dataclasses.asdict(config).items()}

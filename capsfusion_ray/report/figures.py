@@ -52,29 +52,32 @@ def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | No
 def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """Captions/s and the time left over time, and the cost of a million; a GPU's price counts only where a GPU was.
 
-    While it runs: as the last minutes were. Finished: an actor's, over all that its engines did, whichever process it was.
+    The speed while it runs is that of the last minutes; finished, an actor's, over all that its engines did. The cost is
+    what the engines were at work, over all processes of the run, and not what actors were asked for.
     """
     progress = state.progress
-    cost: dict[str, Any] = next((revision["cost"] for revision in reversed(state.revisions) if "cost" in revision), {})
-    price = price_per_gpu_hour if price_per_gpu_hour is not None else cost.get("usd_per_gpu_hour", ClusterConfig.price_per_gpu_hour)
+    told = {"gpus_per_actor": None, "usd_per_gpu_hour": None} | state.told
+    price = next((p for p in (price_per_gpu_hour, told["usd_per_gpu_hour"]) if p is not None), ClusterConfig.price_per_gpu_hour)
+    on_gpu = state.base.get("engine.kind") != "api" and any(not device.endswith((":cpu", ":none")) for device in state.devices)
+    gpus = (1.0 if told["gpus_per_actor"] is None else told["gpus_per_actor"]) if on_gpu else 0.0
     history = progress.get("history", [])
-    actors = progress.get("actors", 0)
-    on_gpu = any(not device.endswith((":cpu", ":none")) for device in state.devices)
     rate = progress.get("captions_per_s") or 0.0
-    over_all = state.finished and state.busy_s > 0
-    shown = (state.counts.fused + state.counts.kept + state.counts.rejected) / state.busy_s if over_all else rate
-    actor_hours = (1 if over_all else actors) * 1e6 / shown / 3600 if shown else None
+    counts = state.counts
+    # What a takedown removed was written too.
+    worked = (counts.fused + counts.kept + counts.rejected + counts.removed) / state.busy_s if state.busy_s else 0.0
+    over_all = state.finished and worked > 0
+    actor_hours = 1e6 / worked / 3600 if worked else None
     return {
         "history": history,
         "eta_history": [(seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate],
-        "captions_per_s": shown,
+        "captions_per_s": worked if over_all else rate,
         "unit": "captions/s an actor" if over_all else "captions/s",
         "eta_s": progress.get("eta_s"),
-        "actors": actors,
+        "actors": progress.get("actors", 0),
         "updated_at": progress.get("updated_at", ""),
         "devices": state.devices,
         "actor_hours_per_million": actor_hours,
-        "usd_per_million": actor_hours * (cost.get("gpus_per_actor") or 1.0) * price if actor_hours and on_gpu else None,
+        "usd_per_million": actor_hours * gpus * price if actor_hours and gpus else None,
         "usd_per_gpu_hour": price,
         "prompt_tokens": state.counts.prompt_tokens,
         "output_tokens": state.counts.output_tokens,

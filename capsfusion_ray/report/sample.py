@@ -13,10 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from omegaconf import OmegaConf
 
 from capsfusion_ray.manifest import Counts, FileEntry, count, read_groups, read_manifest
 from capsfusion_ray.parts import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
-from capsfusion_ray.planfile import read_plans
+from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.storage import Store
 
@@ -40,6 +41,7 @@ class State:
     finished: bool
     unreadable_shards: dict[str, str]
     revisions: tuple[dict[str, Any], ...]
+    told: dict[str, float | None]  # of the last run: gpus_per_actor and usd_per_gpu_hour, as far as they are known
     base: dict[str, Any]
     devices: dict[str, int]  # device -> units
     busy_s: float  # the engines at work, all of them together
@@ -81,6 +83,8 @@ def state_of(store: Store) -> State | None:
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
         counts, units, files, shards = manifest.counts, manifest.units, manifest.files, manifest.unreadable_shards
         revisions, folders = manifest.revisions, FOLDERS
+        cost: dict[str, Any] = next((revision["cost"] for revision in reversed(revisions) if "cost" in revision), {})
+        told = {key: cost.get(key) for key in ("gpus_per_actor", "usd_per_gpu_hour")}
     else:
         entries = read_groups(store)
         compacted = {unit.id for entry in entries for unit in entry.units}
@@ -90,9 +94,20 @@ def state_of(store: Store) -> State | None:
         files = tuple(file for entry in entries for file in entry.files)
         counts = count(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
-        revisions, folders = (), (*FOLDERS, UNITS_DIR)
+        revisions, told, folders = (), _told(store, len(plans)), (*FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
-    return State(counts, counts.done == counts.planned, shards, revisions, plans[0].base, dict(devices), busy_s, progress, folders, units, files)
+    return State(counts, counts.done == counts.planned, shards, revisions, told, plans[0].base, dict(devices), busy_s, progress, folders, units, files)
+
+
+def _told(store: Store, revision: int) -> dict[str, float | None]:
+    """Of a run that has no manifest yet: as its saved configuration has it."""
+    path = f"{RUN_DIR}/config-r{revision:03d}.yaml"
+    if not store.exists(path):
+        return {}
+    saved = OmegaConf.create(store.get(path).decode())
+    gpus = OmegaConf.select(saved, "cluster.gpus_per_actor")
+    split = OmegaConf.select(saved, "engine.vllm.tensor_parallel") if OmegaConf.select(saved, "engine.kind") == "vllm" else None
+    return {"gpus_per_actor": split if gpus is None else gpus, "usd_per_gpu_hour": OmegaConf.select(saved, "cluster.price_per_gpu_hour")}
 
 
 @dataclass(frozen=True)

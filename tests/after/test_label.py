@@ -6,7 +6,7 @@ import shutil
 import pyarrow as pa
 import pytest
 
-from capsfusion_ray.config import FuseConfig, GatesConfig, load, to_yaml
+from capsfusion_ray.config import FuseConfig, GatesConfig, as_dict, load, to_yaml
 from capsfusion_ray.doorway import run_job
 from capsfusion_ray.errors import CostCapReached
 from capsfusion_ray.label import LabelConfig, dollars_spent, prepare
@@ -119,3 +119,8 @@ def test_a_cap_that_is_used_up_stops_with_exit_code_1_and_says_how_to_go_on(argv
     commit_units(str(tmp_path / "out"), 3)
     assert run_job(LabelConfig, prepare, [*argv, *PRICES, "engine.api.max_dollars=0.05"]) == 1
     assert "higher cap" in capsys.readouterr().err
+
+
+def test_a_teacher_is_judged_as_strictly_as_the_fragment_says():
+    strict = as_dict(load(FuseConfig, ["conf/gates/strict.yaml"]).gates)
+    assert as_dict(load(LabelConfig, []).gates) == strict | {"boilerplate": "reject"}

@@ -13,7 +13,7 @@ from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
-from capsfusion_ray.manifest import MANIFEST, assemble, read_manifest
+from capsfusion_ray.manifest import MANIFEST, assemble, count, read_manifest
 from capsfusion_ray.parts import commit, part_schema, summarise
 from capsfusion_ray.plan import Plan, PlannedShard
 from capsfusion_ray.planfile import write_plan
@@ -240,6 +240,42 @@ def test_a_finished_outputs_speed_and_price_are_those_of_all_its_units(tmp_path)
     speed = data_of(tmp_path)[1]["figures"]["speed"]
     assert (speed["captions_per_s"], speed["unit"]) == (4.0, "captions/s an actor")
     assert speed["usd_per_million"] == pytest.approx(1e6 / 4 / 3600 * 0.5 * 3)
+
+
+@pytest.mark.parametrize(
+    ("config", "base", "dollars"),
+    [
+        ("cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}", {}, 2.5),
+        ("cluster: {gpus_per_actor: 0.5, price_per_gpu_hour: 4.0}", {}, 2.0),
+        ("{cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}, engine: {kind: vllm, vllm: {tensor_parallel: 4}}}", {}, 10.0),
+        ("cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}", {"engine.kind": "api"}, None),
+        (None, {}, 2.5),
+    ],
+)
+def test_a_running_outputs_price_is_of_what_its_engines_did_and_not_of_what_was_asked_for(tmp_path, monkeypatch, config, base, dollars):
+    """Of sixteen spot actors three may be there: `actors` of progress.json is what the pool may grow to."""
+    cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 1)
+    store = Store(cfg.output.path)
+    store.put("progress.json", json.dumps({"history": [], "captions_per_s": 2.0, "actors": 16}).encode())
+    if config:
+        store.put("_run/config-r001.yaml", config.encode())
+    state = sample.state_of(store)
+    state = dataclasses.replace(state, finished=False, devices={"host:NVIDIA H100": 1}, busy_s=30.0, base=state.base | base)
+    monkeypatch.setattr("capsfusion_ray.report.state_of", lambda store: state)
+    report(cfg)
+    speed = data_of(tmp_path)[1]["figures"]["speed"]
+    assert (speed["captions_per_s"], speed["unit"]) == (2.0, "captions/s"), "of the last minutes"
+    assert speed["usd_per_million"] == (dollars and pytest.approx(1e6 / 4 / 3600 * dollars)), "120 rows in 30 s"
+
+
+def test_what_a_takedown_removed_was_paid_for_too(tmp_path):
+    cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 3)
+    store = Store(cfg.output.path)
+    manifest = read_manifest(store)
+    fewer = [dataclasses.replace(u, fused=u.fused - 20, removed=20, busy_s=10.0) for u in manifest.units]
+    store.put(MANIFEST, dataclasses.replace(manifest, units=tuple(fewer), counts=count(fewer, 120)).to_bytes())
+    report(cfg)
+    assert data_of(tmp_path)[1]["figures"]["speed"]["captions_per_s"] == 4.0
 
 
 def test_outputs_without_a_common_row_cannot_be_compared(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml, without_secrets
 from capsfusion_ray.doorway import EXIT_DONE, run_job
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.export import ExportConfig
 from capsfusion_ray.train.config import TrainConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -50,6 +51,13 @@ def test_a_mistake_is_refused_with_the_way_out(argument, says):
     assert says in refused(argument)
 
 
+def test_a_file_behind_an_override_does_not_take_it_back(tmp_path):
+    """As in `make … ARGS="… input.path=…" behind a preset that names one."""
+    (tmp_path / "mine.yaml").write_text("input: {path: mine}\nunit: {rows: 7}\n")
+    cfg = load(FuseConfig, ["output.path=o", "input.path=given", str(tmp_path / "mine.yaml")])
+    assert (cfg.input.path, cfg.unit.rows) == ("given", 7)
+
+
 def test_help_names_every_key_with_its_default(capsys):
     assert run_job(FuseConfig, pytest.fail, ["conf/demo.yaml", "--help"]) == EXIT_DONE
     said = capsys.readouterr().out
@@ -76,6 +84,13 @@ def test_saved_config_loads_again_and_hides_secrets(tmp_path):
     assert "hunter2" not in saved.read_text()
     assert again.output.storage == {"secret": "***", "endpoint_url": "http://x"}
     assert dataclasses.replace(again, output=cfg.output) == cfg
+
+
+def test_a_store_of_any_name_keeps_its_secrets(tmp_path):
+    cfg = load(ExportConfig, ["output.path=o", "to=t", "to_storage.secret=0123", "to_storage.key=1e5"])
+    assert cfg.to_storage == {"secret": "0123", "key": "1e5"}, "taken literally"
+    assert without_secrets(["to_storage.secret=hunter2"]) == ["to_storage.secret=***"]
+    assert "0123" not in to_yaml(cfg)
 
 
 def test_a_command_line_is_shown_without_secrets():

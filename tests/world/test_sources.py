@@ -12,6 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -562,6 +563,32 @@ def test_filters_count_each_row_once_at_its_first_reason(
     got, units = read_all(folder, LAION, FilterConfig(max_punsafe=0.5, min_words=1, min_characters=2))
     assert [r["row_id"] for r in got] == kept
     assert {r: sum(u.filtered.get(r, 0) for u in units) for r in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (pa.array(["0.1", "N/A", "0.9"]), pa.array(["0.1", None, "0.9"])),
+        (pa.array([0.1, None, 0.9]), pa.array(["0.1", "N/A", "0.9"])),
+        (pa.array([Decimal("0.1"), None, Decimal("0.9")]), pa.array([0.1, math.nan, 0.9])),
+    ],
+    ids=["text", "float and text", "decimal and float"],
+)
+def test_a_filter_column_that_is_carried_along_as_something_else_than_floats_filters_all_the_same(
+    first: pa.Array, second: pa.Array, tmp_path: Path
+) -> None:
+    """One cell that is no number makes the whole input's column text; the filter says nothing of that cell."""
+    for name, column in (("a", first), ("b", second)):
+        write_parquet(tmp_path / f"{name}.parquet", laion(3, punsafe=column))
+    got, units = read_all(tmp_path, LAION, FilterConfig(max_punsafe=0.5))
+    assert [r["row_id"] for r in got] == ["a.parquet:0", "a.parquet:1", "b.parquet:0", "b.parquet:1"]
+    assert "punsafe" in got[0]
+    assert sum(u.filtered[FilterReason.PUNSAFE] for u in units) == 2
+
+
+def test_a_filter_column_that_is_null_in_all_shards_leaves_nothing_out(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", laion(2, punsafe=pa.nulls(2)))
+    assert len(read_all(tmp_path, LAION, FilterConfig(max_punsafe=0.5))[0]) == 2
 
 
 def test_a_filter_column_that_is_not_carried_along_is_not_in_the_output(tmp_path: Path) -> None:
