@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capsfusion_ray.pairing import BUCKET, read_spans, to_exchange
-from capsfusion_ray.sources import ReadSpec, Shard, iter_units
+from capsfusion_ray.sources import ReadSpec, Shard, read_patiently
 from capsfusion_ray.storage import Store, StoredFile, patiently
 
 FOLDER = "_pair/exchange"
@@ -79,7 +79,7 @@ def distribute(
     span: Span, table: Table, normalise: str, partitions: int, schema: pa.Schema, store: Store
 ) -> Iterator[str]:
     """The first pass: read a span and write its objects; their names, as they are written."""
-    for unit in iter_units(span.shard, span.ranges, table.read):
+    for unit in read_patiently(span.shard, span.ranges, table.read):
         unreadable = sum(lost.stop - lost.start for lost in unit.unreadable)
         rows = to_exchange(
             span.side, span.number, unit.table, table.key, table.carried, unreadable, normalise, partitions, schema

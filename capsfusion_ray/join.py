@@ -13,7 +13,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +24,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from capsfusion_ray import exchange
+from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.exchange import Span, Table
 from capsfusion_ray.pairing import Audit, exchange_schema, join_bucket
 from capsfusion_ray.pipeline import as_raised, data_context
@@ -58,12 +59,19 @@ def run_join(join: Join) -> Audit:
     there = {file.path for file in store.list(exchange.FOLDER)}
     missing = [span.without(there) for span in spans if not there.issuperset(span.names)]
     log.info("distributing: %d of %d spans of rows", len(missing), len(spans))
-    shared = ray.put((join, schema))
+    # Without the shards: a span brings its own, and 10,000 of them would be unpickled by every task.
+    tables = {side: replace(table, shards=()) for side, table in join.tables.items()}
+    shared = ray.put((replace(join, tables=tables), schema))
     for _ in outcomes("Distribute", [_Distribute(shared, span) for span in missing]):
         pass
 
     wanted = {name for span in spans for name in span.names}
     objects = [file for file in store.list(exchange.FOLDER) if file.path in wanted]
+    if len(objects) < len(wanted):
+        raise AccountingError(
+            f"{store.root}: {len(wanted) - len(objects)} of {len(wanted)} objects between the passes are gone, as if another driver had "
+            "ended this pairing meanwhile; nothing was overwritten: run the same command again"
+        )
     places = ray.put(([file.path for file in objects], exchange.offsets_of(store, objects, join.partitions)))
     done = {file.path for file in store.list(BUCKETS)}
     left = [bucket for bucket in range(join.partitions) if _note(bucket) not in done]
@@ -157,3 +165,4 @@ def _noted(store: Store, path: str) -> Audit:
 def sweep(store: Store) -> None:
     """Delete what stands between the passes, and what a killed run needs to go on."""
     store.delete([file.path for folder in (exchange.FOLDER, BUCKETS) for file in store.list(folder)])
+    store.delete_leftovers()  # of killed writers

@@ -29,6 +29,7 @@ from capsfusion_ray.config import ClusterConfig, ColumnsConfig, FilterConfig, In
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.exchange import Table
 from capsfusion_ray.join import Join, run_join, sweep
+from capsfusion_ray.lease import LEASE, Lease
 from capsfusion_ray.pairing import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit
 from capsfusion_ray.presets import PRESETS
 from capsfusion_ray.rows import URL
@@ -71,6 +72,7 @@ class PairConfig:
     normalise: Literal["none", "url"] = "none"  # url: scheme, host case, default port and fragment are no difference
     duplicates: Literal["first", "refuse"] = "first"  # of rows with one key: take the first by shard and row, or stop
     partitions: int | None = None  # buckets of the join, and files; null: one a 500,000 rows
+    takeover: bool = False  # take the output over from a driver that is still at work on it, who then stops
     address: str = "auto"  # auto: the cluster of `ray job submit`, else a local one started here; or ray://…
 
     def __post_init__(self) -> None:
@@ -140,6 +142,11 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
     tables = [survey(RAW_SIDE, cfg.raw, cfg.normalise), survey(SYNTHETIC_SIDE, cfg.synthetic, cfg.normalise)]
     partitions = cfg.partitions or min(-(-sum(table.rows for table in tables) // BUCKET_ROWS), 10_000)
     store = Store(cfg.output.path, cfg.output.storage)
+    with Lease(store, cfg.takeover) as lease:
+        return _pair(cfg, tables, partitions, store, lease, began)
+
+
+def _pair(cfg: PairConfig, tables: Sequence[Table], partitions: int, store: Store, lease: Lease, began: float) -> dict[str, Any]:
     _claim(store, settings(cfg, tables, partitions))
     if store.exists(AUDIT):
         done: dict[str, Any] = json.loads(store.get(AUDIT))
@@ -154,6 +161,7 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
         )
     finally:
         cluster.disconnect()
+    lease.check()
     audit.check({table.side: table.rows for table in tables})
     refuse_duplicates(cfg, audit)
     if audit.raw.matched == 0:
@@ -186,6 +194,7 @@ def settings(cfg: PairConfig, tables: Sequence[Table], partitions: int) -> dict[
     decides: dict[str, Any] = {"normalise": cfg.normalise, "partitions": partitions}
     for table in tables:
         decides |= {f"{table.side}.{role}": name for role, name in table.columns.items()}
+        decides[f"{table.side}.passthrough"] = list(table.carried)  # the key may be among them, and then the schema does not tell
         decides[f"{table.side}.schema"] = str(table.read.schema)
         decides[f"{table.side}.path"] = fingerprint(
             {shard.path: [shard.content_key, shard.rows, i] for i, shard in enumerate(table.shards)}
@@ -196,7 +205,7 @@ def settings(cfg: PairConfig, tables: Sequence[Table], partitions: int) -> dict[
 def _claim(store: Store, wanted: dict[str, Any]) -> None:
     """Raises ConfigError where the output holds the parts of another pairing, naming what differs, or anything else."""
     if not store.exists(SETTINGS):
-        found = store.list()
+        found = [file for file in store.list() if file.path != LEASE]
         if found:
             raise ConfigError(
                 f"output.path={store.root}: not empty, and no pairing of ours (it has {found[0].path}); choose a new one"

@@ -28,6 +28,8 @@ BUCKET, SIDE, LOST, ROWS, KEY, SHARD, ROW, CAPTION, LINK = (
 )  # fmt: skip
 LOST_REASONS = ("unreadable", "unusable", "without_key")
 EXAMPLES = 3  # keys shown of a kind
+CAST_ROWS = 65_536
+_WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}  # between the passes a column of a bucket may be over 2 GiB
 
 
 def exchange_schema(carried: Sequence[pa.Field]) -> pa.Schema:
@@ -37,13 +39,13 @@ def exchange_schema(carried: Sequence[pa.Field]) -> pa.Schema:
         (SIDE, pa.string()),
         (LOST, pa.string()),  # null: a row that can be joined; else one of LOST_REASONS
         (ROWS, pa.int64()),  # how many rows it stands for
-        (KEY, pa.string()),
+        (KEY, pa.large_string()),
         (SHARD, pa.int32()),
         (ROW, pa.int64()),
-        (CAPTION, pa.string()),
-        (LINK, pa.string()),
+        (CAPTION, pa.large_string()),
+        (LINK, pa.large_string()),
     ]
-    return pa.schema([*(pa.field(name, type_) for name, type_ in named), *carried])
+    return pa.schema([*(pa.field(name, type_) for name, type_ in named), *(f.with_type(_WIDE.get(f.type, f.type)) for f in carried)])
 
 
 def pair_schema(carried: Sequence[pa.Field]) -> pa.Schema:
@@ -246,7 +248,10 @@ def join_bucket(bucket: pa.Table, carried: Sequence[pa.Field]) -> tuple[pa.Table
         keys = lonely[KEY].slice(0, EXAMPLES).to_pylist()  # sorted, as _first_of_each left them
         counts[side] |= {"matched": left.num_rows, "unmatched": lonely.num_rows, "unmatched_keys": tuple(keys)}
     audit = Audit(SideAudit(**counts[RAW_SIDE]), SideAudit(**counts[SYNTHETIC_SIDE]), int(bucket.num_rows > 0), bucket.num_rows)
-    return pa.table(columns).cast(pair_schema(carried)), audit
+    # A slice at a time: 32-bit offsets reach over 2 GiB of text and no further.
+    pairs, schema = pa.table(columns), pair_schema(carried)
+    slices = [pairs.slice(first, CAST_ROWS).cast(schema) for first in range(0, pairs.num_rows, CAST_ROWS)]
+    return pa.concat_tables([schema.empty_table(), *slices]), audit
 
 
 def _first_of_each(table: pa.Table) -> tuple[pa.Table, dict[str, Any]]:

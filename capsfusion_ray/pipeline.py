@@ -30,13 +30,13 @@ from ray.exceptions import RayTaskError
 from capsfusion_ray.actors import FusionActor
 from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesConfig
-from capsfusion_ray.errors import CapsFusionError, CostCapReached, StorageError
+from capsfusion_ray.errors import CapsFusionError, CostCapReached
 from capsfusion_ray.monitor import EngineMonitor, tell_store_faults
 from capsfusion_ray.parts import UnitSummary, commit
 from capsfusion_ray.plan import spans
 from capsfusion_ray.preemption import NodeNotice
 from capsfusion_ray.rows import WorkUnit
-from capsfusion_ray.sources import ReadSpec, Shard, UnitRows, iter_units
+from capsfusion_ray.sources import ReadSpec, Shard, read_patiently
 from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.starts import StartLog
 from capsfusion_ray.storage import Store, patiently
@@ -185,7 +185,7 @@ class _Read:
 
     def __call__(self) -> Iterable[pa.Table]:
         job: Job = ray.get(self.job)
-        reads = self._reads(job.read)
+        reads = read_patiently(self.shard, [(unit.start, unit.stop) for unit in self.units], job.read)
         for unit in self.units:
             with named(unit):
                 read = next(reads)
@@ -193,24 +193,6 @@ class _Read:
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
             tell_store_faults()
             yield UnitBatch(unit, admit(read.table, job.gates), Apart(filtered, unreadable)).pack()
-
-
-    def _reads(self, spec: ReadSpec) -> Iterator[UnitRows]:
-        """The units' rows, in order; a store that fails is waited out, and what was read is not read again."""
-        ranges = [(unit.start, unit.stop) for unit in self.units]
-        found, done = iter_units(self.shard, ranges, spec), 0
-
-        def following() -> UnitRows:
-            nonlocal found
-            try:
-                return next(found)
-            except StorageError:
-                found = iter_units(self.shard, ranges[done:], spec)
-                raise
-
-        while done < len(ranges):
-            yield patiently(following)
-            done += 1
 
 
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:

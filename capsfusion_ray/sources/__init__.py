@@ -13,7 +13,7 @@
 from capsfusion_ray.sources.discover import discover
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.model import ReadSpec, Shard, UnitRows, UnreadableRange
-from capsfusion_ray.sources.read import iter_units, read_rows, sample
+from capsfusion_ray.sources.read import iter_units, read_patiently, read_rows, sample
 from capsfusion_ray.sources.schema import frozen_schema
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "filter_mask",
     "frozen_schema",
     "iter_units",
+    "read_patiently",
     "read_rows",
     "sample",
 ]

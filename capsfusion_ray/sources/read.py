@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capsfusion_ray import rows
-from capsfusion_ray.errors import SourceError
+from capsfusion_ray.errors import SourceError, StorageError
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID, column_map
 from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources import text
@@ -32,7 +32,7 @@ from capsfusion_ray.sources.model import (
     damage_of,
 )
 from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, patiently
 
 LOG = logging.getLogger(__name__)
 
@@ -40,6 +40,23 @@ Piece = Decoded | UnreadableRange
 BadCells = Counter[tuple[str, str]]  # column, and what became of its cells
 _NULLED = "could not be read as the frozen type; they are null"
 _REPAIRED = "are no UTF-8; U+FFFD stands for what they hold"
+
+
+def read_patiently(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) -> Iterator[UnitRows]:
+    """As `iter_units`; a store that fails is waited out, and what was read is not read again."""
+    found, done = iter_units(shard, ranges, spec), 0
+
+    def following() -> UnitRows:
+        nonlocal found
+        try:
+            return next(found)
+        except StorageError:
+            found = iter_units(shard, ranges[done:], spec)
+            raise
+
+    while done < len(ranges):
+        yield patiently(following)
+        done += 1
 
 
 def iter_units(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) -> Iterator[UnitRows]:

@@ -1,6 +1,7 @@
 """Pairing two tables on a store: what the stages write is what jobs/fuse.py reads. The stages run here, one after another, without Ray."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,7 +12,8 @@ from capsfusion_ray import exchange
 from capsfusion_ray import join as join_module
 from capsfusion_ray import pair as pair_module
 from capsfusion_ray.config import FilterConfig, InputConfig, SourceConfig, load
-from capsfusion_ray.errors import ConfigError, SourceError
+from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
+from capsfusion_ray.lease import LEASE, Lease
 from capsfusion_ray.pair import (
     AUDIT,
     SETTINGS,
@@ -288,6 +290,47 @@ def test_on_any_store(store, tables, without_ray):
     assert [file.path for file in Store(store.root, store.options).list()] == [
         AUDIT,
         SETTINGS,
+        LEASE,
         "part-00000.parquet",
         "part-00001.parquet",
     ]
+
+
+@pytest.mark.parametrize(("first", "second"), [(["hash", "WIDTH"], ["WIDTH", "hash"]), (["WIDTH", "hash"], ["WIDTH"]), (["WIDTH"], ["WIDTH", "hash"])])
+def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_among_them(tables, tmp_path, without_ray, first, second):
+    cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")))
+    keyed = {side: replace(table, key="hash") for side, table in tables.items()}
+
+    def carrying(names):
+        return replace(cfg, **keyed | {"raw": replace(keyed["raw"], passthrough=names)})
+
+    pair(carrying(first))
+    with pytest.raises(ConfigError, match=r"raw\.passthrough was"):
+        pair(carrying(second))
+    assert pair(carrying(first))["pairs"]
+
+
+def test_objects_that_another_driver_swept_meanwhile_end_the_pairing_before_a_part_is_overwritten(tables, tmp_path, without_ray, monkeypatch):
+    """Taken over while its first pass waited for a node: what it lists afterwards is a fragment."""
+    cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
+    pair(cfg)
+    parts = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    (tmp_path / "out" / AUDIT).unlink()
+
+    def then_swept(name, tasks):
+        yield from in_turn(name, tasks)
+        if name == "Distribute":
+            min((tmp_path / "out" / "_pair" / "exchange").iterdir()).unlink()
+
+    monkeypatch.setattr(join_module, "outcomes", then_swept)
+    with pytest.raises(AccountingError, match=r"1 of .* objects between the passes are gone"):
+        pair(cfg)
+    assert parts == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+
+
+def test_a_second_driver_is_refused_while_one_is_at_work(tables, tmp_path, without_ray, monkeypatch):
+    monkeypatch.setattr("capsfusion_ray.lease.TTL_S", 1.0)
+    cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
+    with Lease(Store(str(tmp_path / "out")), ttl_s=1.0), pytest.raises(ConfigError, match="another driver is at work"):
+        pair(cfg)
+    assert pair(cfg)["pairs"] == 20, "the lease alone does not make the folder another's"

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capsfusion_ray import pipeline, sources
+from capsfusion_ray import sources
 from capsfusion_ray.config import FuseConfig, load
 from capsfusion_ray.errors import StorageError
-from capsfusion_ray.sources import iter_units
+from capsfusion_ray.sources import iter_units, read, read_patiently
 from capsfusion_ray.storage import StoreRefused, patience, patiently
 from capsfusion_ray.storage.base import StoreFull
 
@@ -56,19 +56,18 @@ def test_a_read_that_fails_between_units_goes_on_with_the_next(tmp_path, slept, 
     (shard,) = sources.discover(cfg.input, cfg.source)
     spec = sources.ReadSpec(sources.frozen_schema([shard], cfg.source, cfg.filter), cfg.source, cfg.filter)
     ranges = [(0, 10), (10, 30), (30, 50)]
-    units = tuple(pipeline.WorkUnit(f"unit-{i}", shard.path, *range_, "g00000") for i, range_ in enumerate(ranges))
-    want = [read.table for read in iter_units(shard, ranges, spec)]
+    want = [unit.table for unit in iter_units(shard, ranges, spec)]
     asked = []
 
     def fails_once_after_each(shard, ranges, spec):
         asked.append(tuple(ranges))
-        for number, read in enumerate(iter_units(shard, ranges, spec)):
+        for number, unit in enumerate(iter_units(shard, ranges, spec)):
             if number == 1 and len(asked) < 3:
                 raise StorageError("away")
-            yield read
+            yield unit
 
-    monkeypatch.setattr(pipeline, "iter_units", fails_once_after_each)
-    got = [read.table for read in pipeline._Read(None, shard, units)._reads(spec)]
+    monkeypatch.setattr(read, "iter_units", fails_once_after_each)
+    got = [unit.table for unit in read_patiently(shard, ranges, spec)]
     assert got == want
     assert asked == [tuple(ranges), tuple(ranges[1:]), tuple(ranges[2:])]
     assert slept == [patience.PAUSES_S[0]] * 2
