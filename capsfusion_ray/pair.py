@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -32,8 +33,8 @@ from capsfusion_ray.join import Join, run_join, sweep
 from capsfusion_ray.lease import LEASE, Lease
 from capsfusion_ray.pairing import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit
 from capsfusion_ray.presets import PRESETS
-from capsfusion_ray.rows import URL
-from capsfusion_ray.sources import ReadSpec, discover, frozen_schema
+from capsfusion_ray.rows import RESERVED, URL
+from capsfusion_ray.sources import ReadSpec, Shard, discover, frozen_schema
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ def survey(side: str, table: TableConfig, normalise: str) -> Table:
     if names is None:
         raise SourceError(f"{side}.path={table.path}: no row is readable there ({len(shards)} files)")
 
+    _check_named(side, table, shards)
+
     def pick(role: str, given: str, known: Sequence[str]) -> str:
         found = given or next((name for name in known if name in names), "")
         if not found and role != "url":
@@ -132,6 +135,20 @@ def survey(side: str, table: TableConfig, normalise: str) -> Table:
     return Table(
         side, shards, ReadSpec(schema, source, FilterConfig(), table.storage), key, columns, tuple(table.passthrough)
     )
+
+
+def _check_named(side: str, table: TableConfig, shards: Sequence[Shard]) -> None:
+    """Raises SourceError for a column that was named and is not in every shard."""
+    named = [("caption", table.caption), ("key", table.key), ("url", table.url), *(("passthrough", name) for name in table.passthrough)]
+    for shard in shards:
+        if shard.schema is None or not shard.rows:
+            continue
+        present = shard.schema.names
+        for role, name in named:
+            if name and name not in present and name not in RESERVED:
+                near = get_close_matches(name, present, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise SourceError(f"{side}.{role}={name}: {shard.path} has no such column; it has {', '.join(present)}{hint}")
 
 
 def pair(cfg: PairConfig) -> dict[str, Any]:

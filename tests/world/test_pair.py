@@ -334,3 +334,18 @@ def test_a_second_driver_is_refused_while_one_is_at_work(tables, tmp_path, witho
     with Lease(Store(str(tmp_path / "out")), ttl_s=1.0), pytest.raises(ConfigError, match="another driver is at work"):
         pair(cfg)
     assert pair(cfg)["pairs"] == 20, "the lease alone does not make the folder another's"
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"caption": "TEXTT"}, r"raw\.caption=TEXTT: .*; did you mean TEXT\?"),
+        ({"key": "kk"}, r"raw\.key=kk: .* has no such column; it has URL"),
+        ({"url": "ulr"}, r"raw\.url=ulr"),
+        ({"passthrough": ["WIDT"]}, r"raw\.passthrough=WIDT: .*; did you mean WIDTH\?"),
+    ],
+)
+def test_a_column_that_is_not_there_is_named_with_the_key_that_names_it(tables, tmp_path, without_ray, named, says):
+    cfg = PairConfig(raw=replace(tables["raw"], **named), synthetic=tables["synthetic"], output=PairOutputConfig(str(tmp_path / "out")))
+    with pytest.raises(SourceError, match=says):
+        pair(cfg)
