@@ -26,7 +26,7 @@ def decode_attention(
         mask = mask_BKW[:, None] if g == 1 else mask_BKW[:, None].repeat(1, 1, g, 1)
         return F.scaled_dot_product_attention(q_BHGKD.reshape(b, h, g * k, d), k_BHWD, v_BHWD, mask).view(b, h, g, k, d)
     q = (q_BHGKD * d**-0.5).reshape(b, h, g * k, d)
-    # The score matrix in at least float32, as HF's softmax has it.
+    # The softmax in at least float32, as HF has it; in bfloat16 the products are rounded before, which the kernel does not do.
     scores = torch.empty(b, h, g, k, p + w, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     scores[..., :p] = by_head(q, prefix_k_HPD.transpose(1, 2)).view(b, h, g, k, p)
     torch.add((q @ k_BHWD.transpose(2, 3)).view(b, h, g, k, w), mask_BKW[:, None, None], out=scores[..., p:])
