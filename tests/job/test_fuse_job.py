@@ -1,20 +1,15 @@
 """The job as a user runs it: real processes, a real Ray cluster, SIGKILL and SIGTERM from outside."""
 
-import json
 import os
-import shutil
 import signal
-import threading
 import time
 
-import psutil
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from drivers import resumable
 from outputs import snapshot
 
-from capsfusion_ray.models import locate
 from capsfusion_ray.storage import Store
 
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[width]")
@@ -105,52 +100,3 @@ def test_a_second_driver_is_refused_and_a_terminated_one_is_resumed(corpus, tmp_
     assert 0 < last["resumed_units"] < last["units"]
     driver.run("verify", f"output.path={output}", "deep=true")
     assert snapshot(output) == snapshot(undisturbed)
-
-
-@pytest.mark.timeout(3600)
-def test_an_engine_that_does_not_start_again_is_waited_for_while_the_other_goes_on(corpus, tmp_path, driver):
-    """SIGKILL to one of two actors once their model is gone from the disk, as on a node that broke; it comes back later."""
-    model, away, output = tmp_path / "model", tmp_path / "away", tmp_path / "out"
-    shutil.copytree(locate(""), model)
-    store = Store(str(output))
-    pool = ("cluster.gpus_per_actor=0", "cluster.min_actors=2", "cluster.max_actors=2", "cluster.cpus_per_actor=1")
-    settings = (f"engine.model={model}", "engine.dtype=float32", "engine.threads=1", "engine.slots=2", "engine.start_patience_s=120", "unit.rows=2")
-    run = driver.start("fuse", f"input.path={corpus}", f"output.path={output}", *pool, *settings)
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(run.stderr))  # or the pipe is full, and the run stands still
-    reader.start()
-    until(lambda: resumable(store), run, "a first commit")
-
-    model.rename(away)
-    actors_of(driver)[0].kill()
-    until(lambda: any(start["number"] >= 3 and "no such folder" in start["error"] for start in starts(store)), run, "a third start in vain")
-    done = resumable(store)
-    until(lambda: resumable(store) > done, run, "commits of the other one")
-    away.rename(model)
-
-    out = run.stdout.read()
-    assert run.wait(600) == 0, "".join(said)[-3000:]
-    reader.join()
-    assert json.loads(out.splitlines()[-1])["rows"]["planned"] == 400
-    assert "cannot start its engine" in "".join(said)
-    assert not starts(store), "both are up at the end"
-    driver.run("verify", f"output.path={output}", "deep=true")
-
-
-def actors_of(driver):
-    """The processes that fuse, of the driver's cluster alone."""
-    address = f"--gcs-address={driver.env['RAY_ADDRESS']}"
-    [raylet] = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and address in p.info["cmdline"]]
-    return [p for p in raylet.children(recursive=True) if "FusionActor" in " ".join(p.cmdline())]
-
-
-def starts(store):
-    """The notes of actors that are not up."""
-    notes = [store.get_with_etag(file.path) for file in store.list("_run/starts") if not file.path.endswith("up.json")]
-    return [json.loads(note[0]) for note in notes if note]
-
-
-def until(seen, run, what):
-    while not seen():
-        assert run.poll() is None, f"the run ended before {what}"
-        time.sleep(0.05)
