@@ -20,7 +20,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -32,7 +31,7 @@ from capsfusion_ray.exchange import Table
 from capsfusion_ray.join import Join, run_join, sweep
 from capsfusion_ray.lease import LEASE, Lease
 from capsfusion_ray.pairing import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit
-from capsfusion_ray.presets import PRESETS
+from capsfusion_ray.presets import PRESETS, did_you_mean
 from capsfusion_ray.rows import RESERVED, URL
 from capsfusion_ray.sources import ReadSpec, Shard, discover, frozen_schema
 from capsfusion_ray.storage import Store
@@ -146,9 +145,8 @@ def _check_named(side: str, table: TableConfig, shards: Sequence[Shard]) -> None
         present = shard.schema.names
         for role, name in named:
             if name and name not in present and name not in RESERVED:
-                near = get_close_matches(name, present, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise SourceError(f"{side}.{role}={name}: {shard.path} has no such column; it has {', '.join(present)}{hint}")
+                has = f"{', '.join(present)}{did_you_mean(name, present)}"
+                raise SourceError(f"{side}.{role}={name}: {shard.path} has no such column; it has {has}")
 
 
 def pair(cfg: PairConfig) -> dict[str, Any]:

@@ -12,6 +12,11 @@ def plan_path(revision: int) -> str:
     return f"{RUN_DIR}/plan-r{revision:03d}.parquet"
 
 
+def config_path(revision: int) -> str:
+    """The settings that a revision was planned under, secrets masked."""
+    return f"{RUN_DIR}/config-r{revision:03d}.yaml"
+
+
 def read_plans(store: Store) -> list[Plan]:
     """All revisions, oldest first; empty for a fresh output."""
     found = [file.path for file in store.list(RUN_DIR) if file.path.startswith(f"{RUN_DIR}/plan-")]

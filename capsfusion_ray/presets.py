@@ -93,9 +93,8 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
             names, needed = (given,), True
         found = next((name for name in names if name in present), "")
         if given and not found:
-            near = get_close_matches(given, present, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise SourceError(f"{shard}: no column {given!r}, which source.columns.{role} names; it has: {', '.join(present) or 'none'}{hint}")
+            has = f"{', '.join(present) or 'none'}{did_you_mean(given, present)}"
+            raise SourceError(f"{shard}: no column {given!r}, which source.columns.{role} names; it has: {has}")
         if needed and not found:
             wanted = " or ".join(repr(name) for name in names)
             has = ", ".join(present) or "none"
@@ -118,6 +117,12 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
         url=pick("url", explicit.url, preset.url, preset.url_needed),
         reference=pick("reference", explicit.reference, preset.reference, False),
     )
+
+
+def did_you_mean(name: str, present: Iterable[str]) -> str:
+    """A hint to append where a column is named that is not there; empty where none is like it."""
+    near = get_close_matches(name, present, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def passthrough_columns(source: SourceConfig) -> tuple[tuple[str, ...], bool]:

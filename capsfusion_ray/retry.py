@@ -24,12 +24,11 @@ from capsfusion_ray.plan import Plan
 from capsfusion_ray.presets import INVALID
 from capsfusion_ray.repeats import REPEATED, Repeated
 from capsfusion_ray.revision import Revision
-from capsfusion_ray.rewrite import Rewriter, as_begun, begin, begun, clean, in_row_order
+from capsfusion_ray.rewrite import Rewriter, as_begun, begin, clean, in_row_order
 from capsfusion_ray.rows import PAIR_FIELDS, REASON, Reason, WorkUnit, extra_fields
 from capsfusion_ray.stages import admit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
-from capsfusion_ray.verify import refuse_damage
 
 # What another model or setting cannot mend: the text itself could not be read.
 FINAL = frozenset((Reason.INVALID_UTF8, Reason.UNPARSABLE))
@@ -86,9 +85,7 @@ def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequen
     if all(last.get(key) == value for key, value in record.items()):
         clean(store, manifest)  # it may have been killed after its manifest
         return None
-    if not begun(store, manifest):
-        refuse_damage(store, [file for file in manifest.files if file.kind == "rejected"], "a retry")
-    edition = begin(store, manifest, record)
+    edition = begin(store, manifest, record, [file for file in manifest.files if file.kind == "rejected"])
     return Retry(store, plans, manifest, etag, edition, as_begun(output, manifest), record, reasons)
 
 

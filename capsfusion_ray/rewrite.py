@@ -32,6 +32,7 @@ from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, Outcome, WorkUnit, type_of_name
 from capsfusion_ray.storage import Store
+from capsfusion_ray.verify import refuse_damage
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
@@ -341,17 +342,20 @@ def record_path(edition: int) -> str:
     return f"{RUN_DIR}/revision-e{edition:03d}.json"
 
 
-def begin(store: Store, manifest: Manifest, record: dict[str, Any]) -> int:
+def begin(store: Store, manifest: Manifest, record: dict[str, Any], rewritten: Sequence[FileEntry] = ()) -> int:
     """The edition to write: the one that a killed run of this very `record` began, or the next one, noted as begun.
 
     A retry whose rows do not stand in the dataset yet gives way to one with other settings: its model may not have loaded.
-    Raises ConfigError where another revision, or an extension, was begun and not finished.
+    Raises ConfigError where another revision, or an extension, was begun and not finished; AccountingError where one of
+    `rewritten`, the files whose rows it will write anew, is damaged: begun, it could not be finished.
     """
     left = {unit.id for plan in read_plans(store) for unit in plan.units} - {unit.id for unit in manifest.units}
     if left:
         raise ConfigError(f"{store.root}: {len(left)} units that its input gained are not fused yet; run the fuse command as before, then this one")
     edition = len(manifest.revisions) + 1
     text = json.dumps(record, sort_keys=True, indent=1).encode()
+    if not begun(store, manifest):
+        refuse_damage(store, rewritten, f"a {record['kind']}")
     if not store.put_if_absent(record_path(edition), text):
         other = json.loads(store.get(record_path(edition)))
         if other == json.loads(text):

@@ -24,7 +24,7 @@ from capsfusion_ray.monitor import RunMonitor
 from capsfusion_ray.parts import UnitSummary, committed, read_summaries
 from capsfusion_ray.pipeline import Job, Pool, run_units
 from capsfusion_ray.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
-from capsfusion_ray.planfile import RUN_DIR, read_plans, write_plan
+from capsfusion_ray.planfile import RUN_DIR, config_path, read_plans, write_plan
 from capsfusion_ray.progress import Progress
 from capsfusion_ray.repair import open_repair
 from capsfusion_ray.retry import open_retry, reasons_of
@@ -246,7 +246,7 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
     if plan.units or not plans:
         if not write_plan(store, plan):
             raise ConfigError(f"{store.root}: another driver just planned this output; run the same command again to join it")
-        store.put(f"{RUN_DIR}/config-r{plan.revision:03d}.yaml", to_yaml(cfg).encode())
+        store.put(config_path(plan.revision), to_yaml(cfg).encode())
         plans.append(plan)
         log.info("planned revision %d: %d rows in %d units", plan.revision, plan.rows, len(plan.units))
     entries = read_groups(store)

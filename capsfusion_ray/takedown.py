@@ -27,12 +27,11 @@ from capsfusion_ray.parts import committed, part_path
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
-from capsfusion_ray.rewrite import Rewriter, as_begun, begin, begun, clean, publish, sweep_if_idle
+from capsfusion_ray.rewrite import Rewriter, as_begun, begin, clean, publish, sweep_if_idle
 from capsfusion_ray.rows import ROW_ID, URL
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.schema import active_filters, cast_column
+from capsfusion_ray.sources.schema import active_filters, numbers
 from capsfusion_ray.storage import Store
-from capsfusion_ray.verify import refuse_damage
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +67,7 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         output = as_begun(cfg.output, manifest)
         criteria, is_removed, found = _criteria(cfg, dict(plans[0].fields))
         sweep_if_idle(store, manifest)
-        if not begun(store, manifest):
-            refuse_damage(store, manifest.files, "a takedown")
-        edition = begin(store, manifest, {"kind": "takedown", **criteria})
+        edition = begin(store, manifest, {"kind": "takedown", **criteria}, manifest.files)
         rewriter = Rewriter(store, edition, plans[0].fields, output)
         before = read_groups(store)
         resumed = any(entry.edition == edition for entry in before)  # what was found in those is not known any more
@@ -129,8 +126,8 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
             written = pc.utf8_trim_whitespace(rows[column])  # as the list's lines are
             tests.append(pc.is_in(written, pa.array(values, pa.string())))
             found[key].update(written.filter(tests[-1]).to_pylist())
-        tests += [pc.fill_null(pc.greater(_numbers(rows, name), value), False) for name, value in cfg.above.items()]
-        tests += [pc.fill_null(pc.less(_numbers(rows, name), value), False) for name, value in cfg.below.items()]
+        tests += [pc.fill_null(pc.greater(numbers(rows, name), value), False) for name, value in cfg.above.items()]
+        tests += [pc.fill_null(pc.less(numbers(rows, name), value), False) for name, value in cfg.below.items()]
         if filters:
             as_read = rows.append_column(INVALID, pa.nulls(rows.num_rows, pa.string()))
             tests.append(pc.invert(filter_mask(as_read, cfg.filter)[0]))
@@ -140,11 +137,6 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
         return together
 
     return noted, is_removed, found
-
-
-def _numbers(rows: pa.Table, name: str) -> pa.Array:
-    """A column's numbers; null where it holds none."""
-    return cast_column(rows[name], pa.float64())[0]
 
 
 def _lines(path: str, key: str) -> list[str]:

@@ -122,7 +122,7 @@ def _bytes_of(store: Store, file: FileEntry) -> bytes | None:
 
 
 def refuse_damage(store: Store, files: Sequence[FileEntry], what: str) -> None:
-    """Before `what` writes these files' rows anew: begun, it could not be finished. Raises AccountingError."""
+    """Raises AccountingError where `what` would write damaged files' rows anew."""
     found = damage(store, files)
     if found:
         path, wrong = next(iter(found.items()))

@@ -56,7 +56,7 @@ def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
     what the engines were at work, over all processes of the run, and not what actors were asked for.
     """
     progress = state.progress
-    told = {"gpus_per_actor": None, "usd_per_gpu_hour": None} | state.told
+    told = state.told
     price = next((p for p in (price_per_gpu_hour, told["usd_per_gpu_hour"]) if p is not None), ClusterConfig.price_per_gpu_hour)
     on_gpu = state.base.get("engine.kind") != "api" and any(not device.endswith((":cpu", ":none")) for device in state.devices)
     gpus = (1.0 if told["gpus_per_actor"] is None else told["gpus_per_actor"]) if on_gpu else 0.0

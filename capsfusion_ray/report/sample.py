@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 
 from capsfusion_ray.manifest import Counts, FileEntry, count, read_groups, read_manifest
 from capsfusion_ray.parts import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
-from capsfusion_ray.planfile import RUN_DIR, read_plans
+from capsfusion_ray.planfile import config_path, read_plans
+from capsfusion_ray.progress import PROGRESS
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.storage import Store
 
@@ -29,7 +30,6 @@ MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
 DIFFERENT, EQUAL = "different", "equal"  # the strata of rows of two outputs, beside those of either
 ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
-PROGRESS = "progress.json"
 FOLDERS: tuple[str, ...] = ("data", "rejected")
 
 
@@ -101,10 +101,8 @@ def state_of(store: Store) -> State | None:
 
 def _told(store: Store, revision: int) -> dict[str, float | None]:
     """Of a run that has no manifest yet: as its saved configuration has it."""
-    path = f"{RUN_DIR}/config-r{revision:03d}.yaml"
-    if not store.exists(path):
-        return {}
-    saved = OmegaConf.create(store.get(path).decode())
+    path = config_path(revision)
+    saved = OmegaConf.create(store.get(path).decode() if store.exists(path) else "")
     gpus = OmegaConf.select(saved, "cluster.gpus_per_actor")
     split = OmegaConf.select(saved, "engine.vllm.tensor_parallel") if OmegaConf.select(saved, "engine.kind") == "vllm" else None
     return {"gpus_per_actor": split if gpus is None else gpus, "usd_per_gpu_hour": OmegaConf.select(saved, "cluster.price_per_gpu_hour")}

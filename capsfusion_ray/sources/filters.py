@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from capsfusion_ray.config import FilterConfig
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID
 from capsfusion_ray.rows import RAW, FilterReason
-from capsfusion_ray.sources.schema import cast_column
+from capsfusion_ray.sources.schema import numbers
 
 
 def filter_mask(table: pa.Table, filter: FilterConfig) -> tuple[pa.ChunkedArray, dict[FilterReason, int]]:
@@ -20,13 +20,13 @@ def filter_mask(table: pa.Table, filter: FilterConfig) -> tuple[pa.ChunkedArray,
     """
     failed: list[tuple[FilterReason, pa.ChunkedArray]] = []
     if filter.max_punsafe is not None:
-        column = _numbers(table, FilterReason.PUNSAFE)
+        column = numbers(table, FILTER_COLUMNS[FilterReason.PUNSAFE])
         failed.append((FilterReason.PUNSAFE, pc.greater_equal(column, filter.max_punsafe)))
     if filter.max_pwatermark is not None:
-        column = _numbers(table, FilterReason.PWATERMARK)
+        column = numbers(table, FILTER_COLUMNS[FilterReason.PWATERMARK])
         failed.append((FilterReason.PWATERMARK, pc.greater_equal(column, filter.max_pwatermark)))
     if filter.min_similarity is not None:
-        column = _numbers(table, FilterReason.SIMILARITY)
+        column = numbers(table, FILTER_COLUMNS[FilterReason.SIMILARITY])
         failed.append((FilterReason.SIMILARITY, pc.less(column, filter.min_similarity)))
     if filter.min_words is not None or filter.min_characters is not None:
         stripped = pc.utf8_trim_whitespace(table[RAW])
@@ -45,8 +45,3 @@ def filter_mask(table: pa.Table, filter: FilterConfig) -> tuple[pa.ChunkedArray,
         if count := pc.sum(new).as_py():
             counts[reason] = count
     return pc.invert(left_out), counts
-
-
-def _numbers(table: pa.Table, reason: FilterReason) -> pa.ChunkedArray:
-    """The column that this filter reads. Carried along, it has the type of the whole input, text where one cell is no number: that cell is null."""
-    return cast_column(table[FILTER_COLUMNS[reason]], pa.float64())[0]

@@ -224,10 +224,9 @@ def _caption_pairs(
     columns[INVALID] = invalid
     for reason in active_filters(spec.filter):
         name = FILTER_COLUMNS[reason]
-        number, bad = cast_column(source[name], pa.float64())
         if name not in columns:
+            columns[name], bad = cast_column(source[name], pa.float64())
             bad_cells[name, _NULLED] += bad
-            columns[name] = number
     return pa.table(columns)
 
 

@@ -116,6 +116,11 @@ def cast_column(column: pa.ChunkedArray, type: pa.DataType) -> tuple[pa.Array, i
         return cast, cast.null_count - array.null_count
 
 
+def numbers(table: pa.Table, name: str) -> pa.Array:
+    """A column's numbers; null where it holds none, as text may that was carried along."""
+    return cast_column(table[name], pa.float64())[0]
+
+
 def _plain(type: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(type):
         return _plain(type.value_type)

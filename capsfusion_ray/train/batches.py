@@ -98,18 +98,16 @@ class TextEncoder:
         space = "" if text[-1:].isspace() else " "
         whole = self._ids(text + space + triple.fused)
         fused = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(space + triple.fused, special=False)
-        if fused[-1:] == [self.end_id]:
-            fused.pop()  # of a tokenizer that adds one
         weights = self._source_weights(triple, text, len(prompt)) + [1.0] * (len(fused) + 1)
         return (prompt + fused + [self.end_id])[:MAX_TOKENS], weights[:MAX_TOKENS]
 
     def prompt(self, triple: Triple) -> list[int]:
-        ids = self._ids(self.template.render(triple.raw, triple.synthetic))
-        return ids[:-1] if ids[-1:] == [self.end_id] else ids
+        return self._ids(self.template.render(triple.raw, triple.synthetic))
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
+        """Without the end that some tokenizers add."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
+        return ids[:-1] if ids[-1:] == [self.end_id] else ids
 
     def _source_weights(self, triple: Triple, text: str, tokens: int) -> list[float]:
         if not self.source_weight:
@@ -140,11 +138,10 @@ def pad(rows: Sequence[tuple[list[int], list[float]]], pad_id: int, triples: Seq
     return Batch(ids_TL, weights_TL, tuple(triples))
 
 
-def _is_learnt(encoded: tuple[list[int], list[float]], triple: Triple, encoder: Encoder, cfg: TrainConfig) -> bool:
+def _is_learnt(weights: list[float], sampled: bool) -> bool:
     """A caption cut at the decoder's limit has no ending; and samples are drawn for prompts within the budget alone."""
-    if encoded[1].count(1.0) > MAX_NEW_TOKENS:
-        return False
-    return not cfg.reinforce.samples or len(encoder.prompt(triple)) <= MAX_PROMPT
+    fused = weights.count(1.0)  # the last tokens; the prompt's are before them
+    return fused <= MAX_NEW_TOKENS and not (sampled and len(weights) - fused > MAX_PROMPT)
 
 
 def pool(
@@ -157,7 +154,7 @@ def pool(
     for _ in range(DRAWS):
         indices = [rng.randrange(len(triples)) for _ in range(n * POOL_BATCHES)]
         drawn = draw(triples, indices, banks, cfg.augment, copy_share(number * POOL_BATCHES, cfg), rng)
-        rows += [(encoded, triple) for triple in drawn if _is_learnt(encoded := encoder(triple), triple, encoder, cfg)]
+        rows += [(row, triple) for triple in drawn if _is_learnt((row := encoder(triple))[1], bool(cfg.reinforce.samples))]
         if len(rows) >= POOL_BATCHES:
             break
     else:

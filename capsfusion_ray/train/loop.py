@@ -76,7 +76,7 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     average = Average(plain, cfg.optim.ema)
     # Before the resume, which restores the random state: building the sampler's copy of the model draws numbers.
     critic = _critic(cfg, plain, tokenizer, encoder, triples) if cfg.reinforce.samples else None
-    step = _resume(work / CHECKPOINT, plain, optimizers, average, device)
+    step = _resume(work / CHECKPOINT, plain, optimizers, average)
     if step and rank:
         torch.manual_seed(cfg.optim.seed + rank + _STEPS_APART * step)  # the checkpoint holds the first worker's random state
     if rank == 0:
@@ -297,9 +297,7 @@ def _checkpoint(
     os.replace(half_written, path)  # a kill leaves the old checkpoint or the new one, never half of one
 
 
-def _resume(
-    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average, device: torch.device
-) -> int:
+def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Average) -> int:
     """The step to go on from: 0 without a checkpoint."""
     if not path.exists():
         return 0
@@ -310,7 +308,7 @@ def _resume(
     for mine, saved in zip(average.values, state["average"], strict=True):
         mine.copy_(saved)
     torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state.get("cuda_rng") is not None:
+    if state.get("cuda_rng") is not None and torch.cuda.is_available():  # checkpoints of before have none
         torch.cuda.set_rng_state(state["cuda_rng"])
     return int(state["step"])
 
