@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from capsfusion_ray import models
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError
 from capsfusion_ray.metrics import FIGURES, Example, measure, words_of
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.prompt import PromptBuilder
 from capsfusion_ray.rows import FUSED, RAW, SYNTHETIC, CaptionPair
 from capsfusion_ray.train.triples import Triple, read_all
@@ -133,11 +132,13 @@ def _from_output(path: str, pairs: Sequence[CaptionPair]) -> dict[str, str]:
         raise ConfigError(f"fused={path!r}: no data/**/*.parquet in it; give the folder of a finished output")
     wanted = {(p.raw, p.synthetic) for p in pairs}  # of an output that may hold 120 million
     by_sources: dict[tuple[str, str], str] = {}
+    columns = [RAW, SYNTHETIC, FUSED]
     for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(columns=[RAW, SYNTHETIC, FUSED]):
-            for raw, synthetic, fused in zip(*(batch[name].to_pylist() for name in (RAW, SYNTHETIC, FUSED)), strict=True):
-                if (key := ((raw or "").strip(), (synthetic or "").strip())) in wanted:  # as the references are read
-                    by_sources[key] = fused
+        with file.open("rb") as source:
+            for batch in open_parquet(source, columns, str(file)).iter_batches(columns=columns):
+                for raw, synthetic, fused in zip(*(batch[name].to_pylist() for name in columns), strict=True):
+                    if (key := ((raw or "").strip(), (synthetic or "").strip())) in wanted:  # as the references are read
+                        by_sources[key] = fused
     return {p.row_id: by_sources[p.raw, p.synthetic] for p in pairs if (p.raw, p.synthetic) in by_sources}
 
 

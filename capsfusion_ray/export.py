@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.manifest import FileEntry, Manifest, read_finished, read_intact
+from capsfusion_ray.parquet import read_schema
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rewrite import Rewriter
 from capsfusion_ray.rows import FUSED, RAW, ROW_ID, SYNTHETIC, URL
@@ -64,12 +65,13 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
 
     def copy(file: FileEntry, name: str) -> None:
         data = read_intact(source, file)
+        read_schema(io.BytesIO(data), source.url(file.path))  # a column that may run code is not passed on
         target.put(name, data if partition_by == "shard" else _with_column(rewriter.rows_in(file, data)))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, files, names))
     with target.open_input(names[0]) as first:
-        schema = pq.read_schema(first)
+        schema = read_schema(first, target.url(names[0]))
     target.put(COMMAND, img2dataset(schema).encode())
     target.put(CARD, card(cfg, manifest, schema).encode())
     rows = sum(file.rows for file in files)

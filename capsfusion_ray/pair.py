@@ -33,7 +33,7 @@ from capsfusion_ray.lease import LEASE, Lease
 from capsfusion_ray.pairing import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit
 from capsfusion_ray.presets import PRESETS, did_you_mean
 from capsfusion_ray.rows import RESERVED, URL
-from capsfusion_ray.sources import ReadSpec, Shard, discover, frozen_schema
+from capsfusion_ray.sources import ReadSpec, Shard, discover, frozen_schema, without_foreign
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -92,13 +92,7 @@ def survey(side: str, table: TableConfig, normalise: str) -> Table:
         raise ConfigError(f"{side}.path: missing; give {side}.path=<folder or URL>")
     plain = SourceConfig(format=table.format)
     shards = tuple(discover(InputConfig(table.path, storage=table.storage), plain))
-    for shard in shards:
-        if shard.error:
-            log.warning("%s: unreadable shard %s: %s", side, shard.path, shard.error)
-    names = next((shard.schema.names for shard in shards if shard.schema is not None and shard.rows), None)
-    if names is None:
-        raise SourceError(f"{side}.path={table.path}: no row is readable there ({len(shards)} files)")
-
+    names = _columns_of(side, table, shards)
     _check_named(side, table, shards)
 
     def pick(role: str, given: str, known: Sequence[str]) -> str:
@@ -121,6 +115,11 @@ def survey(side: str, table: TableConfig, normalise: str) -> Table:
     roles = ColumnsConfig(raw=columns["caption"], synthetic=columns["caption"], url=url)
     as_key = [] if columns["key"] == url else [columns["key"]]
     source = replace(plain, columns=roles, passthrough=list(dict.fromkeys([*as_key, *table.passthrough])))
+    shards = without_foreign(shards, source, FilterConfig())
+    _columns_of(side, table, shards)
+    for shard in shards:
+        if shard.error:
+            log.warning("%s: unreadable shard %s: %s", side, shard.path, shard.error)
     schema = frozen_schema(shards, source, FilterConfig())
     key = URL if columns["key"] == url else columns["key"]
     type_ = schema.field(key).type
@@ -134,6 +133,15 @@ def survey(side: str, table: TableConfig, normalise: str) -> Table:
     return Table(
         side, shards, ReadSpec(schema, source, FilterConfig(), table.storage), key, columns, tuple(table.passthrough)
     )
+
+
+def _columns_of(side: str, table: TableConfig, shards: Sequence[Shard]) -> list[str]:
+    """The columns of the first shard that has rows. Raises SourceError where no row is readable."""
+    for shard in shards:
+        if shard.schema is not None and shard.rows:
+            return list(shard.schema.names)
+    found = "; ".join(f"{shard.path}: {shard.error}" for shard in shards[:3] if shard.error) or "no rows"
+    raise SourceError(f"{side}.path={table.path}: no row is readable there ({len(shards)} files; {found})")
 
 
 def _check_named(side: str, table: TableConfig, shards: Sequence[Shard]) -> None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capsfusion_ray.errors import AccountingError
+from capsfusion_ray.parquet import open_parquet, read_schema
 from capsfusion_ray.rows import (
     DATA_FIELDS,
     FLAGS,
@@ -140,7 +141,7 @@ def committed(store: Store) -> set[str]:
 def read_part(store: Store, unit: WorkUnit) -> tuple[pa.Table, UnitSummary]:
     """Raises AccountingError where the part is not this unit's."""
     data = store.get(part_path(unit.id))
-    table = pq.ParquetFile(io.BytesIO(data)).read()
+    table = open_parquet(io.BytesIO(data), where=store.url(part_path(unit.id))).read()
     return table, _summary_of(unit, table.schema.metadata)
 
 
@@ -149,7 +150,7 @@ def read_summaries(store: Store, units: Iterable[WorkUnit]) -> list[UnitSummary]
 
     def read(unit: WorkUnit) -> UnitSummary:
         with store.open_input(part_path(unit.id)) as source:
-            return _summary_of(unit, pq.read_schema(source).metadata)
+            return _summary_of(unit, read_schema(source, store.url(part_path(unit.id))).metadata)
 
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(read, units))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from capsfusion_ray.config import fingerprint
 from capsfusion_ray.errors import AccountingError, PlanChanged, SourceError
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.rows import WorkUnit
 
 PLAN_VERSION = 1
@@ -109,7 +110,7 @@ class Plan:
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
         """Raises AccountingError for a plan of another version of this program."""
-        table = pq.ParquetFile(io.BytesIO(data)).read()
+        table = open_parquet(io.BytesIO(data)).read()
         header = json.loads((table.schema.metadata or {})[b"capsfusion_plan"])
         if header["version"] != PLAN_VERSION:
             raise AccountingError(

@@ -20,13 +20,13 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capsfusion_ray.compact import check_group
 from capsfusion_ray.config import GateConfig, OutputConfig
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.files import NULL_PARTITION, FileSet
 from capsfusion_ray.manifest import MANIFEST, FileEntry, GroupEntry, Manifest, assemble, read_groups, read_intact
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.parts import PARTS_DIR, UnitSummary, parts_of, read_part
 from capsfusion_ray.planfile import RUN_DIR, read_plans
 from capsfusion_ray.repeats import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
@@ -203,7 +203,7 @@ class Rewriter:
 
     def rows_in(self, file: FileEntry, data: bytes) -> list[tuple[str, pa.Table]]:
         """The same, of a file that was read already."""
-        table = pq.ParquetFile(io.BytesIO(data)).read()
+        table = open_parquet(io.BytesIO(data), where=self.store.url(file.path)).read()
         if self.output.partition_by != "shard":
             table = table.append_column(self.output.partition_by, self._partition_value(file.path, table.num_rows))
         out, at = [], 0

@@ -9,6 +9,8 @@ from enum import StrEnum
 
 import pyarrow as pa
 
+from capsfusion_ray.parquet import read_ipc_schema
+
 # ---------------------------------------------------------------- columns inside the run (a unit's table of caption pairs)
 ROW_ID = "row_id"  # input path relative to the input root + ":" + row number in that file
 URL = "image_url"
@@ -72,7 +74,7 @@ def name_of_type(type: pa.DataType) -> str:
 def type_of_name(name: str) -> pa.DataType:
     """The inverse of name_of_type."""
     if name.startswith(_SERIALIZED):
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(name.removeprefix(_SERIALIZED)))).field(0).type
+        return read_ipc_schema(base64.b64decode(name.removeprefix(_SERIALIZED))).field(0).type
     return pa.type_for_alias(name)
 
 

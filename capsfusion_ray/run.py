@@ -58,7 +58,7 @@ def survey(cfg: FuseConfig) -> Survey:
 
         check(cfg.engine.api, cfg.decode)
     model = models.inspect(cfg.engine)
-    shards = tuple(sources.discover(cfg.input, cfg.source))
+    shards = sources.without_foreign(sources.discover(cfg.input, cfg.source), cfg.source, cfg.filter)
     for shard in shards:
         if shard.error:
             log.warning("unreadable shard %s: %s; its rows are missing from this run", shard.path, shard.error)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.manifest import Manifest, read_manifest
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.provenance import Origin, align
 from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, RAW, REASON, ROW_ID, SYNTHETIC
 from capsfusion_ray.storage import Store
@@ -111,7 +111,7 @@ def _rows(store: Store, folder: str) -> Iterator[Row]:
     names = [file.path for file in store.list(folder) if file.path.endswith(".parquet")]
     for name in _spread(names, _FILES_READ):
         with store.open_input(name) as source:
-            file = pq.ParquetFile(source)
+            file = open_parquet(source, where=store.url(name))
             wanted = (RAW, SYNTHETIC, FUSED, ROW_ID, FLAGS, REASON, DETAIL)
             columns = [column for column in wanted if column in file.schema_arrow.names]
             batch = next(file.iter_batches(batch_size=_ROWS_READ, columns=columns), None)

@@ -15,12 +15,12 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from capsfusion_ray.compact import check_group
 from capsfusion_ray.config import VerifyConfig
 from capsfusion_ray.errors import AccountingError, CapsFusionError, ConfigError
 from capsfusion_ray.manifest import WAY_OUT, FileEntry, GroupEntry, Manifest, checksum_problem, count, read_manifest
+from capsfusion_ray.parquet import open_parquet, read_footer, read_schema
 from capsfusion_ray.plan import Plan
 from capsfusion_ray.planfile import read_plans
 from capsfusion_ray.rows import ROW_ID, WorkUnit
@@ -168,7 +168,7 @@ def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[st
         return []  # named by the listing
     if wrong := checksum_problem(file, data):
         return [f"{file.path}: {wrong}; {WAY_OUT}"]
-    rows = pq.read_metadata(io.BytesIO(data)).num_rows
+    rows = read_footer(io.BytesIO(data)).metadata.num_rows
     if rows != file.rows or rows != sum(n for _, n in file.units):
         return [f"{file.path}: {rows} rows, the manifest says {file.rows}"]
     return list(_row_problems(file, data, seen)) if seen else []
@@ -176,7 +176,7 @@ def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[st
 
 def _row_problems(file: FileEntry, data: bytes, seen: _Seen) -> Iterator[str]:
     """Every row lies in its unit's range, in ascending order, and in no other file: with the units' counts, once."""
-    ids = pq.ParquetFile(io.BytesIO(data)).read(columns=[ROW_ID])[ROW_ID].to_pylist()
+    ids = open_parquet(io.BytesIO(data), where=file.path).read(columns=[ROW_ID])[ROW_ID].to_pylist()
     at = 0
     for unit_id, rows in file.units:
         unit = seen.units.get(unit_id)
@@ -196,7 +196,7 @@ def _schema_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     first: dict[str, tuple[str, Any]] = {}
     for file in manifest.files:
         with store.open_input(file.path) as source:
-            schema = pq.read_schema(source).remove_metadata()
+            schema = read_schema(source, store.url(file.path)).remove_metadata()
         path, known = first.setdefault(file.kind, (file.path, schema))
         if schema != known:
             yield f"{file.path}: its columns differ from those of {path}"

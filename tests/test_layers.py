@@ -1,6 +1,7 @@
 """Imports go down only: the house of docs/architecture.md, enforced."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "capsfusion_ray"
 
 # Lower floors first; a module may import its own floor's packages' insides and every floor below, never one above.
 FLOORS = [
-    ("words", ["rows", "errors", "config"]),
+    ("words", ["rows", "errors", "config", "parquet"]),
     ("pure rules", ["presets", "plan", "prompt", "provenance", "gates", "units", "pairing", "repeats"]),
     ("the world", ["storage", "sources", "models", "modelcache", "parts", "manifest", "planfile", "lease", "attempts", "files", "compact", "rewrite", "verify", "stages", "exchange"]),
     ("engines", ["engines"]),
@@ -75,3 +76,10 @@ def test_no_file_is_read_by_threads_that_outlive_the_call(path):
     """`pq.read_table` lets a file object go in a thread of its own, perhaps after Python has gone: the process then ends
     by SIGABRT (apache/arrow#33975; seen here in one of three `jobs/verify.py`). `pq.ParquetFile(file).read()` does not."""
     assert "read_table(" not in path.read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "parquet.py"], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_parquet_files_are_opened_in_one_place(path):
+    """pyarrow's own readers resolve extension types, and some of these run code that the file holds."""
+    found = re.findall(r"\bpq\.(?:ParquetFile|ParquetDataset|read_\w+)\(|\bipc\.read_schema|\bpyarrow\.dataset|\bdatasets\.load", path.read_text("utf-8"))
+    assert not found, "use capsfusion_ray.parquet"

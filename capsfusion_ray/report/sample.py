@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from capsfusion_ray.manifest import Counts, FileEntry, count, read_groups, read_manifest
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.parts import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
 from capsfusion_ray.planfile import config_path, read_plans
 from capsfusion_ray.progress import PROGRESS
@@ -202,7 +203,7 @@ def _found(store: Store, path: str, ids: Collection[str], places: Sequence[tuple
     """Of one file, from the row groups that hold some of `places` (rows of it, from and to); None: from all."""
     try:
         with store.open_input(path) as source:
-            file = pq.ParquetFile(source)
+            file = open_parquet(source, where=store.url(path))
             chosen, at = [], 0
             for group in range(file.num_row_groups):
                 end = at + file.metadata.row_group(group).num_rows
@@ -221,7 +222,7 @@ def _rows(store: Store, folder: str) -> Iterator[Row]:
     for name in names:
         try:
             with store.open_input(name) as source:
-                for batch in _batches(pq.ParquetFile(source), ROWS_READ // len(names)):
+                for batch in _batches(open_parquet(source, where=store.url(name)), ROWS_READ // len(names)):
                     yield from map(_row, _as_bytes(batch).to_pylist())
         except FileNotFoundError:  # compacted between the listing and now
             continue

@@ -14,7 +14,7 @@ from capsfusion_ray.sources.discover import discover
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.model import ReadSpec, Shard, UnitRows, UnreadableRange
 from capsfusion_ray.sources.read import iter_units, read_patiently, read_rows, sample
-from capsfusion_ray.sources.schema import frozen_schema
+from capsfusion_ray.sources.schema import frozen_schema, without_foreign
 
 __all__ = [
     "ReadSpec",
@@ -28,4 +28,5 @@ __all__ = [
     "read_patiently",
     "read_rows",
     "sample",
+    "without_foreign",
 ]

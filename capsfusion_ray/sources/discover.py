@@ -12,10 +12,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import pyarrow.parquet as pq
-
 from capsfusion_ray.config import InputConfig, SourceConfig
 from capsfusion_ray.errors import SourceError
+from capsfusion_ray.parquet import read_footer
 from capsfusion_ray.sources.model import DAMAGE, Shard, damage_of
 from capsfusion_ray.sources.text import first_byte, open_text, scan
 from capsfusion_ray.storage import Store, StoredFile
@@ -159,9 +158,10 @@ def _inspected(shard: Shard, store: Store, source: SourceConfig) -> Shard:
             raise SourceError(f"{store.url(shard.file)}: its name does not tell its format; set source.format")
         if format == "parquet":
             with store.open_input(shard.file) as file:
-                footer = pq.read_metadata(file)
-            groups = tuple(footer.row_group(g).num_rows for g in range(footer.num_row_groups))
-            rows, schema = footer.num_rows, footer.schema.to_arrow_schema().remove_metadata()
+                footer = read_footer(file)
+            groups = tuple(footer.metadata.row_group(g).num_rows for g in range(footer.metadata.num_row_groups))
+            rows, schema = footer.metadata.num_rows, footer.schema.remove_metadata()
+            shard = replace(shard, refused=footer.refused)
         else:
             with open_text(store, shard.file, shard.compression) as stream:
                 rows, schema = scan(stream, format)

@@ -35,7 +35,8 @@ class Shard:
 
     `root` and `file` open it (`Store(root).open_input(file)`); `path` is its name in row ids, unique in the run. `size` in
     bytes. `content_key` changes with the content, never with a time stamp. `row_groups` are row counts; a text file is one
-    group. `error` is empty, or why nothing of this shard can be read (then `rows` is None).
+    group. `error` is empty, or why nothing of this shard can be read (then `rows` is None). `refused`: column -> the Arrow
+    extension type for which it is not read.
     """
 
     root: str
@@ -49,6 +50,7 @@ class Shard:
     row_groups: tuple[int, ...] = ()
     schema: pa.Schema | None = None
     error: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from capsfusion_ray import rows
 from capsfusion_ray.errors import SourceError, StorageError
+from capsfusion_ray.parquet import open_parquet
 from capsfusion_ray.presets import FILTER_COLUMNS, INVALID, column_map
 from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources import text
@@ -153,7 +153,7 @@ def _parquet_pieces(
     with store.open_input(shard.file) as source:
         try:
             # checksums: a flipped bit in an uncompressed page would otherwise come out as a caption
-            file = pq.ParquetFile(source, page_checksum_verification=True)
+            file = open_parquet(source, columns, page_checksum_verification=True)
             if [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)] != list(shard.row_groups):
                 raise ValueError("its row groups are not those of the plan: the file was replaced")
         except DAMAGE as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow as pa
 from capsfusion_ray import rows
 from capsfusion_ray.config import FilterConfig, SourceConfig
 from capsfusion_ray.errors import SourceError
+from capsfusion_ray.parquet import foreign_type
 from capsfusion_ray.presets import FILTER_COLUMNS, ColumnMap, column_map, passthrough_columns
 from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources.model import Shard
@@ -57,6 +59,21 @@ def frozen_schema(shards: Sequence[Shard], source: SourceConfig, filter: FilterC
         fields.append(pa.field(rows.REFERENCE, pa.string()))
     fields += [pa.field(name, widest(name, types)) for name, types in seen.items() if types]
     return pa.schema(fields)
+
+
+def without_foreign(shards: Sequence[Shard], source: SourceConfig, filter: FilterConfig) -> tuple[Shard, ...]:
+    """The shards, of which those are unreadable whose columns, where the run needs them, have a type that is not read."""
+    return tuple(_refused(shard, source, filter) if shard.refused else shard for shard in shards)
+
+
+def _refused(shard: Shard, source: SourceConfig, filter: FilterConfig) -> Shard:
+    assert shard.schema is not None
+    roles = role_columns(column_map(source, shard.schema.names, shard.path)).values()
+    filters = [FILTER_COLUMNS[reason] for reason in active_filters(filter)]
+    for name in (*roles, *passthrough_columns(source)[0], *filters):
+        if name in shard.refused:
+            return replace(shard, rows=None, row_groups=(), schema=None, error=foreign_type(name, shard.refused[name]))
+    return shard
 
 
 def active_filters(filter: FilterConfig) -> list[FilterReason]:

@@ -7,13 +7,12 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow.parquet as pq
+from typing import Any, BinaryIO
 
 from capsfusion_ray.config import GatesConfig
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.gates import judge_text
+from capsfusion_ray.parquet import open_parquet, read_footer
 from capsfusion_ray.rows import FLAGS, Outcome, Reason
 from capsfusion_ray.stages import KEPT
 from capsfusion_ray.train.config import TripleConfig
@@ -81,12 +80,17 @@ def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
 
 def _read_parquet(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     """Rows of one file; those that kept one source as it is are no fused captions."""
-    names, wanted = pq.read_schema(path).names, list(columns.values())
+    with path.open("rb") as source:
+        return _rows_of(path, source, columns)
+
+
+def _rows_of(path: Path, source: BinaryIO, columns: dict[str, str]) -> list[dict[str, Any]]:
+    names, wanted = read_footer(source).schema.names, list(columns.values())
     missing = [name for name in wanted if name not in names]
     if missing:
         raise SourceError(f"{path}: no columns {missing}; it has {names}; set {', '.join(columns)}")
     flags = [FLAGS] if FLAGS in names else []
-    rows = pq.ParquetFile(path).read(columns=[*wanted, *flags]).to_pylist()
+    rows = open_parquet(source, [*wanted, *flags], str(path)).read(columns=[*wanted, *flags]).to_pylist()
     return [row for row in rows if KEPT not in (row.get(FLAGS) or ())]
 
 
