@@ -9,7 +9,7 @@ import pyarrow.dataset as ds
 import pytest
 import yaml
 from outputs import flip_a_bit
-from test_report import run_of, unit
+from report_runs import run_of, unit
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.errors import AccountingError, ConfigError

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from training_runs import Killed, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from capsfusion_ray.errors import ConfigError
@@ -18,28 +19,11 @@ from capsfusion_ray.train.config import (
     ModelConfig,
     OptimConfig,
     ReinforceConfig,
-    TrainClusterConfig,
     TrainConfig,
-    TrainOutputConfig,
     TripleConfig,
 )
 from capsfusion_ray.train.optim import Average, orthogonalise
 from capsfusion_ray.train.triples import Triple
-
-
-class Killed(BaseException):
-    pass
-
-
-def recipe(triples_file, path, steps=12):
-    return TrainConfig(
-        data=TripleConfig(path=str(triples_file), validation_rows=40),
-        model=ModelConfig(vocab_size=400, hidden=32, layers=2, heads=2, ffn=48, max_positions=256),
-        augment=AugmentConfig(copy_only_steps=2, copy_fade_steps=4),
-        optim=OptimConfig(steps=steps, warmup_steps=2, decay_steps=4, batch_triples=8),
-        output=TrainOutputConfig(path=str(path), checkpoint_every=3, validate_every=3),
-        cluster=TrainClusterConfig(threads=1),
-    )
 
 
 @pytest.fixture(scope="module")

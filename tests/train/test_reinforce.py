@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_loop import Killed, recipe
+from training_runs import Killed, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capsfusion_ray.errors import ConfigError
