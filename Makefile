@@ -5,8 +5,6 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 DEMO_OUT := out/demo
 
-# Since 2.59 Ray may turn token auth on by itself; everything here runs on this machine alone.
-export RAY_AUTH_MODE ?= disabled
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 # The packages are installed without byte code; it is written on first use, or every Ray worker would compile them again.

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import inspect
 import logging
 import os
 import random
+import secrets
 import shlex
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from ray._private import accelerators, services
 from ray._private import utils as ray_utils
-from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port  # type: ignore[attr-defined]  # compiled
+from ray._raylet import (  # type: ignore[attr-defined]  # compiled
+    DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    AuthenticationTokenLoader,
+    Config,
+    persist_port,
+)
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -33,9 +42,13 @@ from capsfusion_ray.models import locate, store_of
 from capsfusion_ray.pipeline import READ_CPUS, Pool, as_raised
 
 log = logging.getLogger(__name__)
+_to_undo = ExitStack()  # what start_here changed in this process, and the folder that it made
 START_PATIENCE_S = 300
 ANSWER_PATIENCE_S = 15.0  # for a head that is just coming up; ray.init waits for minutes, and then aborts the process
 AGENT_PORT_RANGE = range(20_000, 32_000)
+NO_PORT = -1  # no server can listen there
+LOOPBACK = "127.0.0.1"
+TOKEN_FILE = "auth_token"
 AGENT_PORTS = ("metrics_agent_port", "runtime_env_agent_port", "dashboard_agent_listen_port", "metrics_export_port")
 
 
@@ -139,18 +152,84 @@ def _refuse_silence(asked: str, address: str, way_out: str) -> None:
 
 
 def start_here(**options: Any) -> None:
-    """Start Ray on this machine alone; `options` are ray.init's. Raises ClusterError where it does not come up."""
-    with patient_start():
+    """Start Ray on this machine alone, for this run alone; `options` are ray.init's.
+
+    It listens on 127.0.0.1 only, and it answers only who has this run's token. docs/security.md says what Ray leaves open.
+    Raises ClusterError where it does not come up.
+    """
+    with ExitStack() as started:
+        started.enter_context(_token_of_this_run())
+        with patient_start(), _on_loopback():
+            try:
+                ray.init("local", include_dashboard=False, _node_ip_address=LOOPBACK, **options)
+            except Exception as error:  # Ray raises a bare Exception here, nothing narrower
+                raise ClusterError(f"Ray did not start on this machine: {error}") from error
+        atexit.register(disconnect)  # for a process that ends without it: Ray first, then the token
+        _to_undo.push(started.pop_all())
+
+
+@contextmanager
+def _token_of_this_run() -> Iterator[None]:
+    """Ray asks for a token, whatever the user's RAY_AUTH_MODE is: the user's own settings may be those of another cluster.
+
+    The token is new, and it stands in a file that only this user can read; all processes of Ray find the file by their environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="capsfusion-") as folder:  # of mode 0700
+        file = Path(folder) / TOKEN_FILE
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(32), encoding="ascii")
+        # Ray prefers RAY_AUTH_TOKEN to a file, and can have tokens checked by a Kubernetes that is not here.
+        ours = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(file),
+            "RAY_AUTH_TOKEN": None,
+            "RAY_ENABLE_K8S_TOKEN_AUTH": None,
+        }
+        before = {name: os.environ.get(name) for name in ours}
+        _set_auth(ours)
         try:
-            ray.init("local", include_dashboard=False, **options)
-        except Exception as error:  # Ray raises a bare Exception here, nothing narrower
-            raise ClusterError(f"Ray did not start on this machine: {error}") from error
+            yield
+        finally:
+            _set_auth(before)
+
+
+def _set_auth(settings: Mapping[str, str | None]) -> None:
+    """Set these environment variables, or unset them where there is no value, and let Ray read them again."""
+    # Ray keeps the mode that it has where the variable is not set, so it must read its default before that is unset.
+    os.environ["RAY_AUTH_MODE"] = settings["RAY_AUTH_MODE"] or "disabled"
+    Config.initialize("")
+    for name, value in settings.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """While Ray is started: every server that follows the node's address listens on 127.0.0.1, and the agent serves no HTTP.
+
+    The agent's HTTP server takes jobs, even where the dashboard is off. Nothing else here needs it.
+    """
+    resolve, start_raylet = services.resolve_ip_for_localhost, services.start_raylet
+
+    def without_agent_http(*args: Any, **kwargs: Any) -> Any:
+        # Ray 2.60 has no setting to turn that server off. If its port cannot be bound, the agent logs it and goes on without.
+        return start_raylet(*args, **kwargs | {"dashboard_agent_listen_port": NO_PORT})
+
+    # Otherwise ray.init replaces 127.0.0.1 by an address that other machines reach.
+    services.resolve_ip_for_localhost, services.start_raylet = lambda host: host, without_agent_http
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost, services.start_raylet = resolve, start_raylet
 
 
 @contextmanager
 def patient_start() -> Iterator[None]:
     """While Ray's processes are started on this machine: minutes to come up, and a fair share of its CPU for workers."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # since 2.59 Ray may turn token auth on by itself
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # start_here has set it; since 2.59 Ray may turn tokens on by itself
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
     # Ray's own is 15: then its dozen idle daemons, at 0, take a starved machine's CPU from the one process that fuses.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -200,8 +279,11 @@ def _free_ports() -> Iterator[int]:
 
 
 def disconnect() -> None:
+    """Leave the cluster. One that was started here ends, and then its token goes."""
     sys.stderr.flush()
     ray.shutdown()
+    _to_undo.close()
+    atexit.unregister(disconnect)
 
 
 def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resources, units: int) -> Pool:

@@ -60,8 +60,10 @@ def test_an_empty_address_joins_no_cluster(monkeypatch):
 
 
 @pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
-def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process(daemon, shard, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process_and_no_token(daemon, shard, tmp_path):
+    (tmp_path / "temporary").mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= {"TMPDIR": str(tmp_path / "temporary"), "RAY_TMPDIR": "/tmp"}  # Ray's sockets need a short path
     command = [sys.executable, "jobs/fuse.py", f"input.path={shard}", f"output.path={tmp_path / 'out'}", "engine.kind=echo"]
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         started = wait_for_child(process, daemon)
@@ -71,6 +73,7 @@ def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process(daemon, sh
     assert err.strip().endswith("interrupted; everything committed is kept, the same command again resumes")
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
+    assert not list((tmp_path / "temporary").rglob(cluster.TOKEN_FILE))
 
 
 def wait_for_child(process, name):
