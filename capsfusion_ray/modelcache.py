@@ -20,7 +20,7 @@ from pathlib import Path
 
 from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.models import content_files, content_hash, locate, store_of
+from capsfusion_ray.models import check_folder, content_files, content_hash, locate, store_of
 from capsfusion_ray.storage import Store, StoredFile, patiently
 
 log = logging.getLogger(__name__)
@@ -36,15 +36,20 @@ _NEVER = ["*/*", "consolidated*", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h
 def folder_of(engine: EngineConfig, weights: bool = True) -> str:
     """The folder of `engine.model` on this node, which holds `engine.revision`. Without `weights`: its tokenizer and config alone.
 
-    Raises ConfigError for a model that is not there, is another one, or does not fit on the disk; EngineError for a copy that
-    does not become whole; StorageError where the store stays away.
+    Every loader of a model gets its folder here, so that none has one which `check_folder` refuses.
+    Raises ConfigError for a model that is not there, is another one, is refused, or does not fit on the disk; EngineError
+    for a copy that does not become whole; StorageError where the store stays away.
     """
     where = locate(engine.model)
     source = store_of(engine)
-    if source is None:
-        return _from_hub(where, engine.revision, weights)
-    if "://" in where:
-        return _from_store(where, source, engine.revision or content_hash(source), weights)
+    if source is None or "://" in where:
+        if source is None:
+            folder = _from_hub(where, engine.revision, weights)
+        else:
+            folder = _from_store(where, source, engine, weights)
+        check_folder(Store(folder), engine.trust_remote_code)
+        return folder
+    check_folder(source, engine.trust_remote_code)
     if weights and engine.revision not in ("", found := content_hash(source)):
         raise ConfigError(
             f"engine.model={where}: on {socket.gethostname()} it holds {found}, and this run is of {engine.revision}; every node needs the "
@@ -88,8 +93,10 @@ def _unwanted_weights(model: str, revision: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- from a store
 
 
-def _from_store(url: str, source: Store, content: str, weights: bool) -> str:
-    cache = _cache()
+def _from_store(url: str, source: Store, engine: EngineConfig, weights: bool) -> str:
+    if not engine.revision:
+        check_folder(source, engine.trust_remote_code)  # before it is read
+    cache, content = _cache(), engine.revision or content_hash(source)
     target = cache / (content if weights else f"{content}-without-weights")
     with _locked(target.with_suffix(".lock")):
         if target.is_dir() and (not weights or content_hash(Store(str(target))) == content):
@@ -98,6 +105,7 @@ def _from_store(url: str, source: Store, content: str, weights: bool) -> str:
             log.warning("%s: it does not hold %s any more; fetched anew", target, content)
             shutil.rmtree(target)
         began = time.monotonic()
+        patiently(lambda: check_folder(source, engine.trust_remote_code))  # before it is copied
         size = _fetch(url, source, target, content, weights)
         seconds = max(time.monotonic() - began, 1e-3)
         log.info("fetched %s: %.2f GB in %.0f s (%.0f MB/s), to %s", url, size / 1e9, seconds, size / 1e6 / seconds, target)

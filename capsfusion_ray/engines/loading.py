@@ -77,9 +77,9 @@ def load_model(engine: EngineConfig) -> LoadedModel:
     trust = engine.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        tokenizer = load_tokenizer(name, trust)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.model={name!r}: no usable config and tokenizer there: {error}") from error
+    except Exception as error:  # any, by what is wrong in it
+        raise ConfigError(f"engine.model={name!r}: no usable config there: {one_line(error)}") from error
+    tokenizer = load_tokenizer(name, trust)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
@@ -90,12 +90,14 @@ def load_model(engine: EngineConfig) -> LoadedModel:
             **({"device_map": {"": device}} if device.type == "cuda" and _has_accelerate() else {}),
         )
     except ValueError as error:  # "Unrecognized configuration class": not a causal language model
-        raise ConfigError(f"engine.model={name!r}: not loadable as a causal language model: {error}") from error
+        raise ConfigError(
+            f"engine.model={name!r}: not loadable as a causal language model: {one_line(error)}"
+        ) from error
     except torch.OutOfMemoryError as error:
         raise EngineError(_no_memory(name, device, error)) from error
     except Exception as error:  # OSError, SafetensorError, UnpicklingError, RuntimeError: by the form that is damaged
         raise EngineError(
-            f"engine.model={name!r}: its weights cannot be read ({error}); download them again"
+            f"engine.model={name!r}: its weights cannot be read ({one_line(error)}); download them again"
         ) from error
     for what in ("missing_keys", "mismatched_keys"):
         if report[what]:
@@ -120,18 +122,38 @@ def load_model(engine: EngineConfig) -> LoadedModel:
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model's folder. Raises OSError or ValueError for one that is not usable.
+    """The tokenizer of a model's folder. Raises ConfigError for one that is not usable.
 
     A LLaMA whose folder holds `tokenizer.model` alone was trained with BOS before its texts, as transformers 4 gave it;
     transformers 5 leaves BOS out unless tokenizer_config.json has `add_bos_token`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # any: the tokenizers library raises Exception itself
+        raise ConfigError(f"engine.model={folder!r}: no usable tokenizer there: {one_line(error)}") from error
     alone = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
     unsaid = "add_bos_token" not in tokenizer.init_kwargs and tokenizer.bos_token_id is not None
     if alone and unsaid and AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type in ("llama", "mistral"):
         tokenizer.add_bos_token = True
         log.info("%s: no add_bos_token in its tokenizer_config.json; prompts begin with %s", folder, tokenizer.bos_token)
     return tokenizer
+
+
+def load_to_train(model: str) -> tuple[Any, Any]:
+    """Tokenizer, and model in float32, of a hub id or a folder; runs no code of theirs. Raises ConfigError, EngineError."""
+    folder = folder_of(EngineConfig(model=model))
+    tokenizer = load_tokenizer(folder, trust_remote_code=False)
+    try:
+        return tokenizer, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: not loadable as a causal language model: {one_line(error)}") from error
+    except Exception as error:  # as in load_model
+        raise EngineError(f"{folder}: its weights cannot be read ({one_line(error)}); download them again") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, which may be a page."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _no_memory(name: str, device: torch.device, error: Exception) -> str:

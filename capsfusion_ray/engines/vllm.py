@@ -13,7 +13,7 @@ from typing import Any
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.base import Load, prompt_fault
-from capsfusion_ray.engines.loading import load_tokenizer
+from capsfusion_ray.engines.loading import load_tokenizer, one_line
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.modelcache import folder_of
 from capsfusion_ray.rows import FinishReason, Generation, Prompt
@@ -47,13 +47,15 @@ class VllmEngine:
             )
             asked = vllm.EngineArgs(**_engine_args(engine, decode, folder))
         except Exception as error:  # an unknown field, a value out of range: TypeError, ValueError, or its own
-            raise ConfigError(f"{refused}: {error}") from error
+            raise ConfigError(f"{refused}: {one_line(error)}") from error
         try:
             self._engine = vllm.LLMEngine.from_engine_args(asked)
         except ValueError as error:  # an architecture, a length, a quantization that it does not know
-            raise ConfigError(f"{refused}: {error}") from error
+            raise ConfigError(f"{refused}: {one_line(error)}") from error
         except Exception as error:  # its engine core is a process of its own, whose failures arrive as RuntimeError
-            raise EngineError(f"engine.model={folder!r}: vLLM {vllm.__version__} did not start ({error}); its own log is above") from error
+            raise EngineError(
+                f"engine.model={folder!r}: vLLM {vllm.__version__} did not start ({one_line(error)}); its own log is above"
+            ) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

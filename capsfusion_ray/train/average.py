@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from capsfusion_ray.engines.loading import load_to_train
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.models import FUSION_FILE
 
@@ -39,12 +39,14 @@ def average(cfg: AverageConfig) -> dict[str, Any]:
     shares = _shares(cfg)
     if not cfg.output.path or Path(cfg.output.path).resolve() in {Path(model).resolve() for model in cfg.models}:
         raise ConfigError(f"output.path={cfg.output.path}: give a folder for the average that is none of its models")
-    first, vocabulary = _load(cfg.models[0])
+    tokenizer, first = _load(cfg.models[0])
+    vocabulary = tokenizer.get_vocab()
     mixed = {name: shares[0] * weights for name, weights in _weights(first).items()}
     for path, share in zip(cfg.models[1:], shares[1:], strict=True):
-        model, same = _load(path)
+        other, model = _load(path)
         weights = _weights(model)
-        if same != vocabulary or {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in mixed.items()}:
+        shapes = [{name: w.shape for name, w in tensors.items()} for tensors in (weights, mixed)]
+        if other.get_vocab() != vocabulary or shapes[0] != shapes[1]:
             raise ConfigError(
                 f"models: {path} and {cfg.models[0]} differ in layers or vocabulary; only models trained from one start have an average"
             )
@@ -53,7 +55,7 @@ def average(cfg: AverageConfig) -> dict[str, Any]:
     first.load_state_dict(mixed)
     folder = Path(cfg.output.path)
     first.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(cfg.models[0]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     wish = Path(cfg.models[0]) / FUSION_FILE
     if wish.is_file():
         (folder / FUSION_FILE).write_bytes(wish.read_bytes())
@@ -69,12 +71,11 @@ def _shares(cfg: AverageConfig) -> list[float]:
     return shares
 
 
-def _load(path: str) -> tuple[Any, dict[str, int]]:
-    """The model in float32, and its vocabulary."""
+def _load(path: str) -> tuple[Any, Any]:
+    """The tokenizer, and the model in float32."""
     if not (Path(path) / "config.json").is_file():
         raise ConfigError(f"models: {path} is no model folder; give the output.path of a jobs/train.py")
-    vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(path).get_vocab()
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), vocabulary
+    return load_to_train(path)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:

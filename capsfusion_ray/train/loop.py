@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray import prompt
-from capsfusion_ray.models import FUSION_FILE, WISHES
+from capsfusion_ray.engines.loading import load_to_train, one_line
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.models import FUSION_FILE, WISHES, wishes_of
+from capsfusion_ray.storage import Store
 from capsfusion_ray.train.augment import Banks
 from capsfusion_ray.train.batches import (
     POOL_BATCHES,
@@ -137,9 +140,7 @@ def template_text(cfg: TrainConfig) -> str:
     """The prompt of the model: as configured, or as the model to start from wishes, or the one for its kind."""
     if cfg.prompt_template or not cfg.model.path:
         return cfg.prompt_template or SHORT_TEMPLATE
-    wish = Path(cfg.model.path) / FUSION_FILE
-    wished = json.loads(wish.read_text(encoding="utf-8")).get("prompt_template") if wish.is_file() else None
-    return wished or prompt.TEMPLATE
+    return wishes_of(Store(cfg.model.path)).get("prompt_template") or prompt.TEMPLATE
 
 
 def build_encoder(tokenizer: Any, template: str, source_weight: float, ours: bool) -> Encoder:
@@ -221,10 +222,10 @@ def save_model(model: Any, tokenizer: Any, cfg: TrainConfig, folder: Path) -> No
 def _start(cfg: TrainConfig, triples: Sequence[Triple], saved: Path) -> tuple[Any, Any]:
     """Tokenizer and model, pretrained or from scratch; parameters in float32."""
     if cfg.model.path:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        tokenizer, model = load_to_train(cfg.model.path)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer, AutoModelForCausalLM.from_pretrained(cfg.model.path, dtype=torch.float32)
+        return tokenizer, model
     if (saved / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(saved)
     else:
@@ -301,7 +302,12 @@ def _resume(path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optim
     """The step to go on from: 0 without a checkpoint."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # by what is damaged, or is no tensor
+        raise ConfigError(
+            f"{path}: no checkpoint that can be read ({one_line(error)}); remove it, and the training begins anew"
+        ) from error
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
