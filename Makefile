@@ -79,7 +79,8 @@ average: setup ## one model out of several trained from one start: make average 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
 	$(BIN)/python jobs/evaluate.py $(ARGS)
 
-lint: setup ## ruff and mypy
+lint: setup ## formatter, ruff and mypy: nothing is changed, what is wrong is named
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

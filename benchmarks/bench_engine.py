@@ -83,10 +83,14 @@ class ForcedLengths(BeamEngine):
 def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Any:
     hidden, layers, heads, intermediate, own_vocabulary = SHAPES[name]
     config = LlamaConfig(
-        vocab_size=own_vocabulary or vocabulary, hidden_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=intermediate,
+        vocab_size=own_vocabulary or vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=intermediate,
         max_position_embeddings=4096,
-    )  # fmt: skip
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -131,9 +135,14 @@ def hf_generate(bench: Bench, prompts: list[Prompt], batch: int, tuned: bool) ->
     for first in range(0, len(order), batch):
         group = order[first : first + batch]
         out = generate_batch(
-            bench.loaded, group, beams=bench.beams, max_new_tokens=max(bench.lengths[p.id] for p in group),
-            exact_tokens=bench.forced, pad_to=0 if tuned else bench.engine.max_prompt_tokens, prefix_kv=cache,
-        )  # fmt: skip
+            bench.loaded,
+            group,
+            beams=bench.beams,
+            max_new_tokens=max(bench.lengths[p.id] for p in group),
+            exact_tokens=bench.forced,
+            pad_to=0 if tuned else bench.engine.max_prompt_tokens,
+            prefix_kv=cache,
+        )
         written |= {p.id: ids[: bench.lengths[p.id]] for p, ids in zip(group, out, strict=True)}
     return written
 
@@ -141,9 +150,14 @@ def hf_generate(bench: Bench, prompts: list[Prompt], batch: int, tuned: bool) ->
 def continuous_batching(bench: Bench, prompts: list[Prompt]) -> Captions:
     """transformers' own continuous batching. It has no beams, and no length of its own for a request."""
     config = GenerationConfig(
-        max_new_tokens=LENGTH_CAP, do_sample=False, eos_token_id=list(bench.loaded.eos_ids), pad_token_id=bench.loaded.eos_ids[0]
+        max_new_tokens=LENGTH_CAP,
+        do_sample=False,
+        eos_token_id=list(bench.loaded.eos_ids),
+        pad_token_id=bench.loaded.eos_ids[0],
     )
-    outputs = bench.loaded.model.generate_batch([list(p.prefix_ids + p.suffix_ids) for p in prompts], generation_config=config)
+    outputs = bench.loaded.model.generate_batch(
+        [list(p.prefix_ids + p.suffix_ids) for p in prompts], generation_config=config
+    )
     tokens = [list(output.generated_tokens) for output in outputs.values()]
     return {p.id: ids[: bench.lengths[p.id]] for p, ids in zip(prompts, tokens, strict=True)}
 
@@ -198,7 +212,9 @@ class Table:
         self.gemm = gemm_rate(bench.loaded)
         embeddings = bench.loaded.model.get_input_embeddings().weight.numel()
         parameters = sum(p.numel() for p in bench.loaded.model.parameters())
-        self.flops_per_token = 2 * (parameters if bench.loaded.model.config.tie_word_embeddings else parameters - embeddings)
+        self.flops_per_token = 2 * (
+            parameters if bench.loaded.model.config.tie_word_embeddings else parameters - embeddings
+        )
         self.loaded = bench.loaded
 
     def time(self, name: str, run: Callable[[], Captions], beams: int) -> None:
@@ -270,7 +286,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="for a random model; default: the embedded model's")
     parser.add_argument("--pairs", default="examples/captions_source.jsonl")
     parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--hf-rows", type=int, default=None, help="only the first so many for (a) and (b), which are slow")
+    parser.add_argument(
+        "--hf-rows", type=int, default=None, help="only the first so many for (a) and (b), which are slow"
+    )
     parser.add_argument("--beams", type=int, default=3)
     parser.add_argument("--slots", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
@@ -288,7 +306,9 @@ def main() -> None:
         table.time("a reference settings", lambda: hf_generate(bench, some, 4, tuned=False), beams)
     if "b" not in args.skip:
         for batch in map(int, args.batches.split(",")):
-            table.time(f"b tuned HF, batch {batch}", lambda batch=batch: hf_generate(bench, some, batch, tuned=True), beams)
+            table.time(
+                f"b tuned HF, batch {batch}", lambda batch=batch: hf_generate(bench, some, batch, tuned=True), beams
+            )
     if "c" not in args.skip:
         table.time("c continuous batching, greedy", lambda: continuous_batching(bench, prompts), 1)
     if "e" not in args.skip and importlib.util.find_spec("vllm") and not bench.forced:
@@ -310,10 +330,21 @@ def main() -> None:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
     cuda = weights.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"cpu, {bench.threads} threads"
-    print(json.dumps({
-        "command": " ".join(sys.argv), "device": device, "dtype": str(weights.dtype), "rows": len(prompts), "hf_rows": len(some),
-        "beams": beams, "gemm_tflops": round(table.gemm / 1e12, 3), "best_of_b": best, "results": table.rows,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "command": " ".join(sys.argv),
+                "device": device,
+                "dtype": str(weights.dtype),
+                "rows": len(prompts),
+                "hf_rows": len(some),
+                "beams": beams,
+                "gemm_tflops": round(table.gemm / 1e12, 3),
+                "best_of_b": best,
+                "results": table.rows,
+            }
+        )
+    )
 
 
 def _wait(loaded: LoadedModel) -> None:

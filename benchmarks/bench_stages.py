@@ -53,7 +53,9 @@ class Clock(Counter[str]):
 
 
 def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int]:
-    cfg = load(FuseConfig, ["source.preset=laion_coco", f"input.path={corpus}", f"output.path={output}", "engine.kind=echo"])
+    cfg = load(
+        FuseConfig, ["source.preset=laion_coco", f"input.path={corpus}", f"output.path={output}", "engine.kind=echo"]
+    )
     shards = sources.discover(cfg.input, cfg.source)
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
     fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
@@ -63,7 +65,9 @@ def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int
     by_path = {shard.path: shard for shard in shards}
     groups: dict[str, list] = {}
     for span in spans(plan.units, {shard.path: shard.row_groups for shard in shards}):
-        units = iter_units(by_path[span[0].path], [(u.start, u.stop) for u in span], ReadSpec(schema, cfg.source, cfg.filter))
+        units = iter_units(
+            by_path[span[0].path], [(u.start, u.stop) for u in span], ReadSpec(schema, cfg.source, cfg.filter)
+        )
         for unit in span:
             if done >= rows:
                 break
@@ -71,7 +75,9 @@ def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int
             table = clock.timed("admit", lambda read=read: admit(read.table, cfg.gates))
             batch = clock.timed("pack", lambda unit=unit, table=table: UnitBatch(unit, table, Apart({})).pack())
             batch = clock.timed("echo", lambda batch=batch: actor(batch))
-            part, summary = clock.timed("judge", lambda batch=batch: judge_unit(UnitBatch.unpack(batch), fields, cfg.gates))
+            part, summary = clock.timed(
+                "judge", lambda batch=batch: judge_unit(UnitBatch.unpack(batch), fields, cfg.gates)
+            )
             clock.timed("commit", lambda part=part, summary=summary: commit(store, part, summary))
             groups.setdefault(unit.group, []).append(unit)
             done += unit.rows
@@ -85,7 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("corpus")
     parser.add_argument("--rows", type=float, default=100_000)
-    parser.add_argument("--unit", type=int, default=8100, help="rows of a unit; 8,100 are 90 s of a GPU of 90 captions/s")
+    parser.add_argument(
+        "--unit", type=int, default=8100, help="rows of a unit; 8,100 are 90 s of a GPU of 90 captions/s"
+    )
     parser.add_argument("--profile", action="store_true")
     asked = parser.parse_args()
     profile = cProfile.Profile()
@@ -100,7 +108,11 @@ def main() -> None:
     total = sum(clock.values())
     for stage, us in out.items():
         print(f"{stage:10} {us:8.2f} us a row")
-    print(json.dumps({"rows": rows, "us_a_row": out | {"all": round(total / rows * 1e6, 2)}, "rows_a_cpu_s": round(rows / total)}))
+    print(
+        json.dumps(
+            {"rows": rows, "us_a_row": out | {"all": round(total / rows * 1e6, 2)}, "rows_a_cpu_s": round(rows / total)}
+        )
+    )
 
 
 if __name__ == "__main__":

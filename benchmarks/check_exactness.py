@@ -75,7 +75,9 @@ def by_hf(variant: Variant, loaded: LoadedModel, prompts: Sequence[Prompt]) -> W
 
 def by_beam_engine(variant: Variant, loaded: LoadedModel, engine: EngineConfig, prompts: Sequence[Prompt]) -> Written:
     """All rows through the engine's slots; units of 50 are handed in while others are in work."""
-    decode = DecodeConfig(num_beams=variant.beams, max_new_tokens=MAX_NEW_TOKENS, scoring="transformers", no_repeat_ngram=0)
+    decode = DecodeConfig(
+        num_beams=variant.beams, max_new_tokens=MAX_NEW_TOKENS, scoring="transformers", no_repeat_ngram=0
+    )
     own = BeamEngine(
         dataclasses.replace(loaded, tokenizer=Ids()), dataclasses.replace(engine, slots=variant.slots), decode
     )
@@ -127,20 +129,27 @@ def main() -> None:
     engine = EngineConfig(model=args.model, dtype="float32")
     info = inspect(engine)
     engine, _ = settle(engine, DecodeConfig(), info)
-    prompts = build_prompts(load_model(engine), read_pairs(args.pairs, args.rows), info.template, engine.max_prompt_tokens)
+    prompts = build_prompts(
+        load_model(engine), read_pairs(args.pairs, args.rows), info.template, engine.max_prompt_tokens
+    )
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     of = {"model": info.content, "pairs": Path(args.pairs).name, "max_new_tokens": MAX_NEW_TOKENS}
     kept = folder / "of.json"
     if kept.exists() and json.loads(kept.read_text()) != of:
-        raise SystemExit(f"--out {folder} holds captions of {kept.read_text()}, not of {json.dumps(of)}; give another folder")
+        raise SystemExit(
+            f"--out {folder} holds captions of {kept.read_text()}, not of {json.dumps(of)}; give another folder"
+        )
     kept.write_text(json.dumps(of))
 
     results: dict[str, str] = {}
     wrong: list[str] = []
     for beams in map(int, args.beams.split(",")):
         oracle = captions(Variant("float32", beams, batches=ORACLE_BATCHES), engine, prompts, folder)
-        for variant in (*OWN.get(beams, (Variant("float32", beams, slots=32),)), *(HALF if beams == 3 and not args.skip_bfloat16 else ())):
+        for variant in (
+            *OWN.get(beams, (Variant("float32", beams, slots=32),)),
+            *(HALF if beams == 3 and not args.skip_bfloat16 else ()),
+        ):
             mine = captions(variant, engine, prompts, folder)
             other = [prompt.id for prompt in prompts if mine[prompt.id] != oracle[prompt.id]]
             results[variant.name] = f"{len(prompts) - len(other)} of {len(prompts)}"

@@ -77,9 +77,16 @@ def generate_batch(
         copied.batch_repeat_interleave(len(prompts) * beams)
     tokens = torch.tensor(ids, device=loaded.device)
     out = loaded.model.generate(
-        tokens, attention_mask=torch.tensor(mask, device=loaded.device), num_beams=beams, do_sample=False,
-        length_penalty=penalty, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos, **more,
-    )[:, tokens.shape[1] :].tolist()  # fmt: skip
+        tokens,
+        attention_mask=torch.tensor(mask, device=loaded.device),
+        num_beams=beams,
+        do_sample=False,
+        length_penalty=penalty,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        **more,
+    )[:, tokens.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in eos), len(row))] for row in out]
 
 

@@ -28,7 +28,17 @@ SIZES = {  # hidden, heads, ffn; six layers each
 MIDDLE = "3.5M"
 SHARES = (1 / 8, 1 / 4, 1 / 2, 1)
 TIMEOUT_S = 24 * 3600.0
-SHOWN = ("validation_loss", "rouge_l", "bleu_4", "cider", "capitalised_kept", "numbers_kept", "repeated_trigram", "pasted", "words")
+SHOWN = (
+    "validation_loss",
+    "rouge_l",
+    "bleu_4",
+    "cider",
+    "capitalised_kept",
+    "numbers_kept",
+    "repeated_trigram",
+    "pasted",
+    "words",
+)
 
 
 def subset(triples: list[Any], share: float, folder: Path) -> tuple[Path, int]:
@@ -49,10 +59,22 @@ def point(size: str, file: Path, folder: Path, steps: int, threads: int) -> dict
         shape = [f"model.hidden={hidden}", f"model.heads={heads}", f"model.ffn={ffn}", "model.layers=6"]
         # The copy curriculum and the decay keep about their shares of the recipe's 4,200 steps.
         schedule = [
-            f"optim.steps={steps}", f"optim.decay_steps={steps * 3 // 10}", f"augment.copy_only_steps={steps // 10}",
-            f"augment.copy_fade_steps={steps // 5}", f"output.validate_every={steps}", f"cluster.threads={threads}",
-        ]  # fmt: skip
-        command = [sys.executable, "jobs/train.py", "conf/train/tiny.yaml", data, f"output.path={model}", *shape, *schedule]
+            f"optim.steps={steps}",
+            f"optim.decay_steps={steps * 3 // 10}",
+            f"augment.copy_only_steps={steps // 10}",
+            f"augment.copy_fade_steps={steps // 5}",
+            f"output.validate_every={steps}",
+            f"cluster.threads={threads}",
+        ]
+        command = [
+            sys.executable,
+            "jobs/train.py",
+            "conf/train/tiny.yaml",
+            data,
+            f"output.path={model}",
+            *shape,
+            *schedule,
+        ]
         said = said_by(command, folder / "log", TIMEOUT_S)
         trained.write_text(json.dumps(said))
     if not figures.exists():
@@ -78,11 +100,19 @@ def main() -> None:
     end_with_children()
     triples, work = json.loads(options.triples.read_text(encoding="utf-8")), options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    points = [(MIDDLE, share) for share in map(float, options.shares.split(","))] + [(size, 1) for size in sizes if size != MIDDLE]
+    points = [(MIDDLE, share) for share in map(float, options.shares.split(","))] + [
+        (size, 1) for size in sizes if size != MIDDLE
+    ]
     rows = []
     for size, share in points:
         file, n = subset(triples, share, work)
-        rows.append({"size": size, "triples": n, **point(size, file, work / f"{size}-{n}-{options.steps}", options.steps, options.threads)})
+        rows.append(
+            {
+                "size": size,
+                "triples": n,
+                **point(size, file, work / f"{size}-{n}-{options.steps}", options.steps, options.threads),
+            }
+        )
         cells = [f"{rows[-1][name]:.3f}" for name in SHOWN]
         print(f"| {size}, {n:,} | {' | '.join(cells)} |", file=sys.stderr, flush=True)
     tell({"steps": options.steps, "points": rows}, options.json)

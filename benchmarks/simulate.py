@@ -108,10 +108,17 @@ def workers_env(journal: Path | None) -> dict[str, str]:
 
 def settings(setup: Setup, actors: int, corpus: Path, output: Path) -> list[str]:
     return [
-        f"input.path={corpus}", f"input.limit={setup.rows(actors)}", "source.preset=laion_coco", f"output.path={output}",
-        "engine.kind=echo", f"engine.slots={setup.slots}", f"unit.rows={setup.unit_rows}", "cluster.gpus_per_actor=0",
-        f"cluster.min_actors={actors}", f"cluster.max_actors={actors}",
-    ]  # fmt: skip
+        f"input.path={corpus}",
+        f"input.limit={setup.rows(actors)}",
+        "source.preset=laion_coco",
+        f"output.path={output}",
+        "engine.kind=echo",
+        f"engine.slots={setup.slots}",
+        f"unit.rows={setup.unit_rows}",
+        "cluster.gpus_per_actor=0",
+        f"cluster.min_actors={actors}",
+        f"cluster.max_actors={actors}",
+    ]
 
 
 def predict(setup: Setup, actors: int, corpus: Path, folder: Path, *more: str) -> dict[str, Any]:

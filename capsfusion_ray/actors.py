@@ -122,8 +122,10 @@ class _Debut:
             log.warning(
                 "engine.model=%s: none of its first %d captions came to an end within decode.max_new_tokens=%d; is eos_token_id in its "
                 "generation_config.json the token that it was trained to end with?",
-                self._model, len(self._first), self._limit,
-            )  # fmt: skip
+                self._model,
+                len(self._first),
+                self._limit,
+            )
 
 
 def start_engine(engine: EngineConfig, decode: DecodeConfig, template: str) -> tuple[Engine, PromptBuilder]:
@@ -164,7 +166,9 @@ class FusionActor:
         notice: Notice | None = None,
         starts: StartLog | None = None,
     ) -> None:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(
+            level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        )
         self._unusable: CapsFusionError | None = None
         self._step_began: float | None = None
         threading.Thread(target=self._watch, args=(engine.stall_s,), name="watchdog", daemon=True).start()
@@ -322,7 +326,9 @@ class FusionActor:
             time.sleep(stall_s / 10)
             began = self._step_began
             if began is not None and time.monotonic() - began > stall_s:
-                log.error("the engine stalled: one step takes longer than engine.stall_s=%g; all threads follow", stall_s)
+                log.error(
+                    "the engine stalled: one step takes longer than engine.stall_s=%g; all threads follow", stall_s
+                )
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
                 os._exit(EXIT_ENGINE_STALLED)
@@ -334,7 +340,9 @@ class FusionActor:
         """
         while (left_s := notice.left_s()) is None:
             time.sleep(NOTICE_EVERY_S)
-        log.warning("this node goes in %.0f s: no other unit begins here, %d are under way", left_s, len(self._under_way))
+        log.warning(
+            "this node goes in %.0f s: no other unit begins here, %d are under way", left_s, len(self._under_way)
+        )
         finished = self._company.close(left_s - 2 * LEAVE_S)
         if finished:
             time.sleep(LEAVE_S)  # for Ray to take the last unit's rows
@@ -356,8 +364,11 @@ def _start_anew(error: Exception, wait_s: float) -> None:
     """End this process after a while: what kept its engine from starting may be gone then, and what is broken in it is gone."""
     log.error(
         "%s cannot start its engine (%s: %s); others of this run can, and go on. It is tried again in %.0f s; otherwise mend this node, or take it out",
-        socket.gethostname(), type(error).__name__, error, wait_s,
-    )  # fmt: skip
+        socket.gethostname(),
+        type(error).__name__,
+        error,
+        wait_s,
+    )
     time.sleep(wait_s)
     sys.stderr.flush()
     os._exit(EXIT_NO_START)
@@ -373,5 +384,3 @@ def _device_name(engine: EngineConfig) -> str:
     if torch.cuda.is_available() and engine.device != "cpu":
         return str(torch.cuda.get_device_name())
     return "cpu"
-
-

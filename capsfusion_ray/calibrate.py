@@ -52,7 +52,9 @@ def _measure(engine: EngineConfig, decode: DecodeConfig, template: str, pairs: l
     return steady(built, prompts, "cuda" if engine.device == "cuda" else "cpu", time.monotonic)
 
 
-def steady(engine: Engine, prompts: Sequence[Prompt], device: Literal["cuda", "cpu"], clock: Callable[[], float]) -> Measured:
+def steady(
+    engine: Engine, prompts: Sequence[Prompt], device: Literal["cuda", "cpu"], clock: Callable[[], float]
+) -> Measured:
     """The engine's speed while it is full: after as many captions as it has room for, until it cannot be refilled.
 
     The prompts are repeated until there are ROOMS times as many as the engine holds. Raises EngineError where none
@@ -64,7 +66,9 @@ def steady(engine: Engine, prompts: Sequence[Prompt], device: Literal["cuda", "c
     error = "no prompt fits the model"
     while submitted < wanted or engine.unfinished:
         if submitted < wanted:
-            copies = [dataclasses.replace(prompts[i % len(prompts)], id=f"calibrate-{i}") for i in range(submitted, wanted)]
+            copies = [
+                dataclasses.replace(prompts[i % len(prompts)], id=f"calibrate-{i}") for i in range(submitted, wanted)
+            ]
             engine.submit(copies)
             submitted = wanted
         for generation in engine.step():

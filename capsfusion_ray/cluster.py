@@ -128,7 +128,9 @@ def _join(asked: str, **options: Any) -> None:
     try:
         ray.init(address, **options)
     except Exception as error:  # Ray raises ValueError, ConnectionError, RuntimeError or its own, by what is wrong
-        raise ConfigError(f"{asked}: no Ray cluster that this process can join ({str(error).strip().splitlines()[0]}); {way_out}") from error
+        raise ConfigError(
+            f"{asked}: no Ray cluster that this process can join ({str(error).strip().splitlines()[0]}); {way_out}"
+        ) from error
 
 
 def _refuse_silence(asked: str, address: str, way_out: str) -> None:
@@ -229,7 +231,9 @@ def _on_loopback() -> Iterator[None]:
 @contextmanager
 def patient_start() -> Iterator[None]:
     """While Ray's processes are started on this machine: minutes to come up, and a fair share of its CPU for workers."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # start_here has set it; since 2.59 Ray may turn tokens on by itself
+    os.environ.setdefault(
+        "RAY_AUTH_MODE", "disabled"
+    )  # start_here has set it; since 2.59 Ray may turn tokens on by itself
     os.environ.setdefault("RAY_worker_register_timeout_seconds", str(START_PATIENCE_S))
     # Ray's own is 15: then its dozen idle daemons, at 0, take a starved machine's CPU from the one process that fuses.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -297,7 +301,9 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
             "engine.vllm.tensor_parallel=… for a model that does not fit one GPU"
         )
     if max(gpus, 1) != split and gpus:
-        raise ConfigError(f"cluster.gpus_per_actor={gpus:g} with engine.vllm.tensor_parallel={split}: give the same number")
+        raise ConfigError(
+            f"cluster.gpus_per_actor={gpus:g} with engine.vllm.tensor_parallel={split}: give the same number"
+        )
     if gpus and resources.here and resources.gpus < gpus * cluster.min_actors:
         raise ConfigError(
             f"cluster.gpus_per_actor={gpus:g} with cluster.min_actors={cluster.min_actors}: this machine has {resources.gpus:g} "

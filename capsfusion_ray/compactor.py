@@ -45,7 +45,9 @@ class Compactor:
             for unit in plan.units:
                 self._units.setdefault((plan.revision, unit.group), []).append(unit)
                 self._group_of[unit.id] = (plan.revision, unit.group)
-        self._left = {key: {unit.id for unit in units} for key, units in self._units.items() if key not in self._entries}
+        self._left = {
+            key: {unit.id for unit in units} for key, units in self._units.items() if key not in self._entries
+        }
         self._ready: list[tuple[int, str]] = []
         self._running: dict[ray.ObjectRef, tuple[int, str]] = {}
         self.done: set[str] = set()
@@ -95,6 +97,11 @@ class Compactor:
 
 @ray.remote(num_cpus=COMPACT_CPUS)
 def _compact(
-    store: Store, group: str, revision: int, units: list[WorkUnit], fields: tuple[tuple[str, str], ...], output: OutputConfig
+    store: Store,
+    group: str,
+    revision: int,
+    units: list[WorkUnit],
+    fields: tuple[tuple[str, str], ...],
+    output: OutputConfig,
 ) -> GroupEntry:
     return patiently(lambda: compact_group(store, group, revision, units, fields, output))

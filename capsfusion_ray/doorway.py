@@ -41,7 +41,9 @@ def helped(schema: type, argv: Sequence[str]) -> bool:
 def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str] | None = None) -> int:
     """Logs go to stderr; the last line on stdout is the call's result as one JSON object. --help: the job's keys."""
     logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[_Stderr()], format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=os.environ.get("LOG_LEVEL", "INFO"),
+        handlers=[_Stderr()],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     for noisy in ("botocore", "aiobotocore", "s3fs", "urllib3", "httpx", "datasets"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

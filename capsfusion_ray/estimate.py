@@ -35,7 +35,9 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
     if cfg.calibrate:
         if not (pairs := sample(cfg, found)):
-            raise SourceError(f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with")
+            raise SourceError(
+                f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with"
+            )
         measured = calibrate(dataclasses.replace(cfg, engine=engine, decode=decode), found.model.template, pairs)
         device, gpus = measured.device, gpus or 1.0 if measured.device == "cuda" else 0.0
     dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
@@ -97,7 +99,10 @@ def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
     if asked.gpus_per_actor is not None:
         return asked.gpus_per_actor, asked.max_actors or asked.min_actors
     if elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto":
-        log.warning("%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's", elsewhere)
+        log.warning(
+            "%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's",
+            elsewhere,
+        )
     gpus = float(cfg.engine.vllm.tensor_parallel) if cfg.engine.device == "cuda" else 0.0
     return gpus, asked.max_actors or asked.min_actors
 
@@ -127,8 +132,12 @@ def expected_tokens(cfg: FuseConfig, found: Survey, pairs: list[CaptionPair]) ->
         return words + len(found.model.template.split()), words
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder_of(cfg.engine, weights=False), trust_remote_code=cfg.engine.trust_remote_code)
-    builder = PromptBuilder(found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder_of(cfg.engine, weights=False), trust_remote_code=cfg.engine.trust_remote_code
+    )
+    builder = PromptBuilder(
+        found.model.template, lambda texts: tokenizer(list(texts))["input_ids"], cfg.engine.max_prompt_tokens
+    )
     prompts = [p for p in builder.build(pairs) if not isinstance(p, Exception)]
     suffix = sum(len(p.suffix_ids) for p in prompts) / max(len(prompts), 1)
     return len(builder.prefix_ids) + suffix, min(suffix * OUTPUT_PER_SUFFIX_TOKEN, float(cfg.decode.max_new_tokens))

@@ -137,7 +137,9 @@ def _from_output(path: str, pairs: Sequence[CaptionPair]) -> dict[str, str]:
         with file.open("rb") as source:
             for batch in open_parquet(source, columns, str(file)).iter_batches(columns=columns):
                 for raw, synthetic, fused in zip(*(batch[name].to_pylist() for name in columns), strict=True):
-                    if (key := ((raw or "").strip(), (synthetic or "").strip())) in wanted:  # as the references are read
+                    if (
+                        key := ((raw or "").strip(), (synthetic or "").strip())
+                    ) in wanted:  # as the references are read
                         by_sources[key] = fused
     return {p.row_id: by_sources[p.raw, p.synthetic] for p in pairs if (p.raw, p.synthetic) in by_sources}
 

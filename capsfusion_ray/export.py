@@ -30,8 +30,15 @@ from capsfusion_ray.storage import Store
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
 CARD, COMMAND = "README.md", "img2dataset.sh"
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"),
-         (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip
+SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+    (100_000_000, "10M<n<100M"),
+    (1_000_000_000, "100M<n<1B"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,13 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
     names = [f"data/train-{number:05d}-of-{len(files):05d}.parquet" for number in range(len(files))]
     foreign = {file.path for file in target.list("data")} - set(names)
     if foreign:
-        raise ConfigError(f"to={cfg.to}: holds files that are not of this export, such as {min(foreign)}; choose an empty folder")
+        raise ConfigError(
+            f"to={cfg.to}: holds files that are not of this export, such as {min(foreign)}; choose an empty folder"
+        )
     partition_by = str(manifest.base.get("output.partition_by", "shard"))
-    rewriter = Rewriter(source, 0, read_plans(source)[0].fields, OutputConfig(cfg.output.path, partition_by=partition_by))
+    rewriter = Rewriter(
+        source, 0, read_plans(source)[0].fields, OutputConfig(cfg.output.path, partition_by=partition_by)
+    )
 
     def copy(file: FileEntry, name: str) -> None:
         data = read_intact(source, file)
@@ -88,7 +99,9 @@ def _with_column(rows: list[tuple[str, pa.Table]]) -> bytes:
 
 def img2dataset(schema: pa.Schema) -> str:
     """The command that fetches the images beside their fused captions, in webdataset form."""
-    carried = [name for name in schema.names if name not in (URL, FUSED) and pa.types.is_primitive(schema.field(name).type)]
+    carried = [
+        name for name in schema.names if name not in (URL, FUSED) and pa.types.is_primitive(schema.field(name).type)
+    ]
     carried = [ROW_ID, RAW, SYNTHETIC, *carried]
     extra = "[" + ",".join(f'"{name}"' for name in carried) + "]"
     return f"""#!/bin/sh
@@ -118,8 +131,13 @@ configs:
     path: data/train-*.parquet
 ---
 """
-    outcome = "\n".join(f"| {name} | {getattr(counts, name):,} |" for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable"))
-    columns = "\n".join(f"| `{column.name}` | {column.type} | {_MEANS.get(column.name, 'as in the input')} |" for column in schema)
+    outcome = "\n".join(
+        f"| {name} | {getattr(counts, name):,} |"
+        for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")
+    )
+    columns = "\n".join(
+        f"| `{column.name}` | {column.type} | {_MEANS.get(column.name, 'as in the input')} |" for column in schema
+    )
     return f"""{header}
 # {cfg.title}
 
@@ -155,6 +173,13 @@ def _table(title: str, counts: dict[str, int]) -> str:
 
 
 def _settings(manifest: Manifest) -> str:
-    shown: Sequence[str] = ("engine.kind", "engine.model", "engine.dtype", "decode.num_beams", "decode.max_new_tokens", "decode.scoring")
+    shown: Sequence[str] = (
+        "engine.kind",
+        "engine.model",
+        "engine.dtype",
+        "decode.num_beams",
+        "decode.max_new_tokens",
+        "decode.scoring",
+    )
     lines = "\n".join(f"- `{key}`: {manifest.base[key]}" for key in shown if key in manifest.base)
     return f"Settings:\n{lines}\n"

@@ -97,7 +97,9 @@ class _Writer:
 class FileSet:
     """The files of one group that are written together. `stamp` tells those of different revisions apart, e.g. r001."""
 
-    def __init__(self, store: Store, group: str, stamp: str, fields: Sequence[tuple[str, str]], output: OutputConfig) -> None:
+    def __init__(
+        self, store: Store, group: str, stamp: str, fields: Sequence[tuple[str, str]], output: OutputConfig
+    ) -> None:
         self._store, self._group, self._fields, self._output = store, group, fields, output
         # The group's name keeps files of different groups apart inside one partition.
         self._basename = f"part-{stamp}" if output.partition_by == "shard" else f"part-{stamp}-{group}"
@@ -114,7 +116,9 @@ class FileSet:
                         f"{self._group} alone; partition by a coarser column, or by shard"
                     )
                 schema = data_schema(self._fields, kind, self._output.partition_by)
-                self._writers[key] = _Writer(self._store, f"{kind}/{partition}", kind, self._basename, schema, self._output)
+                self._writers[key] = _Writer(
+                    self._store, f"{kind}/{partition}", kind, self._basename, schema, self._output
+                )
             writer = self._writers[key]
             writer.write(unit_id, slice_.select(writer.schema.names).cast(writer.schema))
 

@@ -91,7 +91,9 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
     waiting = committed(store) - {unit.id for unit in summaries}
     planned = [unit for plan in read_plans(store) for unit in plan.units]
     summaries += read_summaries(store, [unit for unit in planned if unit.id in waiting])
-    for edition in sorted({file.path.split("/")[1] for file in store.list(PARTS_DIR)}):  # of a retry that is not merged yet
+    for edition in sorted(
+        {file.path.split("/")[1] for file in store.list(PARTS_DIR)}
+    ):  # of a retry that is not merged yet
         retried = parts_of(store, int(edition.removeprefix("e")))
         done = committed(retried)
         summaries += read_summaries(retried, [unit for unit in planned if unit.id in done])
@@ -100,7 +102,9 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
 
 def train_command(cfg: FuseConfig) -> str:
     """How to train on the labels."""
-    where = f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path  # training reads a local folder
+    where = (
+        f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path
+    )  # training reads a local folder
     return (
         f"python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path={where} data.fused=capsfusion "
         "output.path=<model folder>"

@@ -88,7 +88,12 @@ class Lease:
     """
 
     def __init__(
-        self, store: Store, takeover: bool = False, wait_s: float = 0.0, ttl_s: float = TTL_S, outage_s: float = OUTAGE_S
+        self,
+        store: Store,
+        takeover: bool = False,
+        wait_s: float = 0.0,
+        ttl_s: float = TTL_S,
+        outage_s: float = OUTAGE_S,
     ) -> None:
         self._store, self._takeover, self._wait_s, self._ttl_s = store, takeover, wait_s, ttl_s
         self._outage_s = outage_s
@@ -140,7 +145,13 @@ class Lease:
 
     def _refuse_or_wait(self, holder: Holder, left_s: float) -> None:
         if left_s > 0:
-            log.info("%s: waiting %.0f s more for the driver on %s, pid %d", self._store.root, left_s, holder.host, holder.pid)
+            log.info(
+                "%s: waiting %.0f s more for the driver on %s, pid %d",
+                self._store.root,
+                left_s,
+                holder.host,
+                holder.pid,
+            )
             return
         raise ConfigError(
             f"{self._store.root}: another driver is at work on this output ({holder.host}, pid {holder.pid}, since "
@@ -156,7 +167,13 @@ class Lease:
         holder = Holder.from_bytes(data)
         if holder.over:
             return None
-        log.info("%s is held by %s, pid %d; watching it for %.0f s", self._store.url(LEASE), holder.host, holder.pid, self._ttl_s)
+        log.info(
+            "%s is held by %s, pid %d; watching it for %.0f s",
+            self._store.url(LEASE),
+            holder.host,
+            holder.pid,
+            self._ttl_s,
+        )
         until, looks = time.monotonic() + self._ttl_s, 0
         while time.monotonic() < until or looks < _WATCHES_PER_TTL:
             time.sleep(self._ttl_s / _WATCHES_PER_TTL)

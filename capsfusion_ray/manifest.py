@@ -148,7 +148,9 @@ class Manifest:
     unreadable_shards: dict[str, str]
     units: tuple[UnitSummary, ...]
     files: tuple[FileEntry, ...]
-    revisions: tuple[dict[str, Any], ...]  # revision, kind, units, rows, seconds, and of a plan its cost: estimate and actual
+    revisions: tuple[
+        dict[str, Any], ...
+    ]  # revision, kind, units, rows, seconds, and of a plan its cost: estimate and actual
 
     def to_bytes(self) -> bytes:
         return json.dumps({"version": MANIFEST_VERSION, **asdict(self)}, indent=1).encode()
@@ -207,7 +209,9 @@ def read_finished(store: Store, asked: str) -> tuple[Manifest, str]:
     """The manifest and its etag. Raises ConfigError for an output that is not finished; `asked`: what needs one."""
     found = store.get_with_etag(MANIFEST)
     if found is None:
-        raise ConfigError(f"output.path={store.root}: no manifest.json, and {asked} needs a finished output; run the fuse command to its end first")
+        raise ConfigError(
+            f"output.path={store.root}: no manifest.json, and {asked} needs a finished output; run the fuse command to its end first"
+        )
     return Manifest.from_bytes(found[0]), found[1]
 
 

@@ -85,7 +85,9 @@ def _unwanted_weights(model: str, revision: str) -> list[str]:
     if not any(name.endswith(_WEIGHTS) for name in names):
         try:
             names = HfApi().list_repo_files(model, revision=revision or None)
-        except Exception:  # out of reach (each version of the client has its own errors): snapshot_download says what is missing
+        except (
+            Exception
+        ):  # out of reach (each version of the client has its own errors): snapshot_download says what is missing
             return []
     return ["*.bin"] if any(name.endswith(".safetensors") and "/" not in name for name in names) else []
 
@@ -108,7 +110,9 @@ def _from_store(url: str, source: Store, engine: EngineConfig, weights: bool) ->
         patiently(lambda: check_folder(source, engine.trust_remote_code))  # before it is copied
         size = _fetch(url, source, target, content, weights)
         seconds = max(time.monotonic() - began, 1e-3)
-        log.info("fetched %s: %.2f GB in %.0f s (%.0f MB/s), to %s", url, size / 1e9, seconds, size / 1e6 / seconds, target)
+        log.info(
+            "fetched %s: %.2f GB in %.0f s (%.0f MB/s), to %s", url, size / 1e9, seconds, size / 1e6 / seconds, target
+        )
     return str(target)
 
 
@@ -137,7 +141,9 @@ def _fetch(url: str, source: Store, target: Path, content: str, weights: bool) -
             raise ConfigError(
                 f"engine.model={url}: it holds {now} now, and this run is of {content}; restore the model, or choose a new output.path"
             )
-        raise EngineError(f"engine.model={url}: the copy at {target} is {found}, the model {content}; its transfer or the disk is damaged")
+        raise EngineError(
+            f"engine.model={url}: the copy at {target} is {found}, the model {content}; its transfer or the disk is damaged"
+        )
     partial.rename(target)
     return size
 
@@ -157,7 +163,9 @@ def _copy(source: Store, file: StoredFile, folder: Path, sums: dict[str, str]) -
     if unfinished.stat().st_size != file.size or sums.get(file.path, digest.hexdigest()) != digest.hexdigest():
         got = unfinished.stat().st_size
         unfinished.unlink()
-        raise EngineError(f"{source.url(file.path)}: {got} of {file.size} bytes came, sha256 {digest.hexdigest()}; not what {SUMS} or the list says")
+        raise EngineError(
+            f"{source.url(file.path)}: {got} of {file.size} bytes came, sha256 {digest.hexdigest()}; not what {SUMS} or the list says"
+        )
     unfinished.rename(path)
 
 
@@ -174,7 +182,9 @@ def _cache() -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"HF_HOME={constants.HF_HOME}: a fetched model cannot be kept there ({error}); set HF_HOME to a folder of this user") from None
+        raise ConfigError(
+            f"HF_HOME={constants.HF_HOME}: a fetched model cannot be kept there ({error}); set HF_HOME to a folder of this user"
+        ) from None
     return cache
 
 
@@ -188,5 +198,7 @@ def _locked(path: Path) -> Iterator[None]:
             log.info("%s: another process fetches the model; waiting for it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise ConfigError(f"{path}: its file system has no locks ({error}); set HF_HOME to one that has, such as the node's own disk") from None
+            raise ConfigError(
+                f"{path}: its file system has no locks ({error}); set HF_HOME to one that has, such as the node's own disk"
+            ) from None
         yield

@@ -145,7 +145,9 @@ def _parse_fusion_file(path: str, data: bytes) -> dict[str, Any]:
     unknown = set(wish) - {"prompt_template", "max_prompt_tokens", "decode"}
     unknown |= {f"decode.{name}" for name in decode if name not in WISHES}
     if unknown:
-        raise ConfigError(f"{path}: unknown keys {sorted(unknown)}; it may hold prompt_template, max_prompt_tokens, decode ({', '.join(WISHES)})")
+        raise ConfigError(
+            f"{path}: unknown keys {sorted(unknown)}; it may hold prompt_template, max_prompt_tokens, decode ({', '.join(WISHES)})"
+        )
     for name, value in decode.items():
         if type(value) not in WISHES[name] or (type(value) is float and not math.isfinite(value)):
             kinds = " or ".join(kind.__name__ for kind in WISHES[name])
@@ -337,4 +339,6 @@ def _ask_hub(model: str, revision: str) -> tuple[str, dict[str, Any]]:
                 ) from None
             if unknown:
                 log.warning("%s: HF_HOME holds no %s of it; taken as if it had none", name, FUSION_FILE)
-    return commit, _parse_fusion_file(f"{model}/{FUSION_FILE}", Path(path).read_bytes()) if isinstance(path, str) else {}
+    return commit, _parse_fusion_file(f"{model}/{FUSION_FILE}", Path(path).read_bytes()) if isinstance(
+        path, str
+    ) else {}

@@ -27,7 +27,10 @@ COUNTERS = {
     "capsfusion_units": ("Units committed", ()),
     "capsfusion_tokens": ("Tokens of finished captions, by kind: prompt or generated", ("kind",)),
     "capsfusion_captions": ("Captions that left the engine", ()),
-    "capsfusion_store_faults": ("Requests to the store that failed and were repeated or given up, by cause", ("cause",)),
+    "capsfusion_store_faults": (
+        "Requests to the store that failed and were repeated or given up, by cause",
+        ("cause",),
+    ),
 }
 GAUGES = {
     "capsfusion_planned_rows": "Rows of the plan",
@@ -41,7 +44,10 @@ GAUGES = {
 }
 HISTOGRAMS = {  # seconds
     "capsfusion_step_seconds": ("One step of an engine", (0.01, 0.03, 0.1, 0.2, 0.4, 1.0, 3.0, 10.0, 60.0)),
-    "capsfusion_unit_seconds": ("A unit in its actor, first prompt to last caption", (1, 10, 30, 60, 120, 300, 600, 1800)),
+    "capsfusion_unit_seconds": (
+        "A unit in its actor, first prompt to last caption",
+        (1, 10, 30, 60, 120, 300, 600, 1800),
+    ),
 }
 GAUGES_EVERY_S = 2.0  # well below Ray's report interval of 10 s
 

@@ -146,7 +146,12 @@ def _columns_of(side: str, table: TableConfig, shards: Sequence[Shard]) -> list[
 
 def _check_named(side: str, table: TableConfig, shards: Sequence[Shard]) -> None:
     """Raises SourceError for a column that was named and is not in every shard."""
-    named = [("caption", table.caption), ("key", table.key), ("url", table.url), *(("passthrough", name) for name in table.passthrough)]
+    named = [
+        ("caption", table.caption),
+        ("key", table.key),
+        ("url", table.url),
+        *(("passthrough", name) for name in table.passthrough),
+    ]
     for shard in shards:
         if shard.schema is None or not shard.rows:
             continue
@@ -169,7 +174,9 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
         return _pair(cfg, tables, partitions, store, lease, began)
 
 
-def _pair(cfg: PairConfig, tables: Sequence[Table], partitions: int, store: Store, lease: Lease, began: float) -> dict[str, Any]:
+def _pair(
+    cfg: PairConfig, tables: Sequence[Table], partitions: int, store: Store, lease: Lease, began: float
+) -> dict[str, Any]:
     _claim(store, settings(cfg, tables, partitions))
     if store.exists(AUDIT):
         done: dict[str, Any] = json.loads(store.get(AUDIT))
@@ -217,7 +224,9 @@ def settings(cfg: PairConfig, tables: Sequence[Table], partitions: int) -> dict[
     decides: dict[str, Any] = {"normalise": cfg.normalise, "partitions": partitions}
     for table in tables:
         decides |= {f"{table.side}.{role}": name for role, name in table.columns.items()}
-        decides[f"{table.side}.passthrough"] = list(table.carried)  # the key may be among them, and then the schema does not tell
+        decides[f"{table.side}.passthrough"] = list(
+            table.carried
+        )  # the key may be among them, and then the schema does not tell
         decides[f"{table.side}.schema"] = str(table.read.schema)
         decides[f"{table.side}.path"] = fingerprint(
             {shard.path: [shard.content_key, shard.rows, i] for i, shard in enumerate(table.shards)}

@@ -24,12 +24,23 @@ SIDES = (RAW_SIDE, SYNTHETIC_SIDE)
 
 # Names that no column carried along may have; PairConfig refuses a leading "_".
 BUCKET, SIDE, LOST, ROWS, KEY, SHARD, ROW, CAPTION, LINK = (
-    "_bucket", "_side", "_lost", "_rows", "_key", "_shard", "_row", "_caption", "_url",
-)  # fmt: skip
+    "_bucket",
+    "_side",
+    "_lost",
+    "_rows",
+    "_key",
+    "_shard",
+    "_row",
+    "_caption",
+    "_url",
+)
 LOST_REASONS = ("unreadable", "unusable", "without_key")
 EXAMPLES = 3  # keys shown of a kind
 CAST_ROWS = 65_536
-_WIDE = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}  # between the passes a column of a bucket may be over 2 GiB
+_WIDE = {
+    pa.string(): pa.large_string(),
+    pa.binary(): pa.large_binary(),
+}  # between the passes a column of a bucket may be over 2 GiB
 
 
 def exchange_schema(carried: Sequence[pa.Field]) -> pa.Schema:
@@ -45,7 +56,9 @@ def exchange_schema(carried: Sequence[pa.Field]) -> pa.Schema:
         (CAPTION, pa.large_string()),
         (LINK, pa.large_string()),
     ]
-    return pa.schema([*(pa.field(name, type_) for name, type_ in named), *(f.with_type(_WIDE.get(f.type, f.type)) for f in carried)])
+    return pa.schema(
+        [*(pa.field(name, type_) for name, type_ in named), *(f.with_type(_WIDE.get(f.type, f.type)) for f in carried)]
+    )
 
 
 def pair_schema(carried: Sequence[pa.Field]) -> pa.Schema:
@@ -247,7 +260,9 @@ def join_bucket(bucket: pa.Table, carried: Sequence[pa.Field]) -> tuple[pa.Table
     for side, lonely in ((RAW_SIDE, raw.filter(pc.is_null(at))), (SYNTHETIC_SIDE, synthetic.filter(pc.invert(back)))):
         keys = lonely[KEY].slice(0, EXAMPLES).to_pylist()  # sorted, as _first_of_each left them
         counts[side] |= {"matched": left.num_rows, "unmatched": lonely.num_rows, "unmatched_keys": tuple(keys)}
-    audit = Audit(SideAudit(**counts[RAW_SIDE]), SideAudit(**counts[SYNTHETIC_SIDE]), int(bucket.num_rows > 0), bucket.num_rows)
+    audit = Audit(
+        SideAudit(**counts[RAW_SIDE]), SideAudit(**counts[SYNTHETIC_SIDE]), int(bucket.num_rows > 0), bucket.num_rows
+    )
     # A slice at a time: 32-bit offsets reach over 2 GiB of text and no further.
     pairs, schema = pa.table(columns), pair_schema(carried)
     slices = [pairs.slice(first, CAST_ROWS).cast(schema) for first in range(0, pairs.num_rows, CAST_ROWS)]

@@ -126,7 +126,9 @@ def _footer_bytes(source: Any) -> bytes:
         raise ValueError("no Parquet file: it does not end with PAR1 (cut off, or encrypted)")
     length = int.from_bytes(tail[-8:-4], "little")
     if length > min(size - 12, MAX_FOOTER_BYTES):
-        raise ValueError(f"its footer claims {length:,} bytes of a file of {size:,}, of which at most {MAX_FOOTER_BYTES:,} are read")
+        raise ValueError(
+            f"its footer claims {length:,} bytes of a file of {size:,}, of which at most {MAX_FOOTER_BYTES:,} are read"
+        )
     if length + 8 > len(tail):
         source.seek(size - 8 - length)
         tail = bytes(source.read(length)) + tail[-8:]

@@ -55,24 +55,38 @@ class UnitSummary:
     unreadable: int = 0
     settled: int = 0  # of a retry's part alone: rows of the unit that were not retried
     filtered: dict[str, int] = field(default_factory=dict)  # FilterReason -> rows, not stored
-    reasons: dict[str, int] = field(default_factory=dict)  # Reason of the rejected rows -> rows; that of a kept one is a flag
+    reasons: dict[str, int] = field(
+        default_factory=dict
+    )  # Reason of the rejected rows -> rows; that of a kept one is a flag
     flags: dict[str, int] = field(default_factory=dict)  # Reason -> rows of data/ that carry the flag
     unreadable_errors: tuple[str, ...] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0
     engine_s: float = 0.0  # wall time from the unit's first prompt to its last caption
-    busy_s: float = 0.0  # its share of the time that the engine was at work: these add up over units in flight, engine_s overlaps
+    busy_s: float = (
+        0.0  # its share of the time that the engine was at work: these add up over units in flight, engine_s overlaps
+    )
     device: str = ""
 
     def check(self) -> None:
         """Raises AccountingError unless every planned row of the unit is accounted for exactly once."""
-        total = self.fused + self.kept + self.rejected + self.removed + self.unreadable + self.settled + sum(self.filtered.values())
+        total = (
+            self.fused
+            + self.kept
+            + self.rejected
+            + self.removed
+            + self.unreadable
+            + self.settled
+            + sum(self.filtered.values())
+        )
         if total != self.stop - self.start:
             raise AccountingError(
                 f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.stop - self.start} rows planned, {total} accounted for"
             )
         if sum(self.reasons.values()) != self.rejected:
-            raise AccountingError(f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.rejected} rows rejected, for {self.reasons}")
+            raise AccountingError(
+                f"unit {self.id} ({self.path}:{self.start}-{self.stop}): {self.rejected} rows rejected, for {self.reasons}"
+            )
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> UnitSummary:
@@ -159,6 +173,8 @@ def read_summaries(store: Store, units: Iterable[WorkUnit]) -> list[UnitSummary]
 def _summary_of(unit: WorkUnit, metadata: dict[bytes, bytes] | None) -> UnitSummary:
     summary = UnitSummary.parse(json.loads((metadata or {})[_SUMMARY_KEY]))
     if (summary.id, summary.path, summary.start, summary.stop) != (unit.id, unit.path, unit.start, unit.stop):
-        raise AccountingError(f"{part_path(unit.id)}: holds {summary.path}:{summary.start}-{summary.stop}, planned {unit}")
+        raise AccountingError(
+            f"{part_path(unit.id)}: holds {summary.path}:{summary.start}-{summary.stop}, planned {unit}"
+        )
     summary.check()
     return summary

@@ -1,8 +1,8 @@
 """The Ray Data graph, on one screen: read -> fuse -> judge and commit. A dataset row is a unit (see units.py).
 
-    read    CPU task    a span of neighbouring units: decoded once, filtered, admitted; one row a unit
-    fuse    actor       an engine, loaded once; several units in flight
-    commit  CPU task    gates, one put-if-absent; yields the unit's summary
+read    CPU task    a span of neighbouring units: decoded once, filtered, admitted; one row a unit
+fuse    actor       an engine, loaded once; several units in flight
+commit  CPU task    gates, one put-if-absent; yields the unit's summary
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class UnitSource(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return sum(self._shards[span[0].path].size for span in self._spans)
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
         job = ray.put(self._job)
         tasks = []
         for span in self._spans:
@@ -205,7 +207,9 @@ def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     return pa.table({"summary": [json.dumps(asdict(summary))]})
 
 
-_RAY_ADVICE = "\nFailed to apply UDF transform"  # on Ray Data's own retries, which are off: it appends that to every message
+_RAY_ADVICE = (
+    "\nFailed to apply UDF transform"  # on Ray Data's own retries, which are off: it appends that to every message
+)
 
 
 @contextmanager

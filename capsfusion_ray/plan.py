@@ -102,7 +102,10 @@ class Plan:
         names = ("id", "path", "start", "stop", "group")
         types = (pa.string(), pa.string(), pa.int64(), pa.int64(), pa.string())
         schema = pa.schema(list(zip(names, types, strict=True)), metadata={"capsfusion_plan": json.dumps(header)})
-        columns = [pa.array([getattr(unit, name) for unit in self.units], type_) for name, type_ in zip(names, types, strict=True)]
+        columns = [
+            pa.array([getattr(unit, name) for unit in self.units], type_)
+            for name, type_ in zip(names, types, strict=True)
+        ]
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), sink, compression="zstd")
         return sink.getvalue()
@@ -204,7 +207,9 @@ def make_plan(
     for shard in shards:
         for start, stop in _missing(done.get(shard.path, []), wanted.get(shard.path, 0)):
             for a, b in cut_range(start, stop, shard.row_groups, unit_rows):
-                units.append(WorkUnit(unit_id(shard.path, shard.content_key, a, b), shard.path, a, b, groups[shard.path]))
+                units.append(
+                    WorkUnit(unit_id(shard.path, shard.content_key, a, b), shard.path, a, b, groups[shard.path])
+                )
     planned = tuple(PlannedShard(s.path, s.content_key, s.rows or 0, groups[s.path], s.error) for s in shards)
     return Plan(len(before) + 1, base, unit_rows, tuple(fields), tuple(units), planned)
 
@@ -235,7 +240,9 @@ def check_base(old: dict[str, Any], new: dict[str, Any]) -> None:
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if changed:
         what = "; ".join(f"{key}: was {_short(old.get(key))}, now {_short(new.get(key))}" for key in changed)
-        raise PlanChanged(f"this output was begun with other settings ({what}); restore them, or choose a new output.path")
+        raise PlanChanged(
+            f"this output was begun with other settings ({what}); restore them, or choose a new output.path"
+        )
 
 
 def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> None:
@@ -248,7 +255,9 @@ def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> Non
                 "now); restore it, or choose a new output.path"
             )
     listed = {shard.path for shard in shards}
-    gone = {old.content_key: old.path for old in known.values() if old.path not in listed and old.content_key and old.rows}
+    gone = {
+        old.content_key: old.path for old in known.values() if old.path not in listed and old.content_key and old.rows
+    }
     for shard in shards:
         # Another root, or other roots before it: row ids begin with the path, so all its rows would be fused and stored again.
         if shard.path not in known and shard.content_key in gone:
@@ -267,7 +276,9 @@ def refuse_lost_input(units: Sequence[WorkUnit], shards: Sequence[Shard]) -> Non
     """Raises SourceError where a shard that holds rows of `units` is gone or no longer readable."""
     gone = sorted({unit.path for unit in units} - {shard.path for shard in shards if not shard.error})
     if gone:
-        raise SourceError(f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it")
+        raise SourceError(
+            f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it"
+        )
 
 
 def spans(units: Iterable[WorkUnit], row_groups: dict[str, Sequence[int]]) -> list[list[WorkUnit]]:
@@ -340,7 +351,9 @@ class Estimate:
         # The chance that an actor dies while the last units are at work: they wait for its successor, and are begun anew.
         late = 1 - math.exp(-self.actors * gone_s / (self.preempted_every_h * 3600)) if self.preempted_every_h else 0.0
         # The last units end anywhere in one unit's time. One actor waits for nobody.
-        tail = self.drain_s + (1 - 1 / self.actors) * (0.5 * self.unit_s + late * (0.6 * self.unit_s + self.drain_s + self.restart_s))
+        tail = self.drain_s + (1 - 1 / self.actors) * (
+            0.5 * self.unit_s + late * (0.6 * self.unit_s + self.drain_s + self.restart_s)
+        )
         return self.rows / (self.captions_per_s * self.actors) / (1 - self._share(gone_s)) + tail
 
     def _share(self, seconds: float) -> float:

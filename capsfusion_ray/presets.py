@@ -79,7 +79,10 @@ def fitting(present: Sequence[str]) -> str:
     fits = [
         name
         for name, preset in PRESETS.items()
-        if all(any(n in present for n in names) for names in (preset.raw, preset.synthetic, *([preset.url] if preset.url_needed else [])))
+        if all(
+            any(n in present for n in names)
+            for names in (preset.raw, preset.synthetic, *([preset.url] if preset.url_needed else []))
+        )
     ]
     return f"; {' and '.join(fits)} would do" if fits else ""
 
@@ -100,7 +103,11 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
             has = ", ".join(present) or "none"
             other = "synthetic" if role == "raw" else "raw"
             pairing = ""
-            if not fitting(present) and role in ("raw", "synthetic") and any(name in present for name in getattr(preset, other)):
+            if (
+                not fitting(present)
+                and role in ("raw", "synthetic")
+                and any(name in present for name in getattr(preset, other))
+            ):
                 pairing = (
                     f". Only its {other} captions are known: if the {role} ones are in another table, join the two first "
                     "(jobs/pair.py, by URL or a key); a fusion needs both in one row"

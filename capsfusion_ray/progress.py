@@ -56,7 +56,9 @@ class Progress:
         if self.stream.isatty():
             # It stands there before the first commit, and through the minutes between two of them.
             console = Console(file=self.stream)
-            self._live = Live(console=console, transient=True, refresh_per_second=2, get_renderable=lambda: self._bar(console.width))
+            self._live = Live(
+                console=console, transient=True, refresh_per_second=2, get_renderable=lambda: self._bar(console.width)
+            )
             self._live.start(refresh=True)
         return self
 
@@ -132,9 +134,13 @@ class Progress:
         """The bar before the line, or above it where the terminal is too narrow for both."""
         line = self.line
         beside = width - len(line) - 2 >= BAR_WIDTH
-        bar = ProgressBar(total=max(self.planned, 1), completed=self.rows, width=BAR_WIDTH if beside else min(width - 1, 2 * BAR_WIDTH))
+        bar = ProgressBar(
+            total=max(self.planned, 1),
+            completed=self.rows,
+            width=BAR_WIDTH if beside else min(width - 1, 2 * BAR_WIDTH),
+        )
         grid = Table.grid(padding=(0, 1))
-        for row in ([(bar, line)] if beside else [(bar,), (line,)]):
+        for row in [(bar, line)] if beside else [(bar,), (line,)]:
             grid.add_row(*row)
         return grid
 

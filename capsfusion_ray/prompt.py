@@ -40,7 +40,11 @@ class Template:
     @classmethod
     def parse(cls, text: str) -> Template:
         """Raises ConfigError unless `{raw}` and then `{synthetic}` each stand in the text exactly once."""
-        if text.count("{raw}") != 1 or text.count("{synthetic}") != 1 or text.index("{raw}") > text.index("{synthetic}"):
+        if (
+            text.count("{raw}") != 1
+            or text.count("{synthetic}") != 1
+            or text.index("{raw}") > text.index("{synthetic}")
+        ):
             raise ConfigError(
                 f"prompt template {text[:60]!r}…: needs {{raw}} and then {{synthetic}}, each exactly once; fix the template"
             )
@@ -107,7 +111,9 @@ class PromptBuilder:
             elif not ids:
                 prefix, suffix = (), ()
             else:
-                built.append(RowError(f"{pair.row_id}: the tokenizer merged the caption into the instruction; row rejected"))
+                built.append(
+                    RowError(f"{pair.row_id}: the tokenizer merged the caption into the instruction; row rejected")
+                )
                 continue
             built.append(Prompt(pair.row_id, text, raw, synthetic, prefix, suffix))
         return built

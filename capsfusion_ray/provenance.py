@@ -83,10 +83,24 @@ _NUMBER_WORDS |= {
     word: f"{n}{({1: 'st', 2: 'nd', 3: 'rd'}).get(n, 'th')}" for n, word in enumerate(_ORDERED.split(), 1)
 }
 _IRREGULAR = {
-    "men": "man", "women": "woman", "children": "child", "people": "person", "feet": "foot", "teeth": "tooth",
-    "mice": "mouse", "geese": "goose", "leaves": "leaf", "knives": "knife", "wives": "wife", "wolves": "wolf",
-    "shelves": "shelf", "halves": "half", "scarves": "scarf", "loaves": "loaf", "lives": "life",
-}  # fmt: skip
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "people": "person",
+    "feet": "foot",
+    "teeth": "tooth",
+    "mice": "mouse",
+    "geese": "goose",
+    "leaves": "leaf",
+    "knives": "knife",
+    "wives": "wife",
+    "wolves": "wolf",
+    "shelves": "shelf",
+    "halves": "half",
+    "scarves": "scarf",
+    "loaves": "loaf",
+    "lives": "life",
+}
 
 _MAX_WORD = 64  # characters; longer "words" are hashes and base64, never worth remembering
 _MAX_LEXICON = 300_000  # words, about 100 MB at worst; then it starts over
@@ -160,7 +174,12 @@ class _Lexicon(dict[str, str]):
             return folded
         found = _DIGITS.findall(folded)
         values = [canonical_number(d) for d in found]
-        dotted = [canonical_number(d) for n in found if _DATED.search(n) and not _GROUPED.fullmatch(n) for d in re.split("[.,]", n)]
+        dotted = [
+            canonical_number(d)
+            for n in found
+            if _DATED.search(n) and not _GROUPED.fullmatch(n)
+            for d in re.split("[.,]", n)
+        ]
         self.numbers[word] = tuple(v for v in values if v.count(".") < 2) + tuple(dotted)
         if len(found) == 1 and found[0] == folded:
             if dotted:
@@ -186,7 +205,9 @@ key_of: Callable[[str], str] = _LEXICON.__getitem__  # what two writings of one 
 
 # Bytes are translated ten times as fast as text.
 _PLAIN = bytes(point if point < 128 and chr(point).isalnum() else ord(" ") for point in range(256))
-_NUMBERED = bytes(ord("0") if chr(point) in "0123456789" else ord(".") if chr(point) in ".," else ord(" ") for point in range(256))
+_NUMBERED = bytes(
+    ord("0") if chr(point) in "0123456789" else ord(".") if chr(point) in ".," else ord(" ") for point in range(256)
+)
 
 
 def _words(text: str) -> list[str]:

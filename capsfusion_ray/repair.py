@@ -38,7 +38,9 @@ class Repair(Revision):
     def unit_rows(self) -> dict[str, int]:
         return {unit.id: unit.rows for unit in self.lost}
 
-    def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
+    def fuse(
+        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
+    ) -> Iterable[UnitSummary]:
         return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
 
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:

@@ -45,7 +45,9 @@ class Tally:
         captions = b"".join(map(_digest, rows[FUSED].to_pylist()))
         pairs = zip(rows[RAW].to_pylist(), rows[SYNTHETIC].to_pylist(), strict=True)
         both = b"".join(_digest(f"{raw}\0{synthetic}") for raw, synthetic in pairs)
-        self._hashes.append(np.stack([np.frombuffer(captions, ">u8"), np.frombuffer(both, ">u8")], axis=1).astype(np.uint64))
+        self._hashes.append(
+            np.stack([np.frombuffer(captions, ">u8"), np.frombuffer(both, ">u8")], axis=1).astype(np.uint64)
+        )
 
     def most_repeated(self, most: int | None = RECORDED) -> dict[str, int]:
         """Caption's hash -> pairs, for the `most` most repeated or all; of equals, those whose hash is lowest in all groups."""
@@ -80,13 +82,18 @@ def holds(rows: pa.Table, captions: Repeated) -> pa.Array:
     if REASON in rows.column_names:
         return pa.array([False] * rows.num_rows)
     written = _written(rows).to_pylist()
-    return pa.array([w and caption_key(text) in captions.pairs for w, text in zip(written, rows[FUSED].to_pylist(), strict=True)])
+    return pa.array(
+        [w and caption_key(text) in captions.pairs for w, text in zip(written, rows[FUSED].to_pylist(), strict=True)]
+    )
 
 
 def mark_part(part: pa.Table, captions: Repeated) -> tuple[pa.Table, pa.Array]:
     """A part whose fused rows with one of these captions are flagged or rejected, and which rows these are."""
     columns = {name: part[name].to_pylist() for name in (FUSED, OUTCOME, REASON, DETAIL, FLAGS)}
-    hits = [o == Outcome.FUSED and caption_key(text) in captions.pairs for o, text in zip(columns[OUTCOME], columns[FUSED], strict=True)]
+    hits = [
+        o == Outcome.FUSED and caption_key(text) in captions.pairs
+        for o, text in zip(columns[OUTCOME], columns[FUSED], strict=True)
+    ]
     for i in (i for i, hit in enumerate(hits) if hit):
         if captions.reject:
             columns[OUTCOME][i], columns[REASON][i] = str(Outcome.REJECTED), REPEATED

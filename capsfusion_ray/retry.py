@@ -57,7 +57,9 @@ class Retry(Revision):
         counts = {unit.id: sum(unit.reasons.get(r, 0) for r in self.reasons) for unit in self.manifest.units}
         return {unit_id: rows for unit_id, rows in counts.items() if rows}
 
-    def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
+    def fuse(
+        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
+    ) -> Iterable[UnitSummary]:
         source = RejectSource(job, self, entries, units)
         return run_batches(job, pool, source, source.tasks)
 
@@ -73,7 +75,9 @@ class Retry(Revision):
         return counts.fused + marked + sum(part.fused for part in parts)
 
 
-def open_retry(store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig) -> Retry | None:
+def open_retry(
+    store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig
+) -> Retry | None:
     """The retry to do, noted as begun; None where the last revision was this very one.
 
     Raises ConfigError for an output that is not finished, or that another revision was begun on, AccountingError for damaged rejects.
@@ -109,7 +113,9 @@ class RejectSource(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return sum(file.bytes for entry, _ in self._groups for file in entry.files if file.kind == "rejected")
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
         tasks = []
         for entry, units in self._groups:
             metadata = BlockMetadata(num_rows=len(units), size_bytes=None, input_files=None, exec_stats=None)
@@ -142,4 +148,3 @@ def rejects(
         table = in_row_order([schema.empty_table(), *tables])
         table = table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))
         yield UnitBatch(unit, admit(table, gates), Apart(settled=unit.rows - table.num_rows))
-

@@ -50,7 +50,9 @@ class Revision(ABC):
         """Unit id -> how many of its rows, at most, are fused again."""
 
     @abstractmethod
-    def fuse(self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> Iterable[UnitSummary]:
+    def fuse(
+        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
+    ) -> Iterable[UnitSummary]:
         """Fuse the rows of `units` and commit them to `job.output`; the summary of each as it is committed."""
 
     @abstractmethod

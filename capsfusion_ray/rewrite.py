@@ -36,7 +36,9 @@ from capsfusion_ray.verify import refuse_damage
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
-_OURS = re.compile(r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-r\d{3})?(?:-(?P<group>g\d+))?-\d{5}\.parquet")
+_OURS = re.compile(
+    r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-r\d{3})?(?:-(?P<group>g\d+))?-\d{5}\.parquet"
+)
 
 Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
 
@@ -54,7 +56,9 @@ class Rewriter:
         # With the plan's revision: a pilot and the full run after it have two entries of each group, in one folder.
         return FileSet(self.store, entry.group, f"e{self.edition:03d}-r{entry.revision:03d}", self.fields, self.output)
 
-    def retried_repeats(self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]) -> dict[str, int]:
+    def retried_repeats(
+        self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]
+    ) -> dict[str, int]:
         """The `repeats` that the entry will have once merge_retried has done the same."""
         gone, come = Tally(), Tally()
         again = {unit.id for unit in units}
@@ -121,13 +125,17 @@ class Rewriter:
             marks = zip(rows[FLAGS].to_pylist(), found.to_pylist(), strict=True)
             flags = pa.array([[*(old or ()), REPEATED] if hit else old for old, hit in marks], pa.list_(pa.string()))
             counts = _positive(Counter(unit.flags) + Counter({REPEATED: pc.sum(found).as_py() or 0}))
-            return {kind: rows.set_column(rows.schema.get_field_index(FLAGS), FLAGS, flags)}, dataclasses.replace(unit, flags=counts)
+            return {kind: rows.set_column(rows.schema.get_field_index(FLAGS), FLAGS, flags)}, dataclasses.replace(
+                unit, flags=counts
+            )
 
         def out(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
             going = rows.filter(found)
             n = going.num_rows
             details = [captions.detail(text) for text in going[FUSED].to_pylist()]
-            rejects = going.append_column(REASON, pa.array([REPEATED] * n, pa.string())).append_column(DETAIL, pa.array(details, pa.string()))
+            rejects = going.append_column(REASON, pa.array([REPEATED] * n, pa.string())).append_column(
+                DETAIL, pa.array(details, pa.string())
+            )
             summary = _without(unit, going, removed=False)
             if n:
                 reasons = _positive(Counter(summary.reasons) + Counter({REPEATED: n}))
@@ -186,7 +194,10 @@ class Rewriter:
         return self._new_entry(entry, summaries, (*untouched, *files.close()))
 
     def each(
-        self, entries: Sequence[GroupEntry], change: Callable[[GroupEntry], GroupEntry | None], may_write: Callable[[], None]
+        self,
+        entries: Sequence[GroupEntry],
+        change: Callable[[GroupEntry], GroupEntry | None],
+        may_write: Callable[[], None],
     ) -> list[GroupEntry]:
         """Every entry, or what `change` made of it; groups that a killed run changed are done. `may_write`: see compactor.py."""
 
@@ -251,7 +262,10 @@ def _without(unit: UnitSummary, rows: pa.Table, removed: bool) -> UnitSummary:
 
 def _with(unit: UnitSummary, more: UnitSummary) -> UnitSummary:
     """The summary with what a retry of some of its rows came to."""
-    sums = {name: getattr(unit, name) + getattr(more, name) for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s", "busy_s")}
+    sums = {
+        name: getattr(unit, name) + getattr(more, name)
+        for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s", "busy_s")
+    }
     reasons, flags = Counter(unit.reasons) + Counter(more.reasons), Counter(unit.flags) + Counter(more.flags)
     return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **sums)
 
@@ -276,7 +290,9 @@ def _positive(counts: Counter[str]) -> dict[str, int]:
     return {name: n for name, n in sorted(counts.items()) if n}
 
 
-def judge_repeats(rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateConfig, may_write: Callable[[], None]) -> list[GroupEntry]:
+def judge_repeats(
+    rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateConfig, may_write: Callable[[], None]
+) -> list[GroupEntry]:
     """Mark the captions that the whole run repeats too often; the entries, those of groups that hold one in a new edition.
 
     Repeated after a kill it finds the same captions: what was marked still counts. `may_write`: see compactor.py.
@@ -287,7 +303,12 @@ def judge_repeats(rewriter: Rewriter, entries: Sequence[GroupEntry], gate: GateC
     captions = repeated((entry.repeats for entry in entries), fused, gate.threshold)
     if not captions:
         return list(entries)
-    log.warning("captions that different pairs share, %d pairs or more: %d; action: %s", min(captions.values()), len(captions), gate.action)
+    log.warning(
+        "captions that different pairs share, %d pairs or more: %d; action: %s",
+        min(captions.values()),
+        len(captions),
+        gate.action,
+    )
     marks = Repeated(captions, gate.action == "reject")
     return rewriter.each(entries, lambda entry: rewriter.mark_repeated(entry, marks), may_write)
 
@@ -296,7 +317,9 @@ def publish(store: Store, before: Manifest, etag: str, revision: dict[str, Any])
     """Swap in the manifest of the last editions. Raises AccountingError where it changed meanwhile."""
     manifest = assemble(read_plans(store), read_groups(store), [*before.revisions, revision])
     if store.put_if_match(MANIFEST, manifest.to_bytes(), etag) is None:
-        raise AccountingError(f"{store.url(MANIFEST)}: changed under this run by another driver; run the same command again")
+        raise AccountingError(
+            f"{store.url(MANIFEST)}: changed under this run by another driver; run the same command again"
+        )
     return manifest
 
 
@@ -351,7 +374,9 @@ def begin(store: Store, manifest: Manifest, record: dict[str, Any], rewritten: S
     """
     left = {unit.id for plan in read_plans(store) for unit in plan.units} - {unit.id for unit in manifest.units}
     if left:
-        raise ConfigError(f"{store.root}: {len(left)} units that its input gained are not fused yet; run the fuse command as before, then this one")
+        raise ConfigError(
+            f"{store.root}: {len(left)} units that its input gained are not fused yet; run the fuse command as before, then this one"
+        )
     edition = len(manifest.revisions) + 1
     text = json.dumps(record, sort_keys=True, indent=1).encode()
     if not begun(store, manifest):
@@ -360,13 +385,19 @@ def begin(store: Store, manifest: Manifest, record: dict[str, Any], rewritten: S
         other = json.loads(store.get(record_path(edition)))
         if other == json.loads(text):
             return edition
-        if other["kind"] == record["kind"] == "retry" and not any(entry.edition == edition for entry in read_groups(store)):
-            log.warning("the retry that was begun here (%s) is given up: nothing of it stands in the dataset yet", _short(other))
+        if other["kind"] == record["kind"] == "retry" and not any(
+            entry.edition == edition for entry in read_groups(store)
+        ):
+            log.warning(
+                "the retry that was begun here (%s) is given up: nothing of it stands in the dataset yet", _short(other)
+            )
             given_up = parts_of(store, edition)
             given_up.delete([file.path for file in given_up.list()])
             store.put(record_path(edition), text)
         else:
-            raise ConfigError(f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)}{_other_settings(other, record)})")
+            raise ConfigError(
+                f"{store.root}: a {other['kind']} was begun and not finished; run it again first ({_short(other)}{_other_settings(other, record)})"
+            )
     return edition
 
 
@@ -380,7 +411,9 @@ def refuse_unfinished(store: Store, manifest: Manifest | None) -> None:
     """Raises ConfigError where a retry, takedown or repair was begun and not finished: its new files stand in the dataset."""
     record = begun(store, manifest) if manifest else None
     if record:
-        raise ConfigError(f"{store.root}: a {record['kind']} was begun and not finished; run it again first ({_short(record)})")
+        raise ConfigError(
+            f"{store.root}: a {record['kind']} was begun and not finished; run it again first ({_short(record)})"
+        )
 
 
 def begun(store: Store, manifest: Manifest) -> dict[str, Any] | None:
@@ -392,7 +425,9 @@ def begun(store: Store, manifest: Manifest) -> dict[str, Any] | None:
 
 def _other_settings(record: dict[str, Any], asked: dict[str, Any]) -> str:
     old, new = record.get("settings", {}), asked.get("settings", {})
-    return "".join(f"; {key}: was {json.dumps(old.get(key))[:80]}" for key in sorted(old) if new and old[key] != new.get(key))
+    return "".join(
+        f"; {key}: was {json.dumps(old.get(key))[:80]}" for key in sorted(old) if new and old[key] != new.get(key)
+    )
 
 
 def _short(record: dict[str, Any]) -> str:

@@ -36,7 +36,9 @@ from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 DEMO_MODEL_ROWS = 100_000
-MOST_UNIT_ROWS = 50_000  # a unit's rows are in an actor's memory together, at some 5 kB each; no GPU is so quick, echo is
+MOST_UNIT_ROWS = (
+    50_000  # a unit's rows are in an actor's memory together, at some 5 kB each; no GPU is so quick, echo is
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def _check_partition(by: str, extra: dict[str, pa.DataType]) -> None:
     if by != "shard" and by not in extra:
         raise ConfigError(f"output.partition_by={by}: not a passthrough column; have {list(extra)} or shard")
     if by != "shard" and pa.types.is_nested(extra[by]):
-        raise ConfigError(f"output.partition_by={by}: a column of {extra[by]}, which makes no folder's name; partition by another")
+        raise ConfigError(
+            f"output.partition_by={by}: a column of {extra[by]}, which makes no folder's name; partition by another"
+        )
 
 
 def read_spec(cfg: FuseConfig, fields: Sequence[tuple[str, str]]) -> ReadSpec:
@@ -134,7 +138,12 @@ def next_plan(cfg: FuseConfig, found: Survey, device: str, before: Sequence[Plan
         raise SourceError(f"columns {missing} stood in the input when this output was begun and are gone; restore them")
     plan = make_plan(found.shards, base, rows, fields, cfg.input.limit, cfg.output.max_shard_groups, before)
     total = plan.rows + sum(earlier.rows for earlier in before)
-    if found.model.embedded and cfg.engine.kind != "echo" and total > DEMO_MODEL_ROWS and not cfg.engine.allow_demo_model:
+    if (
+        found.model.embedded
+        and cfg.engine.kind != "echo"
+        and total > DEMO_MODEL_ROWS
+        and not cfg.engine.allow_demo_model
+    ):
         raise ConfigError(
             f"{total:,} rows with the embedded demo model, which is made for demos and tests (limit {DEMO_MODEL_ROWS:,}); give "
             "engine.model=<your model>, or input.limit=…, or engine.allow_demo_model=true"
@@ -182,7 +191,9 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
     store = Store(cfg.output.path, cfg.output.storage)
     store.check_writable(RUN_DIR)
     if not store.conditional_put:
-        log.warning("%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path)
+        log.warning(
+            "%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path
+        )
     with Lease(store, cfg.takeover, cfg.lease_wait_s) as lease:
         return _fuse(cfg, found, store, lease, began)
 
@@ -220,7 +231,10 @@ def _revise(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lea
         job = _job(cfg, found, plans[0].fields, store, lease)
         counts, again, rows = run_revision(revision, job, pool, lease), len(revision.units), revision.rows
     else:
-        log.info("nothing is left to do: %s", "this very retry was done" if cfg.retry else "every file is as the manifest says")
+        log.info(
+            "nothing is left to do: %s",
+            "this very retry was done" if cfg.retry else "every file is as the manifest says",
+        )
         manifest = read_manifest(store)
         assert manifest  # opening a revision raises where there is none
         counts, again, rows = manifest.counts, 0, 0
@@ -229,7 +243,11 @@ def _revise(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lea
 
 def _open_revision(cfg: FuseConfig, found: Survey, store: Store, plans: list[Plan]) -> Revision | None:
     if cfg.retry:
-        settings = {key: value for key, value in base_of(cfg, found.model).items() if key.startswith(("prompt", "engine", "decode", "gates"))}
+        settings = {
+            key: value
+            for key, value in base_of(cfg, found.model).items()
+            if key.startswith(("prompt", "engine", "decode", "gates"))
+        }
         return open_retry(store, cfg.retry, settings, plans, cfg.output)
     if plans:
         next_plan(cfg, found, cfg.engine.device, plans)  # refuses other settings than those of the output
@@ -245,7 +263,9 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
     plan = next_plan(cfg, found, device, plans)
     if plan.units or not plans:
         if not write_plan(store, plan):
-            raise ConfigError(f"{store.root}: another driver just planned this output; run the same command again to join it")
+            raise ConfigError(
+                f"{store.root}: another driver just planned this output; run the same command again to join it"
+            )
         store.put(config_path(plan.revision), to_yaml(cfg).encode())
         plans.append(plan)
         log.info("planned revision %d: %d rows in %d units", plan.revision, plan.rows, len(plan.units))
@@ -265,13 +285,22 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
     waiting = run.in_parts - compacted
     in_parts = [unit for unit in run.units if unit.id in waiting]
     progress = Progress(run.store, run.planned_rows, len(run.units), pool.max_actors, sys.stderr)
-    with progress, Compactor(run.store, run.plans, run.entries, cfg.output, run.in_parts & compacted, lease.check) as compactor:
+    with (
+        progress,
+        Compactor(run.store, run.plans, run.entries, cfg.output, run.in_parts & compacted, lease.check) as compactor,
+    ):
         for summary in [unit for entry in run.entries for unit in entry.units] + read_summaries(run.store, in_parts):
             progress.resumed(summary)
         for unit in in_parts:
             compactor.committed(unit.id)
         if pending:
-            log.info("%d of %d units to fuse, %d to %d actors", len(pending), len(run.units), pool.min_actors, pool.max_actors)
+            log.info(
+                "%d of %d units to fuse, %d to %d actors",
+                len(pending),
+                len(run.units),
+                pool.min_actors,
+                pool.max_actors,
+            )
             with RunMonitor(run.planned_rows, progress.rows, pool.max_actors) as monitor:
                 for summary in run_units(job, pool, pending, shards):
                     progress.committed(summary)
@@ -279,7 +308,9 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
                     compactor.committed(summary.id)
         missing = [unit for unit in pending if unit.id not in compactor.done]
         if missing:
-            raise AccountingError(f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again")
+            raise AccountingError(
+                f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again"
+            )
         entries = compactor.finish()
         progress.save()
     rewriter = Rewriter(run.store, len(before.revisions if before else ()) + 1, run.plans[0].fields, cfg.output)
@@ -290,19 +321,29 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
     return manifest
 
 
-def _publish(run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool) -> Manifest:
+def _publish(
+    run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool
+) -> Manifest:
     """Assemble the manifest and swap it in, last."""
     revisions = list(before.revisions) if before else []
     planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
     for plan in run.plans[planned:]:
         kind = "extension" if plan.revision > 1 else "base"
-        revision = {"revision": plan.revision, "kind": kind, "units": len(plan.units), "rows": plan.rows, "seconds": seconds}
+        revision = {
+            "revision": plan.revision,
+            "kind": kind,
+            "units": len(plan.units),
+            "rows": plan.rows,
+            "seconds": seconds,
+        }
         units = [unit for entry in entries if entry.revision == plan.revision for unit in entry.units]
         revisions.append(revision | {"cost": cost(cfg, pool, plan, units)})
     manifest = assemble(run.plans, entries, revisions)
     current = run.store.get_with_etag(MANIFEST)
     if run.store.put_if_match(MANIFEST, manifest.to_bytes(), current[1] if current else None) is None:
-        raise AccountingError(f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again")
+        raise AccountingError(
+            f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again"
+        )
     return manifest
 
 
@@ -318,7 +359,11 @@ def cost(cfg: FuseConfig, pool: Pool, plan: Plan, units: Sequence[UnitSummary]) 
     rows = sum(unit.fused + unit.kept + unit.rejected for unit in units)
 
     def figures(hours: float, captions_per_gpu_hour: float | None) -> dict[str, Any]:
-        return {"gpu_s": round(hours * 3600, 1), "usd": round(hours * usd, 4), "captions_per_gpu_hour": captions_per_gpu_hour}
+        return {
+            "gpu_s": round(hours * 3600, 1),
+            "usd": round(hours * usd, 4),
+            "captions_per_gpu_hour": captions_per_gpu_hour,
+        }
 
     return {
         "gpus_per_actor": gpus,
@@ -331,7 +376,10 @@ def cost(cfg: FuseConfig, pool: Pool, plan: Plan, units: Sequence[UnitSummary]) 
 def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:
     """The last line on stdout. `fresh`: rows that this process worked on."""
     return {
-        "rows": {name: getattr(counts, name) for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")},
+        "rows": {
+            name: getattr(counts, name)
+            for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")
+        },
         "rejects": counts.reasons,
         "filtered": counts.filtered_by,
         "flags": counts.flags,

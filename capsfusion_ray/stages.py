@@ -165,5 +165,7 @@ def _check_rows(batch: UnitBatch) -> None:
     for row_id in batch.table[ROW_ID].to_pylist():
         number = int(row_id.removeprefix(unit.path + ":"))
         if not last < number < unit.stop:
-            raise AccountingError(f"unit {unit.id}: row {row_id} is out of order or not of {unit.path}:{unit.start}-{unit.stop}")
+            raise AccountingError(
+                f"unit {unit.id}: row {row_id} is out of order or not of {unit.path}:{unit.start}-{unit.stop}"
+            )
         last = number

@@ -43,9 +43,13 @@ class TakedownConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     urls: str = ""  # a text file, plain or .gz: one image_url a line
     row_ids: str = ""  # a text file, plain or .gz: one row_id a line
-    above: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a larger value go, e.g. {punsafe: 0.3}
+    above: dict[str, float] = field(
+        default_factory=dict
+    )  # passthrough column -> rows with a larger value go, e.g. {punsafe: 0.3}
     below: dict[str, float] = field(default_factory=dict)  # passthrough column -> rows with a smaller value go
-    filter: FilterConfig = field(default_factory=FilterConfig)  # rows that the run would have left out under this filter go
+    filter: FilterConfig = field(
+        default_factory=FilterConfig
+    )  # rows that the run would have left out under this filter go
     takeover: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +87,14 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
     not_found = {key: criteria[key]["count"] - len(values) for key, values in found.items()}
     for key, n in not_found.items():
         if n and not resumed:
-            log.warning("%s=%s: %d of its %d lines are no %s of this output (any more)", key, getattr(cfg, key), n, criteria[key]["count"], key[:-1])
+            log.warning(
+                "%s=%s: %d of its %d lines are no %s of this output (any more)",
+                key,
+                getattr(cfg, key),
+                n,
+                criteria[key]["count"],
+                key[:-1],
+            )
     log.info("%d rows removed, %d groups rewritten, %d old files deleted", removed, changed, swept)
     return {
         "removed": removed,
@@ -97,12 +108,16 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
 
 def _forget(store: Store) -> None:
     """Remove whatever else may hold the text of a removed row. The lease is held, and every unit stands in the manifest."""
-    store.delete([part_path(unit_id) for unit_id in committed(store)])  # of attempts that came after their group was compacted
+    store.delete(
+        [part_path(unit_id) for unit_id in committed(store)]
+    )  # of attempts that came after their group was compacted
     store.delete_leftovers(older_than_s=0)  # torn files of killed writers; who still writes here has lost the lease
     store.delete([REPORT, COMPARISON])  # their samples
 
 
-def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array], dict[str, set[str]]]:
+def _criteria(
+    cfg: TakedownConfig, fields: dict[str, str]
+) -> tuple[dict[str, Any], Callable[[pa.Table], pa.Array], dict[str, set[str]]]:
     """What is noted of the criteria (hashes, no URLs: what is removed leaves no trace), the test of a table's rows, and the
     listed values that it met so far.
     """
@@ -112,10 +127,14 @@ def _criteria(cfg: TakedownConfig, fields: dict[str, str]) -> tuple[dict[str, An
             raise ConfigError(f"above/below: {name} is no column of this output; it has {sorted(fields)}")
     for reason in active_filters(cfg.filter):
         if FILTER_COLUMNS[reason] not in fields:
-            raise ConfigError(f"filter: the {reason} filter needs a column {FILTER_COLUMNS[reason]!r}, and this output has {sorted(fields)}")
+            raise ConfigError(
+                f"filter: the {reason} filter needs a column {FILTER_COLUMNS[reason]!r}, and this output has {sorted(fields)}"
+            )
     filters = {name: value for name, value in vars(cfg.filter).items() if value is not None}
     noted: dict[str, Any] = {"above": dict(cfg.above), "below": dict(cfg.below), "filter": filters}
-    listed = {key: (column, values) for key, column, values in (("urls", URL, urls), ("row_ids", ROW_ID, row_ids)) if values}
+    listed = {
+        key: (column, values) for key, column, values in (("urls", URL, urls), ("row_ids", ROW_ID, row_ids)) if values
+    }
     for key, (_, values) in listed.items():
         noted[key] = {"count": len(values), "sha256": hashlib.sha256("\n".join(sorted(values)).encode()).hexdigest()}
     found: dict[str, set[str]] = {key: set() for key in listed}
@@ -144,7 +163,9 @@ def _lines(path: str, key: str) -> list[str]:
         return []
     try:
         data = Path(path).read_bytes()
-        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("utf-8-sig")  # as spreadsheets save it, too
+        text = (gzip.decompress(data) if path.endswith(".gz") else data).decode(
+            "utf-8-sig"
+        )  # as spreadsheets save it, too
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise SourceError(f"{key}={path}: cannot be read as lines of text ({error})") from None
     values = sorted({line.strip() for line in text.split("\n") if line.strip()})

@@ -20,7 +20,9 @@ from capsfusion_ray.rows import WorkUnit
 ENGINE_S = "engine_s"
 BUSY_S = "busy_s"
 DEVICE = "device"
-_SCHEMA = pa.schema([("unit", pa.string()), ("apart", pa.string()), ("spent", pa.string()), ("table", pa.large_binary())])
+_SCHEMA = pa.schema(
+    [("unit", pa.string()), ("apart", pa.string()), ("spent", pa.string()), ("table", pa.large_binary())]
+)
 
 
 @dataclass(frozen=True)

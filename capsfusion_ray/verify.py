@@ -47,7 +47,11 @@ def verify(cfg: VerifyConfig) -> dict[str, Any]:
     return {
         "verified": True,
         "deep": cfg.deep,
-        "rows": {name: value for name, value in asdict(manifest.counts).items() if isinstance(value, int) and "tokens" not in name},
+        "rows": {
+            name: value
+            for name, value in asdict(manifest.counts).items()
+            if isinstance(value, int) and "tokens" not in name
+        },
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files),
         "units": len(manifest.units),
@@ -70,7 +74,10 @@ def _all_problems(store: Store, plans: list[Plan], manifest: Manifest, deep: boo
 def _plan_problems(plans: list[Plan], manifest: Manifest) -> Iterator[str]:
     planned = {unit.id: unit for plan in plans for unit in plan.units}
     held = Counter(unit.id for unit in manifest.units)
-    yield from (f"unit {unit_id} of {planned[unit_id].path} is planned and not in the manifest" for unit_id in planned.keys() - held.keys())
+    yield from (
+        f"unit {unit_id} of {planned[unit_id].path} is planned and not in the manifest"
+        for unit_id in planned.keys() - held.keys()
+    )
     yield from (f"unit {unit_id} is in the manifest and not planned" for unit_id in held.keys() - planned.keys())
     yield from (f"unit {unit_id} stands {times} times in the manifest" for unit_id, times in held.items() if times > 1)
     for plan in plans:
@@ -126,7 +133,9 @@ def refuse_damage(store: Store, files: Sequence[FileEntry], what: str) -> None:
     found = damage(store, files)
     if found:
         path, wrong = next(iter(found.items()))
-        raise AccountingError(f"{store.root}: {len(found)} files are damaged (first {path}: {wrong}), and {what} would carry that on; {WAY_OUT}")
+        raise AccountingError(
+            f"{store.root}: {len(found)} files are damaged (first {path}: {wrong}), and {what} would carry that on; {WAY_OUT}"
+        )
 
 
 def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
@@ -188,7 +197,10 @@ def _row_problems(file: FileEntry, data: bytes, seen: _Seen) -> Iterator[str]:
                 break
             numbers.append(int(number))
         if unit:
-            yield from (f"{file.path}: row {unit.path}:{number} stands in another file, too" for number in seen.again(unit, numbers[1:]))
+            yield from (
+                f"{file.path}: row {unit.path}:{number} stands in another file, too"
+                for number in seen.again(unit, numbers[1:])
+            )
         at += rows
 
 

@@ -32,10 +32,21 @@ def command(address: str, runtime_env: str, submission_id: str, script: list[str
     The words are as they are: `ray job submit` itself quotes them for the shell that starts the driver.
     """
     return [
-        str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--submission-id", submission_id,
-        "--working-dir", str(ROOT), "--runtime-env", runtime_env,
-        "--", "python", *script,
-    ]  # fmt: skip
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
+        "--address",
+        address,
+        "--submission-id",
+        submission_id,
+        "--working-dir",
+        str(ROOT),
+        "--runtime-env",
+        runtime_env,
+        "--",
+        "python",
+        *script,
+    ]
 
 
 def main(address: str, runtime_env: str, *script: str) -> int:
@@ -54,7 +65,10 @@ def main(address: str, runtime_env: str, *script: str) -> int:
     try:
         ended = subprocess.run(line, check=False).returncode
     except KeyboardInterrupt:
-        print(f"{submission_id} goes on, nobody follows it; to end it: make stop RAY_ADDRESS={address} JOB={submission_id}", file=sys.stderr)
+        print(
+            f"{submission_id} goes on, nobody follows it; to end it: make stop RAY_ADDRESS={address} JOB={submission_id}",
+            file=sys.stderr,
+        )
         return 128 + signal.SIGINT
     try:
         job = JobSubmissionClient(address).get_job_info(submission_id)

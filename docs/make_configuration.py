@@ -80,7 +80,9 @@ def page() -> str:
         own = [field for field in dataclasses.fields(schema) if field.name in schema.__annotations__]
         inherits = len(own) < len(dataclasses.fields(schema))
         if inherits:
-            parts.append(f"The keys of {next(name for name, base in JOBS if base is schema.__base__)}; new, or with other defaults:\n")
+            parts.append(
+                f"The keys of {next(name for name, base in JOBS if base is schema.__base__)}; new, or with other defaults:\n"
+            )
         top = [field for field in own if not dataclasses.is_dataclass(typing.get_type_hints(schema)[field.name])]
         sections = [field for field in own if field not in top]
         if top:

@@ -18,7 +18,9 @@ LONG_FUNCTION_LINES = 40
 def modules(checkout: Path) -> dict[str, Path]:
     """Dotted name -> file, for every module of the package."""
     files = sorted((checkout / PACKAGE).rglob("*.py"))
-    return {".".join(file.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {
+        ".".join(file.relative_to(checkout).with_suffix("").parts).removesuffix(".__init__"): file for file in files
+    }
 
 
 def imports(name: str, known: dict[str, Path]) -> Iterator[str]:

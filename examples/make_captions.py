@@ -26,9 +26,21 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "captions_source.jsonl"
 HOST = "https://images.example.com/"
 SIZES = (
-    (640, 480), (800, 600), (1024, 768), (1200, 800), (600, 600), (1000, 1000), (236, 354), (735, 1102),
-    (320, 240), (1280, 720), (450, 600), (500, 333), (300, 450), (1600, 1067),
-)  # fmt: skip
+    (640, 480),
+    (800, 600),
+    (1024, 768),
+    (1200, 800),
+    (600, 600),
+    (1000, 1000),
+    (236, 354),
+    (735, 1102),
+    (320, 240),
+    (1280, 720),
+    (450, 600),
+    (500, 333),
+    (300, 450),
+    (1600, 1067),
+)
 ROWS_PER_GROUP = 48
 TRUNCATED_AT = 0.6  # of the damaged shard's bytes: no footer, so nothing in it can be read
 

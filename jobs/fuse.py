@@ -16,7 +16,9 @@ def fuse_and_report(cfg: FuseConfig) -> dict[str, Any]:
     try:
         page = report(ReportConfig(cfg.output, price_per_gpu_hour=cfg.cluster.price_per_gpu_hour))
     except Exception:
-        logging.getLogger(__name__).exception("the dataset is done, its report is not: python jobs/report.py output.path=%s", cfg.output.path)
+        logging.getLogger(__name__).exception(
+            "the dataset is done, its report is not: python jobs/report.py output.path=%s", cfg.output.path
+        )
         return totals
     return totals | {"report": page["report"]}
 

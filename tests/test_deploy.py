@@ -32,7 +32,9 @@ def test_the_environment_of_vllm_is_that_of_its_extra_and_holds_the_core_to_noth
     plain = yaml.safe_load((ROOT / "deploy/runtime_env_pip.yaml").read_text())["pip"]
     assert pip == plain + project["optional-dependencies"]["vllm"]
     assert not any("==" in name for name in pip), "vLLM pins, we follow"
-    assert "vllm" not in " ".join(project["dependencies"] + project["optional-dependencies"]["dev"]), "nor does vLLM constrain the core"
+    assert "vllm" not in " ".join(project["dependencies"] + project["optional-dependencies"]["dev"]), (
+        "nor does vLLM constrain the core"
+    )
 
 
 def test_all_environments_upload_the_job_and_leave_the_rest_at_home():
@@ -47,11 +49,20 @@ def test_all_environments_upload_the_job_and_leave_the_rest_at_home():
 
 def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole(monkeypatch):
     command = runpy.run_path(str(ROOT / "deploy/submit.py"))["command"]
-    words = ["jobs/fuse.py", "filter={max_punsafe: 0.5}", "input.path=s3://b/in/*.parquet", "output.path=it's größe $HOME"]
+    words = [
+        "jobs/fuse.py",
+        "filter={max_punsafe: 0.5}",
+        "input.path=s3://b/in/*.parquet",
+        "output.path=it's größe $HOME",
+    ]
     line = command("http://head:8265", str(ROOT / "deploy/runtime_env.yaml"), "fuse-1", words)
     assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
     sent = {}
-    client = SimpleNamespace(submit_job=lambda **job: sent.update(job) or "fuse-1", get_address=lambda: line[4], get_version=lambda: ray.__version__)
+    client = SimpleNamespace(
+        submit_job=lambda **job: sent.update(job) or "fuse-1",
+        get_address=lambda: line[4],
+        get_version=lambda: ray.__version__,
+    )
     monkeypatch.setattr(cli, "_get_sdk_client", lambda *args, **kwargs: client)
     done = CliRunner().invoke(cli.submit, ["--no-wait", *line[3:]])
     assert done.exit_code == 0, done.output
@@ -61,7 +72,15 @@ def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole(monkeypatch):
 
 @pytest.mark.parametrize(
     ("status", "driver", "code"),
-    [("SUCCEEDED", 0, 0), ("FAILED", 2, 2), ("FAILED", 1, 1), ("FAILED", -9, 137), ("FAILED", None, 1), ("STOPPED", None, 1), ("RUNNING", None, 1)],
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", 1, 1),
+        ("FAILED", -9, 137),
+        ("FAILED", None, 1),
+        ("STOPPED", None, 1),
+        ("RUNNING", None, 1),
+    ],
 )
 def test_submit_ends_as_the_job_did(status, driver, code):
     """RUNNING: the line that followed it was cut off; nobody may take that for done."""
@@ -70,7 +89,8 @@ def test_submit_ends_as_the_job_did(status, driver, code):
 
 def test_dashboard_alerts_and_docs_name_the_metrics_that_exist_and_no_others():
     assert set(re.findall(r"`(ray_capsfusion_\w+)`", (ROOT / "docs/monitoring.md").read_text())) == (
-        {f"ray_{name}_total" for name in monitor.COUNTERS} | {f"ray_{name}" for name in (*monitor.GAUGES, *monitor.HISTOGRAMS)}
+        {f"ray_{name}_total" for name in monitor.COUNTERS}
+        | {f"ray_{name}" for name in (*monitor.GAUGES, *monitor.HISTOGRAMS)}
     )
     served = {f"ray_{name}_total" for name in monitor.COUNTERS} | {f"ray_{name}" for name in monitor.GAUGES}
     served |= {f"ray_{name}_bucket" for name in monitor.HISTOGRAMS}

@@ -26,13 +26,17 @@ def test_every_job_is_on_the_page_of_keys_and_has_help():
         assert "=" in usage(schema)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+)
 def test_every_file_and_target_that_a_page_names_exists(page):
     text = (ROOT / page).read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", text)) - {"it"} <= targets
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    named = re.findall(r"\b((?:jobs|conf|tests|docs|benchmarks|deploy|examples|capsfusion_ray)/[\w./-]+\.(?:py|yaml|md|json))\b", text)
+    named = re.findall(
+        r"\b((?:jobs|conf|tests|docs|benchmarks|deploy|examples|capsfusion_ray)/[\w./-]+\.(?:py|yaml|md|json))\b", text
+    )
     missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
     missing += [path for path in named if not (ROOT / path).exists()]
     assert not missing
@@ -99,7 +103,11 @@ def test_every_option_that_a_page_names_is_one_of_a_job(page):
 
 
 def test_a_wrong_command_is_found():
-    wrong = ['make fuse ARGS="input.pat=x"', "python jobs/verify.py output.path=o deep=perhaps", "make takedown ARGS='above={punsafe: 0.3}'"]
+    wrong = [
+        'make fuse ARGS="input.pat=x"',
+        "python jobs/verify.py output.path=o deep=perhaps",
+        "make takedown ARGS='above={punsafe: 0.3}'",
+    ]
     for text in wrong:
         ((job, words),) = commands(text)
         with pytest.raises(ConfigError):

@@ -409,7 +409,9 @@ def test_the_monitoring_objects_scrape_ports_that_pods_have_and_carry_rules_and_
         for pod in pods_of(ray_object(overlay)):
             assert ports <= {port["name"] for port in pod["containers"][0]["ports"]}
     assert {each["metadata"]["labels"]["release"] for each in made if each["kind"] != "ConfigMap"} == {"mine"}
-    assert by_kind["PrometheusRule"]["spec"] == yaml.safe_load((ROOT / "deploy/monitoring/alerts.yaml").read_text("utf-8"))
+    assert by_kind["PrometheusRule"]["spec"] == yaml.safe_load(
+        (ROOT / "deploy/monitoring/alerts.yaml").read_text("utf-8")
+    )
     (dashboard,) = by_kind["ConfigMap"]["data"].values()
     assert json.loads(dashboard) == json.loads((ROOT / "deploy/monitoring/grafana-dashboard.json").read_text("utf-8"))
     assert len(dashboard) < 256 * 1024, "kubectl apply keeps a copy in an annotation, which holds so much"

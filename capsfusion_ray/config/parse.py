@@ -32,7 +32,9 @@ def load(schema: type[T], argv: typing.Sequence[str]) -> T:
     for argument in argv:
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
-            raise ConfigError(f"{argument}: there are no flags but --help; give YAML files first, then key=value (see docs/configuration.md)")
+            raise ConfigError(
+                f"{argument}: there are no flags but --help; give YAML files first, then key=value (see docs/configuration.md)"
+            )
         if equals:
             overrides.append(part := _parse_override(key, value, valid))
         elif argument.endswith((".yaml", ".yml")):
@@ -69,7 +71,7 @@ def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
     except Exception as error:  # omegaconf lets the YAML parser's own exceptions through
         raise ConfigError(
             f"{key}={value}: not a YAML value ({str(error).splitlines()[0]}); put texts with signs of YAML in quotes, and the whole in "
-            f"those of the shell: '{key}=[\"a[0-9].json\", \"b\"]'"
+            f'those of the shell: \'{key}=["a[0-9].json", "b"]\''
         ) from None
 
 
@@ -126,7 +128,10 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def usage(schema: type) -> str:
     """Every key with its default and what it wants, a line each: what --help prints."""
-    defaults, lines = {f.name: default_of(f) for f in dataclasses.fields(schema)}, ["key=default  (what it wants; more in docs/configuration.md)"]
+    defaults, lines = (
+        {f.name: default_of(f) for f in dataclasses.fields(schema)},
+        ["key=default  (what it wants; more in docs/configuration.md)"],
+    )
     for key, want in _keys(schema).items():
         if want != "section":
             top, *names = key.split(".")
@@ -150,7 +155,9 @@ def _refuse_unknown(part: DictConfig, valid: dict[str, str], where: str, prefix:
         value = part._get_node(name)
         if valid[key] == "section":
             if not isinstance(value, DictConfig):
-                raise ConfigError(f"{where}: {key} is a section; give one of its keys, such as {_first_below(key, valid)}")
+                raise ConfigError(
+                    f"{where}: {key} is a section; give one of its keys, such as {_first_below(key, valid)}"
+                )
             _refuse_unknown(value, valid, where, key + ".")
 
 

@@ -89,29 +89,45 @@ class ApiConfig:
     chat: bool = True  # /chat/completions, the prompt as one user message; false: /completions
     prompt: str = ""  # a template with {raw} and {synthetic}; empty: CapsFusion's own
     temperature: float = 0.0  # 0: greedy
-    request: dict[str, Any] = field(default_factory=dict)  # more fields of the request, such as top_p or seed; null takes one of ours out
+    request: dict[str, Any] = field(
+        default_factory=dict
+    )  # more fields of the request, such as top_p or seed; null takes one of ours out
     concurrency: int = 32  # requests in flight, an actor
     timeout_s: float = 120.0  # a whole request
     gone_s: float = 600.0  # so long without one good answer, and the engine gives up
     prompt_price: float = 0.0  # USD for a million prompt tokens
     output_price: float = 0.0  # USD for a million output tokens
-    max_dollars: float | None = None  # an actor's, from its start, all actors' together in a run; of jobs/label.py: the whole output's, over all its runs
+    max_dollars: float | None = (
+        None  # an actor's, from its start, all actors' together in a run; of jobs/label.py: the whole output's, over all its runs
+    )
 
     def __post_init__(self) -> None:
         ok = not self.url or (self.url.startswith(("http://", "https://")) and not set(self.url) & set("@?#"))
         if not ok:  # its value is not shown: it may hold a password
-            raise ConfigError("engine.api.url: must begin with http:// or https:// and hold no user, password, query or fragment")
+            raise ConfigError(
+                "engine.api.url: must begin with http:// or https:// and hold no user, password, query or fragment"
+            )
         ours = sorted(set(self.request) & {"model", "messages", "prompt", "stream", "n"})
         _check(not ours, "engine.api.request", ours, "fields that the engine does not set or read itself")
         _check(self.temperature >= 0, "engine.api.temperature", self.temperature, "0 (greedy) or more")
         _check(1 <= self.concurrency <= 4096, "engine.api.concurrency", self.concurrency, "1 to 4096")
         _check(self.timeout_s > 0, "engine.api.timeout_s", self.timeout_s, "seconds above 0")
         _check(self.gone_s > 0, "engine.api.gone_s", self.gone_s, "seconds above 0")
-        _check(min(self.prompt_price, self.output_price) >= 0, "engine.api.*_price", (self.prompt_price, self.output_price), "0 or more")
+        _check(
+            min(self.prompt_price, self.output_price) >= 0,
+            "engine.api.*_price",
+            (self.prompt_price, self.output_price),
+            "0 or more",
+        )
         if self.max_dollars is not None:
             _check(self.max_dollars > 0, "engine.api.max_dollars", self.max_dollars, "dollars above 0")
             priced = self.prompt_price > 0 or self.output_price > 0
-            _check(priced, "engine.api.max_dollars", self.max_dollars, "with engine.api.prompt_price and engine.api.output_price beside it")
+            _check(
+                priced,
+                "engine.api.max_dollars",
+                self.max_dollars,
+                "with engine.api.prompt_price and engine.api.output_price beside it",
+            )
 
     def dollars(self, prompt_tokens: int, output_tokens: int) -> float:
         """What so many tokens cost."""
@@ -124,15 +140,29 @@ class VllmConfig:
 
     tensor_parallel: int = 1  # GPUs that hold one model together, of one node; an actor asks for as many
     temperature: float = 0.0  # 0: greedy
-    sampling: dict[str, Any] = field(default_factory=dict)  # more fields of vLLM's SamplingParams, such as top_p or repetition_penalty
-    options: dict[str, Any] = field(default_factory=dict)  # more fields of vLLM's EngineArgs, such as quantization or gpu_memory_utilization
+    sampling: dict[str, Any] = field(
+        default_factory=dict
+    )  # more fields of vLLM's SamplingParams, such as top_p or repetition_penalty
+    options: dict[str, Any] = field(
+        default_factory=dict
+    )  # more fields of vLLM's EngineArgs, such as quantization or gpu_memory_utilization
 
     def __post_init__(self) -> None:
-        _check(self.tensor_parallel >= 1, "engine.vllm.tensor_parallel", self.tensor_parallel, "a number of GPUs, at least 1")
+        _check(
+            self.tensor_parallel >= 1,
+            "engine.vllm.tensor_parallel",
+            self.tensor_parallel,
+            "a number of GPUs, at least 1",
+        )
         _check(self.temperature >= 0, "engine.vllm.temperature", self.temperature, "0 (greedy) or more")
-        ours = sorted(set(self.sampling) & {"temperature", "max_tokens", "n", "output_kind", "detokenize", "skip_special_tokens"})
+        ours = sorted(
+            set(self.sampling) & {"temperature", "max_tokens", "n", "output_kind", "detokenize", "skip_special_tokens"}
+        )
         _check(not ours, "engine.vllm.sampling", ours, "fields that the engine does not set or read itself")
-        ours = sorted(set(self.options) & {"model", "revision", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size"})
+        ours = sorted(
+            set(self.options)
+            & {"model", "revision", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "tensor_parallel_size"}
+        )
         _check(not ours, "engine.vllm.options", ours, "fields that no key of engine.* stands for")
 
 
@@ -143,14 +173,20 @@ class EngineConfig:
     kind: Literal["beam", "transformers", "echo", "api", "vllm"] = "beam"
     model: str = ""  # a hub id, a folder, or the URL of one (s3://bucket/model): fetched once a node; empty: the embedded demo model
     revision: str = ""  # a hub id's commit, tag or branch (empty: main); a folder's content, as the plan names it
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options of a model's URL, e.g. {endpoint_url: http://…}
+    storage: dict[str, str] = field(
+        default_factory=dict
+    )  # fsspec options of a model's URL, e.g. {endpoint_url: http://…}
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
     slots: int | None = None  # captions decoded together; null: sized from free memory, on a CPU 96 a thread
-    attention: Literal["auto", "torch", "triton", "numba"] = "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on a CPU
+    attention: Literal["auto", "torch", "triton", "numba"] = (
+        "auto"  # of engine.kind=beam; auto: triton on CUDA, numba on a CPU
+    )
     batch_size: int = 4  # captions a batch of engine.kind=transformers (4: the reference's)
     max_prompt_tokens: int = 256  # text_input_max_length in the reference config.yaml
-    threads: int | None = None  # CPU threads of one actor, for `beam` engines side by side; null: its share of the cores
+    threads: int | None = (
+        None  # CPU threads of one actor, for `beam` engines side by side; null: its share of the cores
+    )
     stall_s: float = 900.0  # a decode step (or batch) that takes longer ends the actor, and its units are tried again
     start_patience_s: float = 1800.0  # an engine that does not start, where others of the run did, is tried again while the run moves; 0: it ends the run
     allow_demo_model: bool = False  # more than 100,000 rows with the embedded model
@@ -182,14 +218,23 @@ class DecodeConfig:
 
     num_beams: int = 3
     max_new_tokens: int = 80
-    scoring: Literal["reference", "transformers"] | None = None  # 4.28.1's padded full length, or 5.x's generated length
+    scoring: Literal["reference", "transformers"] | None = (
+        None  # 4.28.1's padded full length, or 5.x's generated length
+    )
     length_penalty: float | None = None  # null: the model folder's wish, else 1.0
-    no_repeat_ngram: int | None = None  # blocked in the generated text only; null: the model folder's wish, else 0 (off)
+    no_repeat_ngram: int | None = (
+        None  # blocked in the generated text only; null: the model folder's wish, else 0 (off)
+    )
 
     def __post_init__(self) -> None:
         _check(1 <= self.num_beams <= 8, "decode.num_beams", self.num_beams, "1 to 8")
         _check(self.max_new_tokens >= 1, "decode.max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(self.scoring in (None, "reference", "transformers"), "decode.scoring", self.scoring, "reference or transformers")
+        _check(
+            self.scoring in (None, "reference", "transformers"),
+            "decode.scoring",
+            self.scoring,
+            "reference or transformers",
+        )
         _check(
             self.no_repeat_ngram is None or self.no_repeat_ngram >= 0,
             "decode.no_repeat_ngram",
@@ -313,7 +358,9 @@ class GatesConfig:
     too_short: GateConfig = _gate("reject", 10, 3)  # words of the longer source per fused word
     too_long: GateConfig = _gate("reject", 8, 3)  # fused words per word of both sources
     # over the whole run, once all of it is compacted
-    repeated_caption: GateConfig = _gate("flag", 0.001)  # share of the run's pairs that got this caption, 20 pairs at least
+    repeated_caption: GateConfig = _gate(
+        "flag", 0.001
+    )  # share of the run's pairs that got this caption, 20 pairs at least
 
     def __post_init__(self) -> None:
         for name, gate in vars(self).items():
@@ -340,7 +387,9 @@ class FuseConfig:
     retry: str = ""  # fuse rejected rows again with these settings: `rejected`, or reasons separated by commas
     repair: bool = False  # recompute the units of damaged or missing files of a finished output
     takeover: bool = False  # stop a driver that is at work on the same output, and go on in its place
-    lease_wait_s: float = 0.0  # wait so long for such a driver to end, instead of refusing at once: attempts may overlap
+    lease_wait_s: float = (
+        0.0  # wait so long for such a driver to end, instead of refusing at once: attempts may overlap
+    )
 
     def __post_init__(self) -> None:
         _check(not (self.retry and self.repair), "repair", self.repair, "false beside retry: give one, then the other")
@@ -352,7 +401,9 @@ class PlanConfig(FuseConfig):
 
     calibrate: bool = False  # measure one actor on a few hundred rows of the input, instead of guessing its speed
     preempted_every_h: float | None = None  # spot: mean hours that an actor lives; null: all live to the end
-    restart_s: float = 300.0  # spot: from an actor's death to the first caption of its successor: a node, the model, the engine
+    restart_s: float = (
+        300.0  # spot: from an actor's death to the first caption of its successor: a node, the model, the engine
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -133,9 +133,15 @@ def load_tokenizer(folder: str, trust_remote_code: bool) -> Any:
         raise ConfigError(f"engine.model={folder!r}: no usable tokenizer there: {one_line(error)}") from error
     alone = Path(folder, "tokenizer.model").is_file() and not Path(folder, "tokenizer.json").is_file()
     unsaid = "add_bos_token" not in tokenizer.init_kwargs and tokenizer.bos_token_id is not None
-    if alone and unsaid and AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type in ("llama", "mistral"):
+    if (
+        alone
+        and unsaid
+        and AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).model_type in ("llama", "mistral")
+    ):
         tokenizer.add_bos_token = True
-        log.info("%s: no add_bos_token in its tokenizer_config.json; prompts begin with %s", folder, tokenizer.bos_token)
+        log.info(
+            "%s: no add_bos_token in its tokenizer_config.json; prompts begin with %s", folder, tokenizer.bos_token
+        )
     return tokenizer
 
 
@@ -169,7 +175,9 @@ def _refuse_foreign_tokens(model: Any, tokenizer: Any, name: str) -> None:
     A pad token may be such a one: the mask hides it.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    foreign = sorted((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= known and id_ != tokenizer.pad_token_id)
+    foreign = sorted(
+        (id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ >= known and id_ != tokenizer.pad_token_id
+    )
     if foreign:
         raise ConfigError(
             f"engine.model={name!r}: its tokenizer has {len(foreign)} tokens beyond the {known} of the model (first {foreign[0][1]!r}, id "
@@ -185,8 +193,10 @@ def _name_empty_rows(model: Any, tokenizer: Any, name: str) -> None:
         some = ", ".join(f"{id_} {tokenizer.convert_ids_to_tokens(id_)!r}" for id_ in empty[:3])
         log.warning(
             "engine.model=%r: %d rows of its vocabulary are empty (id %s); captions may hold such tokens. It was enlarged and not trained since",
-            name, len(empty), some,
-        )  # fmt: skip
+            name,
+            len(empty),
+            some,
+        )
 
 
 def eos_ids_of(model: Any, tokenizer: Any, name: str) -> tuple[int, ...]:

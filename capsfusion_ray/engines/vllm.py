@@ -60,7 +60,9 @@ class VllmEngine:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self._tokenizer(list(texts), padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        ids: list[list[int]] = self._tokenizer(
+            list(texts), padding=False, truncation=False, return_attention_mask=False
+        )["input_ids"]
         return ids
 
     @property
@@ -88,7 +90,9 @@ class VllmEngine:
             outputs = self._engine.step()
         except Exception as error:  # EngineDeadError, or what its executor raised: either way it answers nothing more
             raise EngineError(f"vLLM died in a step: {type(error).__name__}: {error}") from error
-        return finished + [_generation(self._submitted.pop(output.request_id), output) for output in outputs if output.finished]
+        return finished + [
+            _generation(self._submitted.pop(output.request_id), output) for output in outputs if output.finished
+        ]
 
 
 def _import_vllm() -> Any:

@@ -94,12 +94,26 @@ _DEMONYMS = frozenset(
     map(
         frozenset,
         (
-            ("spain", "spanish"), ("france", "french"), ("poland", "polish"), ("ireland", "irish"), ("wales", "welsh"),
-            ("netherlands", "dutch"), ("holland", "dutch"), ("denmark", "danish"), ("britain", "british"), ("uk", "british"),
-            ("switzerland", "swiss"), ("greece", "greek"), ("uk", "united"), ("uk", "kingdom"), ("usa", "american"), ("us", "american"), ("peru", "peruvian"),
+            ("spain", "spanish"),
+            ("france", "french"),
+            ("poland", "polish"),
+            ("ireland", "irish"),
+            ("wales", "welsh"),
+            ("netherlands", "dutch"),
+            ("holland", "dutch"),
+            ("denmark", "danish"),
+            ("britain", "british"),
+            ("uk", "british"),
+            ("switzerland", "swiss"),
+            ("greece", "greek"),
+            ("uk", "united"),
+            ("uk", "kingdom"),
+            ("usa", "american"),
+            ("us", "american"),
+            ("peru", "peruvian"),
         ),
     )
-)  # fmt: skip
+)
 
 
 def unsupported_name(t: Triple) -> Fault | None:

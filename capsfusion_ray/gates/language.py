@@ -10,13 +10,43 @@ from capsfusion_ray.provenance import key_of
 
 # First code point of a block -> script; Han and kana are one, because Japanese mixes them.
 _BLOCKS = (
-    (0x0, "Latin"), (0x370, "Greek"), (0x400, "Cyrillic"), (0x530, "Armenian"), (0x590, "Hebrew"), (0x600, "Arabic"),
-    (0x780, "other"), (0x900, "Indic"), (0xE00, "Thai"), (0xE80, "other"), (0x10A0, "Georgian"), (0x1100, "Hangul"),
-    (0x1200, "other"), (0x1E00, "Latin"), (0x1F00, "Greek"), (0x2000, "Latin"), (0x2C00, "other"), (0x2E80, "Han"),
-    (0x3130, "Hangul"), (0x3190, "Han"), (0xA000, "other"), (0xAC00, "Hangul"), (0xD800, "other"), (0xF900, "Han"),
-    (0xFB00, "Latin"), (0xFB1D, "Hebrew"), (0xFB50, "Arabic"), (0xFE00, "other"), (0xFE70, "Arabic"), (0xFF00, "Latin"),
-    (0xFF66, "Han"), (0xFFA0, "Hangul"), (0xFFE0, "other"), (0x1D400, "Latin"), (0x1D800, "other"), (0x20000, "Han"),
-)  # fmt: skip
+    (0x0, "Latin"),
+    (0x370, "Greek"),
+    (0x400, "Cyrillic"),
+    (0x530, "Armenian"),
+    (0x590, "Hebrew"),
+    (0x600, "Arabic"),
+    (0x780, "other"),
+    (0x900, "Indic"),
+    (0xE00, "Thai"),
+    (0xE80, "other"),
+    (0x10A0, "Georgian"),
+    (0x1100, "Hangul"),
+    (0x1200, "other"),
+    (0x1E00, "Latin"),
+    (0x1F00, "Greek"),
+    (0x2000, "Latin"),
+    (0x2C00, "other"),
+    (0x2E80, "Han"),
+    (0x3130, "Hangul"),
+    (0x3190, "Han"),
+    (0xA000, "other"),
+    (0xAC00, "Hangul"),
+    (0xD800, "other"),
+    (0xF900, "Han"),
+    (0xFB00, "Latin"),
+    (0xFB1D, "Hebrew"),
+    (0xFB50, "Arabic"),
+    (0xFE00, "other"),
+    (0xFE70, "Arabic"),
+    (0xFF00, "Latin"),
+    (0xFF66, "Han"),
+    (0xFFA0, "Hangul"),
+    (0xFFE0, "other"),
+    (0x1D400, "Latin"),
+    (0x1D800, "other"),
+    (0x20000, "Han"),
+)
 _STARTS = [start for start, _ in _BLOCKS]
 
 
@@ -75,6 +105,9 @@ def _wrong_language(t: Triple) -> Fault | None:
     sources = t.raw.held | t.synthetic.held
     if sources & _FUNCTION_KEYS[best] or len(sources) < 6:
         return None
-    if best == "English" and max(len(t.synthetic.held & keys) for name, keys in _FUNCTION_KEYS.items() if name != "English") < 2:
+    if (
+        best == "English"
+        and max(len(t.synthetic.held & keys) for name, keys in _FUNCTION_KEYS.items() if name != "English") < 2
+    ):
         return None  # a captioner that is not seen to write otherwise writes English, in whatever language the raw caption is
     return Fault(1.0, f"written in {best}, which neither source is")

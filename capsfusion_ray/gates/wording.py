@@ -11,7 +11,17 @@ from itertools import islice, pairwise
 from capsfusion_ray.gates.triple import STOP_KEYS, Fault, Triple, show
 from capsfusion_ray.rows import FinishReason
 
-_ECHO_HINTS = ("sentence", "real-world", "real world", "in-depth", "well-structured", "false ", "grammar", "merge", "accurate")
+_ECHO_HINTS = (
+    "sentence",
+    "real-world",
+    "real world",
+    "in-depth",
+    "well-structured",
+    "false ",
+    "grammar",
+    "merge",
+    "accurate",
+)
 # 2 points: talk about the task. No caption of a picture says this.
 _ECHO_TASK = re.compile(
     r"\bsentences? ?(?:structures?\b|[12]\b|one\b|two\b)|\b(?:first|second|two|both|new|given|combined|merged|refined) sentences?\b"

@@ -57,8 +57,12 @@ def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """
     progress = state.progress
     told = state.told
-    price = next((p for p in (price_per_gpu_hour, told["usd_per_gpu_hour"]) if p is not None), ClusterConfig.price_per_gpu_hour)
-    on_gpu = state.base.get("engine.kind") != "api" and any(not device.endswith((":cpu", ":none")) for device in state.devices)
+    price = next(
+        (p for p in (price_per_gpu_hour, told["usd_per_gpu_hour"]) if p is not None), ClusterConfig.price_per_gpu_hour
+    )
+    on_gpu = state.base.get("engine.kind") != "api" and any(
+        not device.endswith((":cpu", ":none")) for device in state.devices
+    )
     gpus = (1.0 if told["gpus_per_actor"] is None else told["gpus_per_actor"]) if on_gpu else 0.0
     history = progress.get("history", [])
     rate = progress.get("captions_per_s") or 0.0
@@ -69,7 +73,9 @@ def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
     actor_hours = 1e6 / worked / 3600 if worked else None
     return {
         "history": history,
-        "eta_history": [(seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate],
+        "eta_history": [
+            (seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate
+        ],
         "captions_per_s": worked if over_all else rate,
         "unit": "captions/s an actor" if over_all else "captions/s",
         "eta_s": progress.get("eta_s"),
@@ -93,7 +99,12 @@ def _lengths(captions: Sequence[Words]) -> dict[str, Any]:
         return {"mean": 0.0, "median": 0, "p95": 0, "bars": bars}
     at = len(lengths)
     mean = sum(lengths) / at
-    return {"mean": round(mean, 1), "median": lengths[at // 2], "p95": lengths[min(at - 1, at * 95 // 100)], "bars": bars}
+    return {
+        "mean": round(mean, 1),
+        "median": lengths[at // 2],
+        "p95": lengths[min(at - 1, at * 95 // 100)],
+        "bars": bars,
+    }
 
 
 def _diversity(captions: Sequence[Words]) -> list[tuple[int, int]]:

@@ -24,8 +24,16 @@ LONGEST = 1_200  # characters of a caption on the page
 
 def render(title: str, shown: dict[str, Any], rows: Sequence[Row]) -> str:
     """The whole page."""
-    data = json.dumps({"figures": shown, "rows": [_row(row) for row in rows]}, ensure_ascii=False, separators=(",", ":"))
-    inert = data.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    data = json.dumps(
+        {"figures": shown, "rows": [_row(row) for row in rows]}, ensure_ascii=False, separators=(",", ":")
+    )
+    inert = (
+        data.replace("&", "\\u0026")
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("\u2028", "\\u2028")
+        .replace("\u2029", "\\u2029")
+    )
     parts = {"TITLE": html.escape(title), "STYLE": _asset("page.css"), "SCRIPT": _asset("page.js"), "DATA": inert}
     page = _asset("page.html")
     for name, value in parts.items():
@@ -42,8 +50,13 @@ def _row(row: Row) -> dict[str, Any]:
     """A row for the page; its caption, and that of the other output, as pieces (see _pieces)."""
     raw, synthetic, fused = (_clip(text) for text in (row.raw, row.synthetic, row.fused))
     shown: dict[str, Any] = {
-        "id": row.id, "url": row.url[:300], "raw": raw, "synthetic": synthetic, "strata": list(row.strata), **_verdict(row),
-    }  # fmt: skip
+        "id": row.id,
+        "url": row.url[:300],
+        "raw": raw,
+        "synthetic": synthetic,
+        "strata": list(row.strata),
+        **_verdict(row),
+    }
     if row.other:
         other = _clip(row.other.fused)
         here, there = _differences(fused, other)

@@ -97,7 +97,20 @@ def state_of(store: Store) -> State | None:
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
         revisions, told, folders = (), _told(store, len(plans)), (*FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
-    return State(counts, counts.done == counts.planned, shards, revisions, told, plans[0].base, dict(devices), busy_s, progress, folders, units, files)
+    return State(
+        counts,
+        counts.done == counts.planned,
+        shards,
+        revisions,
+        told,
+        plans[0].base,
+        dict(devices),
+        busy_s,
+        progress,
+        folders,
+        units,
+        files,
+    )
 
 
 def _told(store: Store, revision: int) -> dict[str, float | None]:
@@ -105,8 +118,15 @@ def _told(store: Store, revision: int) -> dict[str, float | None]:
     path = config_path(revision)
     saved = OmegaConf.create(store.get(path).decode() if store.exists(path) else "")
     gpus = OmegaConf.select(saved, "cluster.gpus_per_actor")
-    split = OmegaConf.select(saved, "engine.vllm.tensor_parallel") if OmegaConf.select(saved, "engine.kind") == "vllm" else None
-    return {"gpus_per_actor": split if gpus is None else gpus, "usd_per_gpu_hour": OmegaConf.select(saved, "cluster.price_per_gpu_hour")}
+    split = (
+        OmegaConf.select(saved, "engine.vllm.tensor_parallel")
+        if OmegaConf.select(saved, "engine.kind") == "vllm"
+        else None
+    )
+    return {
+        "gpus_per_actor": split if gpus is None else gpus,
+        "usd_per_gpu_hour": OmegaConf.select(saved, "cluster.price_per_gpu_hour"),
+    }
 
 
 @dataclass(frozen=True)
@@ -199,7 +219,9 @@ def _units_of(state: State, ids: Collection[str]) -> set[str]:
     return chosen
 
 
-def _found(store: Store, path: str, ids: Collection[str], places: Sequence[tuple[int, int]] | None = None) -> dict[str, Row]:
+def _found(
+    store: Store, path: str, ids: Collection[str], places: Sequence[tuple[int, int]] | None = None
+) -> dict[str, Row]:
     """Of one file, from the row groups that hold some of `places` (rows of it, from and to); None: from all."""
     try:
         with store.open_input(path) as source:
@@ -256,14 +278,25 @@ def _as_bytes(batch: pa.RecordBatch) -> pa.Table:
 def _row(row: dict[str, Any]) -> Row:
     def text(name: str) -> str:
         value = row.get(name)
-        return "" if value is None else value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+        return (
+            "" if value is None else value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+        )
 
     flags = tuple(flag.decode() if isinstance(flag, bytes) else flag for flag in row.get(FLAGS) or ())
-    rejected = text(OUTCOME) in ("", "rejected")  # a part says the outcome of each row; a file of data/ needs no such column
+    rejected = text(OUTCOME) in (
+        "",
+        "rejected",
+    )  # a part says the outcome of each row; a file of data/ needs no such column
     return Row(
-        text(ROW_ID), text(URL), text(RAW), text(SYNTHETIC), text(FUSED), flags,
-        text(REASON) if rejected else "", text(DETAIL) if rejected else "",
-    )  # fmt: skip
+        text(ROW_ID),
+        text(URL),
+        text(RAW),
+        text(SYNTHETIC),
+        text(FUSED),
+        flags,
+        text(REASON) if rejected else "",
+        text(DETAIL) if rejected else "",
+    )
 
 
 def spread(items: list[Any], count: int) -> list[Any]:

@@ -193,9 +193,7 @@ def _text_pieces(store: Store, shard: Shard, ranges: Sequence[tuple[int, int]], 
 # ------------------------------------------------------------------------------------------------ one batch
 
 
-def _caption_pairs(
-    piece: Decoded, low: int, high: int, shard: Shard, spec: ReadSpec, bad_cells: BadCells
-) -> pa.Table:
+def _caption_pairs(piece: Decoded, low: int, high: int, shard: Shard, spec: ReadSpec, bad_cells: BadCells) -> pa.Table:
     """Rows [low, high) of a decoded batch, with the frozen schema, INVALID and the filters' columns."""
     assert shard.schema is not None
     source = piece.table.slice(low - piece.start, high - low)

@@ -170,7 +170,9 @@ class Store:
             self.delete([path])
         for condition, holds in (("If-None-Match", kept), ("If-Match", swaps)):
             if self.conditional_put and not holds:
-                raise StoreRefused(f"{self.url(path)}: the store does not keep to {condition}; use one that has conditional writes")
+                raise StoreRefused(
+                    f"{self.url(path)}: the store does not keep to {condition}; use one that has conditional writes"
+                )
 
     def _call(self, action: str, path: str, work: Callable[[], T]) -> T:
         try:

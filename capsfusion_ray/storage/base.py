@@ -133,7 +133,9 @@ def other_error(error: Exception, action: str, url: str, at: str = "") -> Except
         return FileNotFoundError(f"{url}: cannot {action} it{at}: no such object")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
-        return StoreRefused(f"{url}: cannot {action} it{at}: {os.strerror(number)}; choose a place this user may {action}")
+        return StoreRefused(
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; choose a place this user may {action}"
+        )
     if number in (errno.ENOTDIR, errno.EISDIR):
         return StoreRefused(
             f"{url}: cannot {action} it{at}: {os.strerror(number)}; part of the path is a file, or the whole a folder"

@@ -26,7 +26,9 @@ class AverageOutputConfig:
 class AverageConfig:
     """jobs/average.py."""
 
-    models: list[str] = field(default_factory=list)  # folders of models trained from one start; the first gives all but weights
+    models: list[str] = field(
+        default_factory=list
+    )  # folders of models trained from one start; the first gives all but weights
     shares: list[float] = field(default_factory=list)  # of each model, together 1; empty: equal ones
     output: AverageOutputConfig = field(default_factory=AverageOutputConfig)
 
@@ -67,7 +69,9 @@ def _shares(cfg: AverageConfig) -> list[float]:
         raise ConfigError(f"models={cfg.models}: an average needs at least two model folders: models=[out/a,out/b]")
     shares = cfg.shares or [1 / len(cfg.models)] * len(cfg.models)
     if len(shares) != len(cfg.models) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
-        raise ConfigError(f"shares={cfg.shares}: give each of the {len(cfg.models)} models one, together 1, or leave them out")
+        raise ConfigError(
+            f"shares={cfg.shares}: give each of the {len(cfg.models)} models one, together 1, or leave them out"
+        )
     return shares
 
 

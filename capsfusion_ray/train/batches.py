@@ -97,7 +97,9 @@ class TextEncoder:
         # As a model writes it: after a space, unless the prompt ends in one.
         space = "" if text[-1:].isspace() else " "
         whole = self._ids(text + space + triple.fused)
-        fused = whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(space + triple.fused, special=False)
+        fused = (
+            whole[len(prompt) :] if whole[: len(prompt)] == prompt else self._ids(space + triple.fused, special=False)
+        )
         weights = self._source_weights(triple, text, len(prompt)) + [1.0] * (len(fused) + 1)
         return (prompt + fused + [self.end_id])[:MAX_TOKENS], weights[:MAX_TOKENS]
 
@@ -154,7 +156,9 @@ def pool(
     for _ in range(DRAWS):
         indices = [rng.randrange(len(triples)) for _ in range(n * POOL_BATCHES)]
         drawn = draw(triples, indices, banks, cfg.augment, copy_share(number * POOL_BATCHES, cfg), rng)
-        rows += [(row, triple) for triple in drawn if _is_learnt((row := encoder(triple))[1], bool(cfg.reinforce.samples))]
+        rows += [
+            (row, triple) for triple in drawn if _is_learnt((row := encoder(triple))[1], bool(cfg.reinforce.samples))
+        ]
         if len(rows) >= POOL_BATCHES:
             break
     else:

@@ -20,7 +20,9 @@ class TripleConfig:
 
     def __post_init__(self) -> None:
         if self.validation_rows < 1:
-            raise ConfigError(f"data.validation_rows={self.validation_rows}: must be at least 1; the curve is measured on them")
+            raise ConfigError(
+                f"data.validation_rows={self.validation_rows}: must be at least 1; the curve is measured on them"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ class OptimConfig:
         if not 0 < self.decay_steps <= self.steps:
             raise ConfigError(f"optim.decay_steps={self.decay_steps}: must be 1 to optim.steps={self.steps}")
         if self.warmup_steps < 0 or self.batch_triples < 1:
-            raise ConfigError(f"optim.warmup_steps={self.warmup_steps}, optim.batch_triples={self.batch_triples}: must be at least 0 and 1")
+            raise ConfigError(
+                f"optim.warmup_steps={self.warmup_steps}, optim.batch_triples={self.batch_triples}: must be at least 0 and 1"
+            )
         if not 0 <= self.source_loss_weight < 1:
-            raise ConfigError(f"optim.source_loss_weight={self.source_loss_weight:g}: must be 0 or more and less than the fused caption's, 1")
+            raise ConfigError(
+                f"optim.source_loss_weight={self.source_loss_weight:g}: must be 0 or more and less than the fused caption's, 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class RewardConfig:
     usual_bleu_4: float = 0.37
     concatenation: float = 2.2  # taken off for both sources pasted one after the other …
     concatenation_from: float = 0.8  # … in part from this share of their words
-    short: float = 0.4  # for the share of the teacher's length that is missing: leaving out must not be how pasting is avoided
+    short: float = (
+        0.4  # for the share of the teacher's length that is missing: leaving out must not be how pasting is avoided
+    )
     repeated_trigram: float = 0.6
     bad_ending: float = 0.5
     lost: float = 0.7  # for all numbers and capitalised words of the raw caption lost; less for some
@@ -140,7 +148,9 @@ class TrainConfig:
 
     data: TripleConfig = field(default_factory=TripleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    prompt_template: str = ""  # empty: what the model's fusion.json says; else the short one from scratch, or the reference's
+    prompt_template: str = (
+        ""  # empty: what the model's fusion.json says; else the short one from scratch, or the reference's
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     reinforce: ReinforceConfig = field(default_factory=ReinforceConfig)

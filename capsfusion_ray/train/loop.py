@@ -81,7 +81,9 @@ def fit(cfg: TrainConfig, report: Report, wrap: Callable[[nn.Module], nn.Module]
     critic = _critic(cfg, plain, tokenizer, encoder, triples) if cfg.reinforce.samples else None
     step = _resume(work / CHECKPOINT, plain, optimizers, average)
     if step and rank:
-        torch.manual_seed(cfg.optim.seed + rank + _STEPS_APART * step)  # the checkpoint holds the first worker's random state
+        torch.manual_seed(
+            cfg.optim.seed + rank + _STEPS_APART * step
+        )  # the checkpoint holds the first worker's random state
     if rank == 0:
         _forget_after(step, work / CURVE)
     held_out = _batches(validation, encoder, tokenizer.pad_token_id)

@@ -66,19 +66,30 @@ class Sampler:
                 break
             if len(going_N) < 0.8 * len(open_N):
                 cache.batch_select_indices(going_N)
-                open_N, mask_NL, ids_N, unended_N = open_N[going_N], mask_NL[going_N], ids_N[going_N], unended_N[going_N]
+                open_N, mask_NL, ids_N, unended_N = (
+                    open_N[going_N],
+                    mask_NL[going_N],
+                    ids_N[going_N],
+                    unended_N[going_N],
+                )
             mask_NL = torch.cat((mask_NL, torch.ones_like(mask_NL[:, :1])), dim=1)
             logits_NV = self._logits(ids_N[:, None], mask_NL, cache)
-        rows = [Sample(self._cut(ids), nats) for ids, nats in zip(drawn_NL.tolist(), likelihood_N.tolist(), strict=True)]
+        rows = [
+            Sample(self._cut(ids), nats) for ids, nats in zip(drawn_NL.tolist(), likelihood_N.tolist(), strict=True)
+        ]
         return [rows[i : i + k] for i in range(0, len(rows), k)]
 
     def _logits(self, ids_NL: Tensor, mask_NC: Tensor, cache: DynamicCache) -> Tensor:
         """Of the token after the last one; `mask_NC` covers what the cache holds, too."""
         position_NC = (mask_NC.cumsum(dim=1) - 1).clamp(min=0)
         out = self._half(
-            input_ids=ids_NL, attention_mask=mask_NC, position_ids=position_NC[:, -ids_NL.shape[1] :],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+            input_ids=ids_NL,
+            attention_mask=mask_NC,
+            position_ids=position_NC[:, -ids_NL.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         logits_NV: Tensor = out.logits[:, -1]
         return logits_NV
 
@@ -110,7 +121,9 @@ class SelfCritic:
         )
         worth_TK = reward_TK - self.cfg.drift * self._drift(prompts, sampled_TK)
         rows = []
-        for triple, prompt, sampled, advantages in zip(triples, prompts, sampled_TK, advantage(worth_TK).tolist(), strict=True):
+        for triple, prompt, sampled, advantages in zip(
+            triples, prompts, sampled_TK, advantage(worth_TK).tolist(), strict=True
+        ):
             rows += [_row(prompt, sample, weight) for sample, weight in zip(sampled, advantages, strict=True)]
             ids, weights = encoder(triple)
             rows.append((ids, [w * self.cfg.supervised_weight for w in weights]))
@@ -119,7 +132,9 @@ class SelfCritic:
     @torch.no_grad()
     def _drift(self, prompts: Sequence[list[int]], sampled_TK: Sequence[Sequence[Sample]]) -> Tensor:
         """How many nats a token likelier each sample is than under the model at the start of this training: T, K."""
-        rows = [_row(prompt, sample, 1.0) for prompt, sampled in zip(prompts, sampled_TK, strict=True) for sample in sampled]
+        rows = [
+            _row(prompt, sample, 1.0) for prompt, sampled in zip(prompts, sampled_TK, strict=True) for sample in sampled
+        ]
         batch, device = pad(rows, self.pad_id), self._start.device
         ids_NL, own_NL = batch.ids_TL.to(device), batch.weights_TL.to(device)[:, 1:] > 0
         hidden_NLD = self._start.base_model(input_ids=ids_NL[:, :-1], use_cache=False).last_hidden_state

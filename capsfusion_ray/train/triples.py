@@ -72,7 +72,9 @@ def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
         texts = [[row[name] for name in names] for row in rows]
         whole = [Triple(*(str(text).strip() for text in three)) for three in texts if None not in three]
         if len(whole) < len(texts):
-            log.warning("%s: %d of %d rows have a null caption and are left out", path, len(texts) - len(whole), len(texts))
+            log.warning(
+                "%s: %d of %d rows have a null caption and are left out", path, len(texts) - len(whole), len(texts)
+            )
         return whole
     except KeyError as error:
         raise SourceError(f"{path}: a row has no column {error}; set {', '.join(columns)}") from error

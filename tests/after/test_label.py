@@ -108,7 +108,9 @@ def test_what_a_retry_paid_and_did_not_merge_counts_too(argv, tmp_path):
 def test_actors_that_are_started_anew_do_not_spend_the_cap_again(argv):
     """Each counts from its own start; the driver counts what all of them committed."""
     api = load(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=0.05"]).engine.api
-    units = [UnitSummary(f"u{i}", "a", 0, 10, prompt_tokens=1000, output_tokens=100) for i in range(9)]  # 0.02 dollars each
+    units = [
+        UnitSummary(f"u{i}", "a", 0, 10, prompt_tokens=1000, output_tokens=100) for i in range(9)
+    ]  # 0.02 dollars each
     with pytest.raises(CostCapReached, match=r"max_dollars=0.05: the units of this run cost 0.1000 dollars"):
         list(within_cap(units, api, actors=2))
     assert len(list(within_cap(units, dataclasses.replace(api, max_dollars=None), actors=2))) == 9

@@ -30,7 +30,9 @@ def test_data_is_read_without_options(output, tmp_path):
         "pyarrow": lambda: ds.dataset(data).to_table().to_pylist(),
         "pandas": lambda: pandas.read_parquet(data).to_dict("records"),
         "duckdb": lambda: duckdb.sql(f"SELECT * FROM '{data}/**/*.parquet'").fetchdf().to_dict("records"),
-        "datasets": lambda: list(datasets.load_dataset("parquet", data_dir=str(data), split="train", cache_dir=str(tmp_path / "hf"))),
+        "datasets": lambda: list(
+            datasets.load_dataset("parquet", data_dir=str(data), split="train", cache_dir=str(tmp_path / "hf"))
+        ),
     }
     for name, read in readers.items():
         rows = read()

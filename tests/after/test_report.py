@@ -29,13 +29,23 @@ def data_of(path):
 def test_a_page_on_a_finished_or_a_running_output(tmp_path, compacted):
     done = report(run_of(tmp_path, [unit(i, 40) for i in range(3)], compacted))
     assert done["finished"]
-    assert done["rows"] == {"planned": 120, "fused": 108, "kept": 0, "rejected": 12, "filtered": 0, "removed": 0, "unreadable": 0}
+    assert done["rows"] == {
+        "planned": 120,
+        "fused": 108,
+        "kept": 0,
+        "rejected": 12,
+        "filtered": 0,
+        "removed": 0,
+        "unreadable": 0,
+    }
     _, data = data_of(tmp_path)
     assert data["figures"]["reasons"] == {"repetition": 12}
     by_reason = [row["reason"] or (row["flags"] or ["ordinary"])[0] for row in data["rows"]]
     assert {name: by_reason.count(name) for name in by_reason} == {
-        "repetition": PER_REASON, "lost_entity": PER_REASON, "ordinary": PER_REASON * ORDINARY_SHARE,
-    }  # fmt: skip
+        "repetition": PER_REASON,
+        "lost_entity": PER_REASON,
+        "ordinary": PER_REASON * ORDINARY_SHARE,
+    }
     assert len({row["id"] for row in data["rows"]}) == len(data["rows"])
 
 
@@ -55,7 +65,9 @@ def test_the_figures_say_what_the_rows_say(tmp_path):
     assert figures["knowledge"]["fused"] == 1.0, "Nürnberg and 2019 stand in every fused caption"
     assert figures["knowledge"]["synthetic"] == 0.0
     assert sum(figures["origins"].values()) == pytest.approx(1, abs=0.001)
-    assert sum(figures["lengths"]["fused"]["bars"]) == figures["measured"] == 36, "all that was read, not the rows picked to be shown"
+    assert sum(figures["lengths"]["fused"]["bars"]) == figures["measured"] == 36, (
+        "all that was read, not the rows picked to be shown"
+    )
 
 
 def test_an_output_that_is_none_is_refused(tmp_path):
@@ -68,7 +80,9 @@ def test_what_was_measured_against_references_is_a_section(tmp_path):
     run, figures = run_of(tmp_path / "out", [unit(0, 40)], 1), tmp_path / "figures"
     output = run.output.path
     evaluate(
-        EvaluateConfig(ReferenceConfig(output, reference="capsfusion", rows=10), output, output=EvaluateOutputConfig(str(figures)))
+        EvaluateConfig(
+            ReferenceConfig(output, reference="capsfusion", rows=10), output, output=EvaluateOutputConfig(str(figures))
+        )
     )
     report(dataclasses.replace(run, evaluation=str(figures)))
     shown = data_of(tmp_path / "out")[1]["figures"]["evaluation"]
@@ -86,7 +100,10 @@ def test_a_folder_without_figures_is_refused_before_anything_is_read(tmp_path, w
 
 
 def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):
-    one, other = run_of(tmp_path / "one", [unit(i, 20) for i in range(3)], 3), run_of(tmp_path / "other", [unit(i, 20) for i in range(2)], 1)
+    one, other = (
+        run_of(tmp_path / "one", [unit(i, 20) for i in range(3)], 3),
+        run_of(tmp_path / "other", [unit(i, 20) for i in range(2)], 1),
+    )
     of_one, of_other = (Store(cfg.output.path) for cfg in (one, other))
     file = next(entry.path for entry in of_other.list("data"))
     table = pq.read_table(io.BytesIO(of_other.get(file)), partitioning=None)
@@ -108,16 +125,25 @@ def test_two_outputs_of_the_same_rows_stand_beside_each_other(tmp_path):
     assert text_of(changed["other"]["fused"]) == "Two stalls at night."
     assert text_of(changed["other"]["fused"], marked=True) == "Two stalls ."
     assert text_of(changed["fused"]) == f"A stall at night in Nürnberg in 2019, {HOSTILE}"
-    assert text_of(changed["fused"], marked=True).startswith("A stall in Nürnberg in 2019, </script>"), "what the other has not, here too"
+    assert text_of(changed["fused"], marked=True).startswith("A stall in Nürnberg in 2019, </script>"), (
+        "what the other has not, here too"
+    )
     assert ["stalls", "synthetic", 1] in changed["other"]["fused"], "and where a word comes from, in both"
-    assert not any(text_of(side["fused"], marked=True) for row in data["rows"] if row is not changed for side in (row, row["other"]))
+    assert not any(
+        text_of(side["fused"], marked=True)
+        for row in data["rows"]
+        if row is not changed
+        for side in (row, row["other"])
+    )
     assert data["figures"]["beside"]["compared"] == 40
     assert data["figures"]["beside"]["different"] == 1
 
 
 def comparison_of(path):
     """The figures of its page."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', (path / COMPARISON).read_text("utf-8"), re.DOTALL)[1])["figures"]
+    return json.loads(re.search(r'id="data">(.*?)</script>', (path / COMPARISON).read_text("utf-8"), re.DOTALL)[1])[
+        "figures"
+    ]
 
 
 def text_of(pieces, marked=False):
@@ -139,11 +165,17 @@ def test_rows_of_another_output_are_found_wherever_they_lie_and_a_bounded_number
     monkeypatch.setattr(sample, "ROWS_READ", 60)
     monkeypatch.setattr(sample, "FILES_READ", 5)
     one = run_of(tmp_path / "one", [unit(i, 40) for i in range(30)], 30)
-    pieces = [WorkUnit(f"v{i}-{start}", f"s{i}.parquet", start, start + 8, f"g{i * 5 + start // 8:05d}") for i in range(30) for start in range(0, 40, 8)]
+    pieces = [
+        WorkUnit(f"v{i}-{start}", f"s{i}.parquet", start, start + 8, f"g{i * 5 + start // 8:05d}")
+        for i in range(30)
+        for start in range(0, 40, 8)
+    ]
     other = run_of(tmp_path / "other", pieces, 75)
     report(ReportConfig(one.output, beside=other.output))
     figures = comparison_of(tmp_path / "one")
-    assert figures["beside"]["compared"] == 60 + 20, "all that were drawn: whole files of twelve rows, and their rejects"
+    assert figures["beside"]["compared"] == 60 + 20, (
+        "all that were drawn: whole files of twelve rows, and their rejects"
+    )
 
     monkeypatch.setattr(sample, "ROWS_FOUND", 16)
     report(ReportConfig(one.output, beside=other.output))
@@ -157,7 +189,9 @@ def test_what_is_read_is_bounded_and_spread_over_the_output(tmp_path, monkeypatc
     cfg = run_of(tmp_path, [unit(i, 40) for i in range(30)], 30)
     store, opened = Store(cfg.output.path), []
     state = sample.state_of(store)
-    monkeypatch.setattr(Store, "open_input", lambda self, path, *more, of=Store.open_input: opened.append(path) or of(self, path, *more))
+    monkeypatch.setattr(
+        Store, "open_input", lambda self, path, *more, of=Store.open_input: opened.append(path) or of(self, path, *more)
+    )
     rows = list(sample.drawn_rows(store, state))
     assert len(opened) == 2 * 5, "of data/ and of rejected/"
     assert len({int(path.split("=g")[1][:5]) // 6 for path in opened}) == 5, "from one end to the other"
@@ -181,19 +215,28 @@ def test_a_large_file_is_read_at_several_places(tmp_path):
 def test_the_time_left_is_shown_as_it_was_foreseen(tmp_path):
     cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 1)
     history = [[10.0, 0, 0.0], [20.0, 40, 4.0], [30.0, 100, 2.0]]
-    Store(cfg.output.path).put("progress.json", json.dumps({"history": history, "captions_per_s": 2.0, "actors": 1}).encode())
+    Store(cfg.output.path).put(
+        "progress.json", json.dumps({"history": history, "captions_per_s": 2.0, "actors": 1}).encode()
+    )
     report(cfg)
-    assert data_of(tmp_path)[1]["figures"]["speed"]["eta_history"] == [[20.0, 20.0], [30.0, 10.0]], "120 rows are planned"
+    assert data_of(tmp_path)[1]["figures"]["speed"]["eta_history"] == [[20.0, 20.0], [30.0, 10.0]], (
+        "120 rows are planned"
+    )
 
 
 def test_a_finished_outputs_speed_and_price_are_those_of_all_its_units(tmp_path):
     """progress.json tells of the last process' last minutes: twenty rows of an extension say nothing of the run."""
     cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 3)
     store = Store(cfg.output.path)
-    store.put("progress.json", json.dumps({"history": [[150.0, 120, 0.1]], "captions_per_s": 0.1, "actors": 1}).encode())
+    store.put(
+        "progress.json", json.dumps({"history": [[150.0, 120, 0.1]], "captions_per_s": 0.1, "actors": 1}).encode()
+    )
     manifest = read_manifest(store)
     units = tuple(dataclasses.replace(each, busy_s=10.0, device="beam:NVIDIA H200") for each in manifest.units)
-    revisions = ({"revision": 1, "kind": "base", "cost": {"gpus_per_actor": 0.5, "usd_per_gpu_hour": 3.0}}, {"revision": 2, "kind": "takedown"})
+    revisions = (
+        {"revision": 1, "kind": "base", "cost": {"gpus_per_actor": 0.5, "usd_per_gpu_hour": 3.0}},
+        {"revision": 2, "kind": "takedown"},
+    )
     store.put(MANIFEST, dataclasses.replace(manifest, units=units, revisions=revisions).to_bytes())
     report(cfg)
     speed = data_of(tmp_path)[1]["figures"]["speed"]
@@ -206,12 +249,18 @@ def test_a_finished_outputs_speed_and_price_are_those_of_all_its_units(tmp_path)
     [
         ("cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}", {}, 2.5),
         ("cluster: {gpus_per_actor: 0.5, price_per_gpu_hour: 4.0}", {}, 2.0),
-        ("{cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}, engine: {kind: vllm, vllm: {tensor_parallel: 4}}}", {}, 10.0),
+        (
+            "{cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}, engine: {kind: vllm, vllm: {tensor_parallel: 4}}}",
+            {},
+            10.0,
+        ),
         ("cluster: {gpus_per_actor: null, price_per_gpu_hour: 2.5}", {"engine.kind": "api"}, None),
         (None, {}, 2.5),
     ],
 )
-def test_a_running_outputs_price_is_of_what_its_engines_did_and_not_of_what_was_asked_for(tmp_path, monkeypatch, config, base, dollars):
+def test_a_running_outputs_price_is_of_what_its_engines_did_and_not_of_what_was_asked_for(
+    tmp_path, monkeypatch, config, base, dollars
+):
     """Of sixteen spot actors three may be there: `actors` of progress.json is what the pool may grow to."""
     cfg = run_of(tmp_path, [unit(i, 40) for i in range(3)], 1)
     store = Store(cfg.output.path)
@@ -219,7 +268,9 @@ def test_a_running_outputs_price_is_of_what_its_engines_did_and_not_of_what_was_
     if config:
         store.put("_run/config-r001.yaml", config.encode())
     state = sample.state_of(store)
-    state = dataclasses.replace(state, finished=False, devices={"host:NVIDIA H100": 1}, busy_s=30.0, base=state.base | base)
+    state = dataclasses.replace(
+        state, finished=False, devices={"host:NVIDIA H100": 1}, busy_s=30.0, base=state.base | base
+    )
     monkeypatch.setattr("capsfusion_ray.report.state_of", lambda store: state)
     report(cfg)
     speed = data_of(tmp_path)[1]["figures"]["speed"]

@@ -42,27 +42,47 @@ def files(store: Store) -> dict[str, bytes]:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_drivers_lose_nothing_and_double_nothing(proxy: FaultProxy, uploaded: str, driver: Driver, pytestconfig: pytest.Config) -> None:
+def test_killed_drivers_lose_nothing_and_double_nothing(
+    proxy: FaultProxy, uploaded: str, driver: Driver, pytestconfig: pytest.Config
+) -> None:
     args = [
-        f"input.path=s3://{uploaded}/in", *keys("input", proxy), f"engine.model=s3://{uploaded}/model", *keys("engine", proxy),
-        "engine.dtype=float32", "engine.threads=1", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "source.passthrough=[WIDTH,punsafe]",
-        "input.limit=120", "unit.rows=12", "output.target_file_rows=40", *keys("output", proxy),
-    ]  # fmt: skip
+        f"input.path=s3://{uploaded}/in",
+        *keys("input", proxy),
+        f"engine.model=s3://{uploaded}/model",
+        *keys("engine", proxy),
+        "engine.dtype=float32",
+        "engine.threads=1",
+        "cluster.gpus_per_actor=0",
+        "cluster.max_actors=1",
+        "source.passthrough=[WIDTH,punsafe]",
+        "input.limit=120",
+        "unit.rows=12",
+        "output.target_file_rows=40",
+        *keys("output", proxy),
+    ]
     undisturbed, output = (Store(f"s3://{uploaded}/{name}", options(proxy.url)) for name in ("undisturbed", "out"))
     proxy.done.clear()
     calm = driver.run("fuse", *args, f"output.path={undisturbed.root}")
     asked = {operation: times for (_, operation), times in proxy.done.items()}
     print("requests of the undisturbed run", asked, "for", calm["units"], "units of", calm["rows"])
-    assert asked.keys() == {"ListObjects", "HeadObject", "GetObject", "PutObject", "DeleteObject"}, "no upload of the job's in parts"
+    assert asked.keys() == {"ListObjects", "HeadObject", "GetObject", "PutObject", "DeleteObject"}, (
+        "no upload of the job's in parts"
+    )
 
-    found = driver.kill_fuse(output, pytestconfig.getoption("--kills"), calm["units"], *args, f"output.path={output.root}")
+    found = driver.kill_fuse(
+        output, pytestconfig.getoption("--kills"), calm["units"], *args, f"output.path={output.root}"
+    )
     last = driver.run("fuse", *args, f"output.path={output.root}")
     assert all(0 < units < calm["units"] for units in found)
     assert 0 < last["resumed_units"] < last["units"]
     verified = driver.run("verify", f"output.path={output.root}", *keys("output", proxy), "deep=true")
     assert verified["rows"] == last["rows"] == calm["rows"]
     assert files(output) == files(undisturbed)
-    ids = [row for file, data in files(output).items() for row in pq.ParquetFile(io.BytesIO(data)).read(["row_id"])["row_id"].to_pylist()]
+    ids = [
+        row
+        for file, data in files(output).items()
+        for row in pq.ParquetFile(io.BytesIO(data)).read(["row_id"])["row_id"].to_pylist()
+    ]
     counts = calm["rows"]
     assert len(ids) == len(set(ids)) == counts["fused"] + counts["kept"] + counts["rejected"]
     assert counts["fused"] > counts["planned"] / 2
@@ -74,12 +94,19 @@ def test_a_wrong_secret_stops_the_job_at_its_start(proxy: FaultProxy, uploaded: 
     right = {section: keys(section, proxy) for section in ("input", "engine", "output")}
     for section in right:
         wrong = {**right, section: keys(section, proxy, secret=WRONG)}
-        places = {"input": f"input.path=s3://{uploaded}/in", "engine": f"engine.model=s3://{uploaded}/model", "output": f"output.path=s3://{uploaded}/out"}
+        places = {
+            "input": f"input.path=s3://{uploaded}/in",
+            "engine": f"engine.model=s3://{uploaded}/model",
+            "output": f"output.path=s3://{uploaded}/out",
+        }
         said = driver.run("fuse", *places.values(), *(word for words in wrong.values() for word in words), code=2)
         last = said.splitlines()[-1]
         assert places[section].partition("=")[2] in last
         # Where the first request is a HEAD, its answer has no body that could say more.
-        assert re.search(r"(credentials not accepted \(SignatureDoesNotMatch\)|access denied \(403\)); check storage key and secret", last)
+        assert re.search(
+            r"(credentials not accepted \(SignatureDoesNotMatch\)|access denied \(403\)); check storage key and secret",
+            last,
+        )
         assert WRONG not in said
         assert "Traceback" not in said
     assert not Store(f"s3://{uploaded}/out", options(proxy.url)).list()

@@ -38,13 +38,20 @@ def test_of_many_writers_at_once_one_wins(store: Store) -> None:
         before, etag = store.get_with_etag(f"unit-{number}") or (b"", "")
         assert before == b"%d" % won.index(True)
         with ThreadPoolExecutor(WRITERS) as pool:
-            swapped = list(pool.map(lambda i, path=f"unit-{number}", etag=etag: store.put_if_match(path, b"new %d" % i, etag), range(WRITERS)))
+            swapped = list(
+                pool.map(
+                    lambda i, path=f"unit-{number}", etag=etag: store.put_if_match(path, b"new %d" % i, etag),
+                    range(WRITERS),
+                )
+            )
         winner = [i for i, etag in enumerate(swapped) if etag]
         assert len(winner) == 1
         assert store.get(f"unit-{number}") == b"new %d" % winner[0]
 
 
-def test_a_large_object_is_one_put_because_of_several_parts_the_condition_is_ignored(ceph: str, bucket: str, store: Store) -> None:
+def test_a_large_object_is_one_put_because_of_several_parts_the_condition_is_ignored(
+    ceph: str, bucket: str, store: Store
+) -> None:
     s3 = client("s3", ceph)
     large = bytes(range(256)) * (LARGE // 256)
     assert store.put_if_absent("large", large)

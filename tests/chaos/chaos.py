@@ -79,9 +79,17 @@ KINDS = (*STRIKES, *STORE, *REVISIONS, DISK)
 
 BUCKET = "chaos"
 ARGS = (
-    "source.passthrough=[WIDTH,punsafe]", "unit.rows=12", "output.target_file_rows=40", f"engine.stall_s={STALL_S:g}",
-    "engine.kind=beam", "engine.dtype=float32", "engine.threads=1", "engine.slots=24", "cluster.max_actors=2", "cluster.cpus_per_actor=0.5",
-)  # fmt: skip
+    "source.passthrough=[WIDTH,punsafe]",
+    "unit.rows=12",
+    "output.target_file_rows=40",
+    f"engine.stall_s={STALL_S:g}",
+    "engine.kind=beam",
+    "engine.dtype=float32",
+    "engine.threads=1",
+    "engine.slots=24",
+    "cluster.max_actors=2",
+    "cluster.cpus_per_actor=0.5",
+)
 RETRY = ("retry=rejected", "gates.unsupported_number.action=flag", "gates.too_short.action=flag")
 TAKEN_DOWN = 12  # rows of one takedown
 MAX_STARTS = 8  # of one command; more than any round's faults can end
@@ -152,7 +160,9 @@ class Chaos:
         lines = [f"{'fault':22} {'drawn':>6} {'struck':>7} {'starts of a command in such rounds':>36}"]
         lines += [f"{kind:22} {self.drawn[kind]:6} {self.struck[kind]:7} {self.starts[kind]:36}" for kind in KINDS]
         faulted, all_ = self.proxy.injected, self.proxy.count()
-        lines.append(f"seed {self.seed}: {rounds} rounds in {seconds / 60:.0f} min, {len(self.failures)} failed; {faulted} of {all_} requests to S3 faulted")
+        lines.append(
+            f"seed {self.seed}: {rounds} rounds in {seconds / 60:.0f} min, {len(self.failures)} failed; {faulted} of {all_} requests to S3 faulted"
+        )
         return "\n".join([*lines, *self.failures])
 
 
@@ -197,7 +207,11 @@ class Round:
             return
         # All is drawn before anything is done, so that a round played again is hit at the same moments.
         faults = [draw(kind, STRIKES[kind], chance, self) for kind in self.kinds if kind in STRIKES]
-        kills = {kind: [draw(kind, DriverKilled, chance, self, moments)] for kind, moments in REVISIONS.items() if kind in self.kinds}
+        kills = {
+            kind: [draw(kind, DriverKilled, chance, self, moments)]
+            for kind, moments in REVISIONS.items()
+            if kind in self.kinds
+        }
         gone = sorted(chance.sample(sorted(chaos.truth), TAKEN_DOWN))
         for kind, share in STORE.items():
             if kind in self.kinds:
@@ -210,7 +224,9 @@ class Round:
         expected = chaos.truth
         if poison or "kill during retry" in kills:
             expected = chaos.truth if poison else chaos.retried
-            self._under(kills.get("kill during retry", []), "fuse", *self.args, *(("retry=engine_crash",) if poison else RETRY))
+            self._under(
+                kills.get("kill during retry", []), "fuse", *self.args, *(("retry=engine_crash",) if poison else RETRY)
+            )
             self._compare(expected)
         if "kill during takedown" in kills:
             (self.folder / "gone.txt").write_text("\n".join(gone))
@@ -272,9 +288,13 @@ class Round:
                 return
             self.say(f"exit {code}: {'killed' if code < 0 else self.driver.last_words}")
             if code not in (EXIT_FAILED, -signal.SIGKILL) and not (code == EXIT_USAGE and self._seconds):
-                raise Failed(f"{command[0]} ended with exit {code}, which does not say to repeat it: {self.driver.last_words}")
+                raise Failed(
+                    f"{command[0]} ended with exit {code}, which does not say to repeat it: {self.driver.last_words}"
+                )
             if self._struck() == before and not self._seconds and not self.weather.share:
-                raise Failed(f"{command[0]} ended with exit {code}, and nothing was done to it: {self.driver.last_words}")
+                raise Failed(
+                    f"{command[0]} ended with exit {code}, and nothing was done to it: {self.driver.last_words}"
+                )
         raise Failed(f"{command[0]} was not done after {MAX_STARTS} starts")
 
     def _life(self, *command: str) -> int:
@@ -377,7 +397,11 @@ class Round:
         if lost := want.keys() ^ rows.keys():
             raise Failed(f"{len(lost)} rows are there or not against the truth, such as {sorted(lost)[:3]}")
         others = [row_id for row_id in want if rows[row_id] != want[row_id]]
-        guilty = {(rows[row_id]["laion_2b"], rows[row_id]["laion_coco"]) for row_id in others if rows[row_id].get("reason") == "engine_crash"}
+        guilty = {
+            (rows[row_id]["laion_2b"], rows[row_id]["laion_coco"])
+            for row_id in others
+            if rows[row_id].get("reason") == "engine_crash"
+        }
         innocent = [row_id for row_id in others if rows[row_id].get("reason") != "engine_crash"]
         if innocent or len(guilty) != (poison is not None):
             shown = "\n  ".join(f"is     {rows[row_id]}\n  wanted {want[row_id]}" for row_id in others[:3])
@@ -386,7 +410,9 @@ class Round:
     def _objects(self) -> dict[str, bytes]:
         """All of the output by path, read by boto3 from the server itself, or from the disk."""
         if self.disk:
-            return {str(path.relative_to(self.disk)): path.read_bytes() for path in self.disk.rglob("*") if path.is_file()}
+            return {
+                str(path.relative_to(self.disk)): path.read_bytes() for path in self.disk.rglob("*") if path.is_file()
+            }
         s3 = client("s3", self.chaos.server)
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self.name}/")
         keys = [item["Key"] for page in pages for item in page.get("Contents", ())]

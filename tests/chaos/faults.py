@@ -24,7 +24,9 @@ from world import Job, Nodes
 from capsfusion_ray.attempts import SHARED_DEATHS
 
 ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
-STALL_S = 20.0  # engine.stall_s of every run: many times a step of the embedded model, on a core that ten others share too
+STALL_S = (
+    20.0  # engine.stall_s of every run: many times a step of the embedded model, on a core that ten others share too
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ class Fault:
 
     def is_due(self, request: Any, path: str, after: bool) -> bool:
         """Counts the requests of its kind."""
-        if self.struck or after != self.after or request.operation != self.moment.operation or not re.match(self.moment.path, path):
+        if (
+            self.struck
+            or after != self.after
+            or request.operation != self.moment.operation
+            or not re.match(self.moment.path, path)
+        ):
             return False
         self._seen += 1
         return self._seen >= self.nth

@@ -69,7 +69,12 @@ class Nodes:
 
     def __enter__(self) -> Nodes:
         # Ports of Ray's own choice may be another cluster's; for the agent's, 0 lets patient_start find one.
-        head = {"num_cpus": 0, "include_dashboard": False, "dashboard_agent_listen_port": 0, "dashboard_port": free_port()}
+        head = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "dashboard_agent_listen_port": 0,
+            "dashboard_port": free_port(),
+        }
         with patient_start():
             self._cluster = Cluster(initialize_head=True, head_node_args=NODE | head)
         self.address: str = self._cluster.address

@@ -369,12 +369,20 @@ def test_a_refused_key_or_a_cap_fails_the_units_and_not_the_process(teacher, tmp
     teacher.script = lambda row, number: act
     config = ApiConfig(url=teacher.url, model="m", prompt_price=1e4, output_price=1.0, max_dollars=2.0)
     rows = [
-        {"image_url": None, "laion_2b": f"Hut {i}", "laion_coco": "A hut.", "row_id": f"a.parquet:{i}", "_invalid": None}
+        {
+            "image_url": None,
+            "laion_2b": f"Hut {i}",
+            "laion_coco": "A hut.",
+            "row_id": f"a.parquet:{i}",
+            "_invalid": None,
+        }
         for i in range(50)
     ]
     table = admit(pa.Table.from_pylist(rows), GatesConfig())
     batch = UnitBatch(WorkUnit("id", "a.parquet", 0, 50, "g00000"), table, Apart()).pack()
-    actor = actors.FusionActor(EngineConfig(kind="api", api=config), GREEDY, TEMPLATE, AttemptLog(Store(str(tmp_path)), "run"))
+    actor = actors.FusionActor(
+        EngineConfig(kind="api", api=config), GREEDY, TEMPLATE, AttemptLog(Store(str(tmp_path)), "run")
+    )
     for _ in range(2):  # the second unit comes after the engine has ended
         with pytest.raises(error):
             actor(batch)

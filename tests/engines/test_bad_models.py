@@ -37,7 +37,9 @@ def save(folder: Path, model: Any, words: int = WORDS, **tokens: str) -> Path:
     model.save_pretrained(folder)
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(words)}, unk_token="w3"))
     tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", unk_token="w3", **tokens).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", unk_token="w3", **tokens).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -47,18 +49,30 @@ def llama(eos_weight: float = 2.0) -> Any:
 
 def config(folder: Path, kind: str = "beam") -> EngineConfig:
     """One thread, one engine: lanes of another number round a score's last digit in another way."""
-    return EngineConfig(kind=kind, model=str(folder), device="cpu", dtype="float32", slots=DEBUT, batch_size=DEBUT, threads=1)
+    return EngineConfig(
+        kind=kind, model=str(folder), device="cpu", dtype="float32", slots=DEBUT, batch_size=DEBUT, threads=1
+    )
 
 
 def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[dict[str, Any]]:
     """As an actor does."""
     unit = WorkUnit("u", "shard.parquet", 0, rows, "g00000")
-    table = pa.Table.from_pylist([
-        {"image_url": f"u{i}", "laion_2b": f"Lighthouse w{i % 50 + 4}", "laion_coco": "A white lighthouse w7 w8", "row_id": f"shard.parquet:{i}", "_invalid": None}
-        for i in range(rows)
-    ])  # fmt: skip
+    table = pa.Table.from_pylist(
+        [
+            {
+                "image_url": f"u{i}",
+                "laion_2b": f"Lighthouse w{i % 50 + 4}",
+                "laion_coco": "A white lighthouse w7 w8",
+                "row_id": f"shard.parquet:{i}",
+                "_invalid": None,
+            }
+            for i in range(rows)
+        ]
+    )
     actor = FusionActor(config(folder, kind), DECODE, "w5 {raw} w6 {synthetic}", AttemptLog(Store(str(out)), "run"))
-    fused: list[dict[str, Any]] = UnitBatch.unpack(actor(UnitBatch(unit, admit(table, GatesConfig()), Apart()).pack())).table.to_pylist()
+    fused: list[dict[str, Any]] = UnitBatch.unpack(
+        actor(UnitBatch(unit, admit(table, GatesConfig()), Apart()).pack())
+    ).table.to_pylist()
     return fused
 
 
@@ -94,7 +108,10 @@ def test_safetensors_are_preferred_where_both_forms_are_there(tmp_path: Path) ->
 def test_code_of_a_model_runs_only_where_it_is_asked_for(tmp_path: Path) -> None:
     folder, mark = save(tmp_path / "model", llama()), tmp_path / "executed"
     said = json.loads((folder / "config.json").read_text())
-    said |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}
+    said |= {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(said))
     (folder / "theirs.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
     with pytest.raises(ConfigError, match="contains custom code"):
@@ -104,7 +121,13 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(tmp_path: Path) -> None
 
 # ------------------------------------------------------------------------------------------------ said at load
 
-SMALL = {"vocab_size": WORDS, "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+SMALL = {
+    "vocab_size": WORDS,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 
 
 @ENGINES
@@ -131,7 +154,9 @@ def test_a_pad_token_without_a_row_and_no_pad_token_write_the_same(kind: str, tm
         ids = engine.encode(["w5 w6 w8 w9", "w7"])
         written.append(drain(engine, [Prompt(f"r{i}", "", "", "", (), tuple(row)) for i, row in enumerate(ids)]))
     assert written[0] == written[1]
-    assert {name: caption.text for name, caption in written[0].items()} == {name: caption.text for name, caption in written[2].items()}
+    assert {name: caption.text for name, caption in written[0].items()} == {
+        name: caption.text for name, caption in written[2].items()
+    }
 
 
 def test_an_empty_row_of_the_vocabulary_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +178,10 @@ def test_a_model_whose_scores_are_nan_stops_the_run_and_names_itself(kind: str, 
     with torch.no_grad():
         model.model.norm.weight.fill_(3e38)  # finite, and its products are not
     folder = save(tmp_path / "model", model)
-    with pytest.raises(ConfigError, match=rf"engine\.model={folder}: each of its first {DEBUT} captions failed: .*the model gave NaN.*engine\.dtype"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"engine\.model={folder}: each of its first {DEBUT} captions failed: .*the model gave NaN.*engine\.dtype",
+    ):
         fuse_a_unit(folder, kind, tmp_path / "out")
 
 

@@ -77,7 +77,9 @@ def test_the_step_that_is_rehearsed_on_a_gpu_leaves_nothing_behind(dtype, slots,
 @pytest.mark.parametrize("attention", ["torch", "triton"])
 def test_on_a_gpu_captions_are_those_of_transformers_there(attention):
     model = tiny_llama(11, dtype=torch.float32, head_dim=16).to("cuda")
-    assert texts(drain(beam_engine(model, DECODE, slots=5, attention=attention), PROMPTS)) == hf_texts(model, PROMPTS, DECODE)
+    assert texts(drain(beam_engine(model, DECODE, slots=5, attention=attention), PROMPTS)) == hf_texts(
+        model, PROMPTS, DECODE
+    )
 
 
 @pytest.mark.gpu

@@ -12,8 +12,34 @@ from capsfusion_ray.rows import FinishReason
 
 ROWS = 40_000
 NAMES = ["Lisbon", "Oslo", "Anna", "Peter", "Nikon", "Ford", "Canon", "Maria", "Berlin", "Turin", "Yamaha", "Rolex"]
-THINGS = ["bicycle", "lamp", "jacket", "camera", "poster", "table", "guitar", "watch", "kettle", "mirror", "carpet", "engine"]
-KINDS = ["wooden", "red", "vintage", "leather", "small", "bright", "folding", "striped", "electric", "heavy", "garden", "kitchen"]
+THINGS = [
+    "bicycle",
+    "lamp",
+    "jacket",
+    "camera",
+    "poster",
+    "table",
+    "guitar",
+    "watch",
+    "kettle",
+    "mirror",
+    "carpet",
+    "engine",
+]
+KINDS = [
+    "wooden",
+    "red",
+    "vintage",
+    "leather",
+    "small",
+    "bright",
+    "folding",
+    "striped",
+    "electric",
+    "heavy",
+    "garden",
+    "kitchen",
+]
 PLACES = ("on a white background", "in front of a brick wall", "next to a window", "on the floor of a large room")
 
 # Each fault and the gate that must find it: none of them is found in a faultless caption of these pairs.
@@ -31,7 +57,9 @@ def found():
     rejected, matched = Counter(), Counter()
     for n in range(ROWS):
         thing, kind = draw.choice(THINGS), draw.choice(KINDS)
-        raw = f"{draw.choice(NAMES)} {draw.choice(NAMES)} {kind} {thing} No. {n} {draw.choice(KINDS)} edition in its box"
+        raw = (
+            f"{draw.choice(NAMES)} {draw.choice(NAMES)} {kind} {thing} No. {n} {draw.choice(KINDS)} edition in its box"
+        )
         synthetic = f"a {kind} {thing} {draw.choice(PLACES)}"
         caption = write(raw, synthetic)
         finish = FinishReason.EOS if caption.ended else FinishReason.LENGTH

@@ -53,7 +53,10 @@ def test_the_kernel_gives_what_its_plain_torch_twin_gives(kernel, heads, group, 
 
 def test_written_columns_are_those_that_torch_writes():
     torch.manual_seed(0)
-    key, value = torch.randn(3, 2, 4, 8), torch.randn(3, 2, 8, 8).transpose(2, 3)[..., :4, :]  # not contiguous, as in the engine
+    key, value = (
+        torch.randn(3, 2, 4, 8),
+        torch.randn(3, 2, 8, 8).transpose(2, 3)[..., :4, :],
+    )  # not contiguous, as in the engine
     column = torch.tensor([[0, 4], [2, 1], [6, 5]])
     mine, want = ([torch.zeros(5, 4, 7, 8) for _ in range(2)] for _ in range(2))
     write_columns_numba(key, value, column, *mine)

@@ -37,7 +37,9 @@ def lanes(threads, slots, model=MODEL):
     return side_by_side(loaded(model), EngineConfig(slots=slots, max_prompt_tokens=32), DECODE)
 
 
-@pytest.mark.parametrize(("threads", "slots", "each"), [(2, 6, [3, 3]), (3, 7, [3, 3, 3]), (4, 2, [1, 1]), (2, None, [96, 96])])
+@pytest.mark.parametrize(
+    ("threads", "slots", "each"), [(2, 6, [3, 3]), (3, 7, [3, 3, 3]), (4, 2, [1, 1]), (2, None, [96, 96])]
+)
 def test_lanes_write_what_one_engine_writes(alone, threads, slots, each):
     engine = lanes(threads, slots)
     assert isinstance(engine, Lanes)

@@ -56,11 +56,18 @@ def test_weights_in_the_hubs_bin_form_load(folder):
 def test_a_tokenizer_model_alone_is_read_and_begins_with_bos_unless_it_says_otherwise(folder, said, tmp_path_factory):
     """As LLaMA models of 2023 are, such as CapsFusion's: sentencepiece's own file, and no tokenizer.json."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("\n".join(f"a lighthouse of {year} on a rock by the sea, number {year % 97}" for year in range(1700, 2000)))
+    text.write_text(
+        "\n".join(f"a lighthouse of {year} on a rock by the sea, number {year % 97}" for year in range(1700, 2000))
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe", hard_vocab_limit=False, minloglevel=2
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
     )
     if said is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **said}))
@@ -126,10 +133,15 @@ def test_a_sliding_window_shorter_than_a_caption_is_refused():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("repetition_penalty", 1.2), ("no_repeat_ngram_size", 3), ("encoder_no_repeat_ngram_size", 3), ("encoder_repetition_penalty", 1.2),
-        ("begin_suppress_tokens", [5]), ("sequence_bias", [[[5], 1.0]]), ("exponential_decay_length_penalty", (4, 1.1)),
+        ("repetition_penalty", 1.2),
+        ("no_repeat_ngram_size", 3),
+        ("encoder_no_repeat_ngram_size", 3),
+        ("encoder_repetition_penalty", 1.2),
+        ("begin_suppress_tokens", [5]),
+        ("sequence_bias", [[[5], 1.0]]),
+        ("exponential_decay_length_penalty", (4, 1.1)),
     ],
-)  # fmt: skip
+)
 def test_a_generation_config_the_search_would_ignore_is_refused(key, value):
     model = tiny_llama(1)
     setattr(model.generation_config, key, value)

@@ -85,14 +85,21 @@ def test_it_is_fed_while_it_runs_and_never_drains_between_units(folder, prompts,
 
 def test_a_row_that_vllm_gives_up_or_that_is_too_long_is_that_rows_error(folder, prompts, stand_in):
     engine = build_engine(config(folder, vllm=VllmConfig(sampling={"repetition": True})), GREEDY)
-    assert {g.error.partition(": ")[2] for g in drain(engine, prompts).values() if g.finish is FinishReason.ERROR} == {"vLLM ended it: repetition"}
+    assert {g.error.partition(": ")[2] for g in drain(engine, prompts).values() if g.finish is FinishReason.ERROR} == {
+        "vLLM ended it: repetition"
+    }
     long = [type(prompts[0])("long", "", "", "", tuple(range(3, 53)), (4,))]
     (failed,) = drain(build_engine(config(folder), GREEDY), long).values()
-    assert (failed.finish, failed.error) == (FinishReason.ERROR, "long: 51 prompt tokens; needs 1 to engine.max_prompt_tokens=40")
+    assert (failed.finish, failed.error) == (
+        FinishReason.ERROR,
+        "long: 51 prompt tokens; needs 1 to engine.max_prompt_tokens=40",
+    )
 
 
 def test_what_is_asked_for_reaches_vllm(folder, stand_in):
-    asked = VllmConfig(tensor_parallel=2, temperature=0.7, sampling={"top_p": 0.9}, options={"gpu_memory_utilization": 0.5})
+    asked = VllmConfig(
+        tensor_parallel=2, temperature=0.7, sampling={"top_p": 0.9}, options={"gpu_memory_utilization": 0.5}
+    )
     engine = build_engine(config(folder, vllm=asked), GREEDY)
     args, params = engine._engine.args, engine._params
     assert (args.tensor_parallel_size, args.distributed_executor_backend, args.gpu_memory_utilization) == (2, "mp", 0.5)
@@ -143,9 +150,16 @@ def test_without_vllm_the_way_to_an_environment_of_its_own_is_named(folder):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("vllm") is None, reason="no CUDA device with vllm beside it")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or find_spec("vllm") is None, reason="no CUDA device with vllm beside it"
+)
 def test_vllm_itself_writes_what_greedy_transformers_writes(folder, prompts):
     """float32 and a random model: near ties may go either way, so nearly all of the captions, not each."""
-    ours = drain(build_engine(EngineConfig(kind="vllm", model=str(folder), dtype="float32", max_prompt_tokens=40, slots=5), GREEDY), prompts)
+    ours = drain(
+        build_engine(
+            EngineConfig(kind="vllm", model=str(folder), dtype="float32", max_prompt_tokens=40, slots=5), GREEDY
+        ),
+        prompts,
+    )
     theirs = texts(drain(build_engine(config(folder, kind="transformers"), GREEDY), prompts))
     assert sum(texts(ours)[name] == theirs[name] for name in theirs) >= 0.9 * len(prompts)

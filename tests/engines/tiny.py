@@ -74,7 +74,12 @@ def loaded(model: Any, eos_ids: tuple[int, ...] = (EOS,)) -> LoadedModel:
 
 
 def beam_engine(
-    model: Any, decode: DecodeConfig, slots: int = 4, max_prompt_tokens: int = 32, attention: str = "auto", **kwargs: Any
+    model: Any,
+    decode: DecodeConfig,
+    slots: int = 4,
+    max_prompt_tokens: int = 32,
+    attention: str = "auto",
+    **kwargs: Any,
 ) -> BeamEngine:
     engine = EngineConfig(slots=slots, max_prompt_tokens=max_prompt_tokens, attention=attention)
     return BeamEngine(loaded(model, **kwargs), engine, decode)

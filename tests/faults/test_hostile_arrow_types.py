@@ -103,7 +103,9 @@ def read_everything(path: Path, source: SourceConfig, filter: FilterConfig) -> t
     shards = sources.without_foreign(sources.discover(InputConfig(path=str(path)), source), source, filter)
     spec = sources.ReadSpec(sources.frozen_schema(shards, source, filter), source, filter)
     read = [sources.read_rows(shard, 0, shard.rows, spec) for shard in shards if not shard.error]
-    return [row for unit in read for row in unit.table.to_pylist()], {shard.path: shard.error for shard in shards if shard.error}
+    return [row for unit in read for row in unit.table.to_pylist()], {
+        shard.path: shard.error for shard in shards if shard.error
+    }
 
 
 PLACES = ["laion_2b", "laion_coco", "image_url", "reference", "lang", "punsafe", "similarity"]
@@ -150,9 +152,19 @@ def test_the_jobs_run_nothing(job, column, tmp_path):
     array, pwned = column
     written(tmp_path / "in" / "bad.parquet", GOOD | {"laion_2b": array})
     run = subprocess.run(
-        [sys.executable, f"jobs/{job}.py", f"input.path={tmp_path / 'in'}", f"output.path={tmp_path / 'out'}", "engine.kind=echo"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            f"jobs/{job}.py",
+            f"input.path={tmp_path / 'in'}",
+            f"output.path={tmp_path / 'out'}",
+            "engine.kind=echo",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert run.returncode == 2
     assert "column 'laion_2b' has the Arrow extension type" in run.stderr
     assert not pwned.exists()
@@ -198,7 +210,9 @@ def strangers_output(column, tmp_path) -> tuple[Path, Path]:
     (tmp_path / "out" / file["path"]).write_bytes(sink.getvalue())
     was, now = file["sha256"], hashlib.sha256(sink.getvalue()).hexdigest()
     for note in (tmp_path / "out" / MANIFEST, *(tmp_path / "out" / "_run" / "groups").iterdir()):
-        note.write_text(note.read_text().replace(was, now).replace(f'"bytes": {file["bytes"]}', f'"bytes": {len(sink.getvalue())}'))
+        note.write_text(
+            note.read_text().replace(was, now).replace(f'"bytes": {file["bytes"]}', f'"bytes": {len(sink.getvalue())}')
+        )
     assert Manifest.from_bytes(store.get(MANIFEST))
     return tmp_path / "out", pwned
 
@@ -220,7 +234,10 @@ READERS = {
 @pytest.mark.parametrize("job", READERS)
 def test_the_output_of_a_stranger_runs_nothing(job, strangers_output):
     out, pwned = strangers_output
-    with pytest.raises((UsageError, AccountingError), match=r"part-r001-00000.parquet: column 'capsfusion' has the Arrow extension type"):
+    with pytest.raises(
+        (UsageError, AccountingError),
+        match=r"part-r001-00000.parquet: column 'capsfusion' has the Arrow extension type",
+    ):
         READERS[job](out)
     assert not list((out.parent / "export").rglob("*.parquet"))
     assert not pwned.exists()
@@ -297,9 +314,14 @@ def test_what_is_no_parquet_file_is_a_named_refusal(data):
 def test_files_without_extension_types_are_read_as_pyarrow_reads_them(kind, rows):
     """The oracle is pyarrow's own reader, for types that only `ARROW:schema` can tell apart."""
     types = {
-        "int8": pa.int8(), "string": pa.string(), "list": pa.list_(pa.float32()), "dictionary": pa.dictionary(pa.int32(), pa.string()),
-        "timestamp": pa.timestamp("ms", "Europe/Berlin"), "large": pa.large_string(), "struct": pa.struct([("a", pa.int16())]),
-    }  # fmt: skip
+        "int8": pa.int8(),
+        "string": pa.string(),
+        "list": pa.list_(pa.float32()),
+        "dictionary": pa.dictionary(pa.int32(), pa.string()),
+        "timestamp": pa.timestamp("ms", "Europe/Berlin"),
+        "large": pa.large_string(),
+        "struct": pa.struct([("a", pa.int16())]),
+    }
     table = pa.table({"x": pa.nulls(rows, types[kind])})
     sink = io.BytesIO()
     pq.write_table(table, sink)

@@ -75,13 +75,22 @@ def part_of(unit: WorkUnit) -> pa.Table:
     fields = ((COLUMN, "int64"), (PARTITION, "string"))
     rows = [
         {
-            "image_url": text, "laion_2b": text, "laion_coco": f"A photo, {text}", "capsfusion": f"Fused: {text}",
-            "row_id": f"{unit.path}:{unit.start + i}", "flags": ["lost_entity"] if i % 2 else [], COLUMN: i, PARTITION: text,
-            "outcome": "rejected" if i % 3 == 0 else "fused", "reason": "repetition" if i % 3 == 0 else None,
-            "detail": text if i % 3 == 0 else "", "prompt_tokens": 9, "output_tokens": 4,
+            "image_url": text,
+            "laion_2b": text,
+            "laion_coco": f"A photo, {text}",
+            "capsfusion": f"Fused: {text}",
+            "row_id": f"{unit.path}:{unit.start + i}",
+            "flags": ["lost_entity"] if i % 2 else [],
+            COLUMN: i,
+            PARTITION: text,
+            "outcome": "rejected" if i % 3 == 0 else "fused",
+            "reason": "repetition" if i % 3 == 0 else None,
+            "detail": text if i % 3 == 0 else "",
+            "prompt_tokens": 9,
+            "output_tokens": 4,
         }
         for i, text in enumerate(HOSTILE.values())
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=part_schema(fields))
 
 

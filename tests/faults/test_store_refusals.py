@@ -119,7 +119,9 @@ def test_verify_of_a_store_that_refuses_is_no_claim_about_rows(
 
 
 @pytest.mark.parametrize("operation", ["PutObject", "GetObject", "HeadObject", "ListObjects", "DeleteObject"])
-def test_expired_credentials_are_refused_at_once_by_every_request(proxy: FaultProxy, store: Store, calm: Store, operation: str) -> None:
+def test_expired_credentials_are_refused_at_once_by_every_request(
+    proxy: FaultProxy, store: Store, calm: Store, operation: str
+) -> None:
     """None is waited out for the minutes that a failing store gets."""
     calm.put("u", b"1")
     calls: dict[str, Callable[[], object]] = {
@@ -130,7 +132,9 @@ def test_expired_credentials_are_refused_at_once_by_every_request(proxy: FaultPr
         "DeleteObject": lambda: store.delete(["u"]),
     }
     proxy.inject(Faults(1.0, ("expired",), frozenset([operation])))
-    with pytest.raises(StoreRefused, match=r"credentials not accepted \((ExpiredToken|400)\); check storage key and secret"):
+    with pytest.raises(
+        StoreRefused, match=r"credentials not accepted \((ExpiredToken|400)\); check storage key and secret"
+    ):
         calls[operation]()
 
 

@@ -36,7 +36,9 @@ def shard(tmp_path):
     return tmp_path / "in.parquet"
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}", "no-address", "no-such-host.invalid:{}"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}", "no-address", "no-such-host.invalid:{}"]
+)
 def test_a_cluster_that_is_gone_is_one_line_in_seconds(address, shard, tmp_path, monkeypatch, capsys):
     address = address.format(free_port())
     monkeypatch.setattr(cluster, "ANSWER_PATIENCE_S", 0.3)
@@ -64,7 +66,13 @@ def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process_and_no_tok
     (tmp_path / "temporary").mkdir()
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"TMPDIR": str(tmp_path / "temporary"), "RAY_TMPDIR": "/tmp"}  # Ray's sockets need a short path
-    command = [sys.executable, "jobs/fuse.py", f"input.path={shard}", f"output.path={tmp_path / 'out'}", "engine.kind=echo"]
+    command = [
+        sys.executable,
+        "jobs/fuse.py",
+        f"input.path={shard}",
+        f"output.path={tmp_path / 'out'}",
+        "engine.kind=echo",
+    ]
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         started = wait_for_child(process, daemon)
         process.send_signal(signal.SIGTERM)
@@ -95,14 +103,22 @@ def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(corpus, tm
     """SIGKILL to all processes of the head node, while units are under way: the driver, elsewhere, does not wait for ever."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
     output = Store(str(tmp_path / "out"))
-    words = [f"input.path={corpus}", f"output.path={output.root}", "engine.kind=echo", "unit.rows=5", "cluster.max_actors=1"]
+    words = [
+        f"input.path={corpus}",
+        f"output.path={output.root}",
+        "engine.kind=echo",
+        "unit.rows=5",
+        "cluster.max_actors=1",
+    ]
     with ray_head() as address:
         run = Driver(address).start("fuse", *words)
         while not resumable(output):
             assert run.poll() is None, run.communicate()[1]
             time.sleep(0.01)
         port = int(address.rpartition(":")[2])
-        (gcs,) = {c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+        (gcs,) = {
+            c.pid for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr.port == port
+        }
         head = psutil.Process(gcs).parent()
         for process in [*head.children(recursive=True), head]:
             process.kill()
@@ -139,7 +155,13 @@ def test_every_node_has_the_model_of_a_bucket_before_the_pool_starts(shard, tmp_
         s3.create_bucket(Bucket="models")
         for path in TINY.iterdir():
             s3.put_object(Bucket="models", Key=f"tiny/{path.name}", Body=path.read_bytes())
-        words = [f"input.path={shard}", "engine.model=s3://models/tiny", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "unit.rows=12"]
+        words = [
+            f"input.path={shard}",
+            "engine.model=s3://models/tiny",
+            "cluster.gpus_per_actor=0",
+            "cluster.max_actors=1",
+            "unit.rows=12",
+        ]
         words += [f"engine.storage.{name}={value}" for name, value in options(server).items()]
         env = os.environ | {"RAY_ADDRESS": nodes.gcs, "RAY_AUTH_MODE": "disabled"}
 
@@ -153,7 +175,9 @@ def test_every_node_has_the_model_of_a_bucket_before_the_pool_starts(shard, tmp_
         assert done.stderr.index("the model is on 2 nodes") < done.stderr.index("1 of 1 units to fuse")
         content = models.content_hash(Store(str(TINY)))
         assert json.loads((tmp_path / "out/manifest.json").read_text())["base"]["engine.model"] == content
-        assert sorted(path.name for path in (home / FOLDER).iterdir()) == [content, f"{content}.lock"], "one copy of it, whole"
+        assert sorted(path.name for path in (home / FOLDER).iterdir()) == [content, f"{content}.lock"], (
+            "one copy of it, whole"
+        )
         saved = (tmp_path / "out/_run/config-r001.yaml").read_text()
         assert content in saved, "the settings that are saved name the very model"
         assert options(server)["secret"] not in saved

@@ -38,10 +38,18 @@ def test_a_messy_input_gives_every_row_an_outcome(corpus, tmp_path, driver):
     output = tmp_path / "out"
     done = driver.run("fuse", f"input.path={corpus}", f"output.path={output}", *ECHO)
     assert done["rows"]["planned"] == 400 + 10 + 6
-    drawn = sum(done["rejects"].pop(gate, 0) for gate in ("instruction_echo", "unsupported_number", "cut_off"))  # as echo errs
+    drawn = sum(
+        done["rejects"].pop(gate, 0) for gate in ("instruction_echo", "unsupported_number", "cut_off")
+    )  # as echo errs
     assert drawn < 416 * 0.05
     # The megabyte is cut to the prompt's budget: what is written of it is too short for it, and a reject, not a loss.
-    assert done["rejects"] == {"null_caption": 1, "empty_caption": 1, "invalid_utf8": 1, "unparsable": 1, "too_short": 1}
+    assert done["rejects"] == {
+        "null_caption": 1,
+        "empty_caption": 1,
+        "invalid_utf8": 1,
+        "unparsable": 1,
+        "too_short": 1,
+    }
     assert done["rows"]["fused"] == 416 - 5 - drawn
     verified = driver.run("verify", f"output.path={output}", "deep=true")
     assert verified["rows"] == done["rows"]
@@ -61,7 +69,9 @@ def test_one_row_and_no_row(tmp_path, driver):
         # Carried along: types that Arrow knows by no single word.
         seen = {"tags": ["sea", None], "taken": dt.datetime(2019, 7, 1, 12, tzinfo=dt.UTC), "price": Decimal("1.50")}
         schema = pa.Table.from_pylist([row | seen for row in captions("x", 1)]).schema
-        pq.write_table(pa.Table.from_pylist([row | seen for row in captions("x", count)], schema=schema), folder / "shard.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([row | seen for row in captions("x", count)], schema=schema), folder / "shard.parquet"
+        )
         carried = "source.passthrough=[tags,taken,price]"
         done = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out-{folder.name}", carried, *ECHO)
         assert done["rows"]["planned"] == done["rows"]["fused"] == count
@@ -74,7 +84,9 @@ def test_one_row_and_no_row(tmp_path, driver):
 def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
     """Exit 2 within seconds, with the thing, the value and the way out."""
     folder, shard = tmp_path / "in", tmp_path / "in" / "shard.parquet"
-    assert "input.path" in driver.run("fuse", f"input.path={tmp_path}/absent", f"output.path={tmp_path}/out", *ECHO, code=2)
+    assert "input.path" in driver.run(
+        "fuse", f"input.path={tmp_path}/absent", f"output.path={tmp_path}/out", *ECHO, code=2
+    )
     folder.mkdir()
     pq.write_table(pa.table({"url": ["u"], "caption": ["a lighthouse"]}), shard)
     said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, code=2)
@@ -90,8 +102,12 @@ def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
         (["source.passthrough=[_finish]"], "'_finish' is a column of the output itself"),
         (["source.passthrough=[tags]", "output.partition_by=tags"], "makes no folder's name"),
     ):
-        assert way_out in driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, *wrong, code=2)
-    said = driver.run("fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, "output.target_file_md=1", code=2)
+        assert way_out in driver.run(
+            "fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, *wrong, code=2
+        )
+    said = driver.run(
+        "fuse", f"input.path={folder}", f"output.path={tmp_path}/out", *ECHO, "output.target_file_md=1", code=2
+    )
     assert "output.target_file_mb" in said
     assert not (tmp_path / "out").exists()
 

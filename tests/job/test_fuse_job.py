@@ -26,8 +26,11 @@ def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
     pilot = driver.run("fuse", *args, "input.limit=40")
     assert pilot["rows"]["fused"] == 40
     assert {p.split(":")[0] for p in ds.dataset(output / "data").to_table()["row_id"].to_pylist()} == {
-        "a/part-0.parquet", "b/part-0.parquet", "c.parquet", "d.parquet",
-    }  # fmt: skip
+        "a/part-0.parquet",
+        "b/part-0.parquet",
+        "c.parquet",
+        "d.parquet",
+    }
     pilot_files = snapshot(output)
 
     whole = driver.run("fuse", *args)
@@ -66,7 +69,9 @@ def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver
     calm = driver.run("fuse", *args, f"output.path={undisturbed}")
 
     output = tmp_path / "out"
-    found = driver.kill_fuse(Store(str(output)), pytestconfig.option.kills, calm["units"], *args, f"output.path={output}")
+    found = driver.kill_fuse(
+        Store(str(output)), pytestconfig.option.kills, calm["units"], *args, f"output.path={output}"
+    )
     last = driver.run("fuse", *args, f"output.path={output}")
     assert all(0 < units < calm["units"] for units in found)
     assert 0 < last["resumed_units"] < last["units"]

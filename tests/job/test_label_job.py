@@ -41,7 +41,12 @@ def label(*arguments):
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"RAY_AUTH_MODE": "disabled", "CAPSFUSION_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
     ended = subprocess.run(
-        [sys.executable, "jobs/label.py", *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+        [sys.executable, "jobs/label.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     lines = ended.stdout.splitlines()
     return ended.returncode, json.loads(lines[-1]) if ended.returncode == 0 else None, ended.stdout + ended.stderr
@@ -51,9 +56,14 @@ def label(*arguments):
 def test_labels_of_a_teacher_that_misbehaves_stop_at_the_cap_and_go_on_with_a_higher_one(teacher, corpus, tmp_path):
     output = tmp_path / "labels"
     command = [
-        f"input.path={corpus}", f"output.path={output}", "unit.rows=25", "engine.api.concurrency=8",
-        f"engine.api.url={teacher.url}", "engine.api.model=teacher-1", *PRICES,
-    ]  # fmt: skip
+        f"input.path={corpus}",
+        f"output.path={output}",
+        "unit.rows=25",
+        "engine.api.concurrency=8",
+        f"engine.api.url={teacher.url}",
+        "engine.api.model=teacher-1",
+        *PRICES,
+    ]
     code, _, said = label(*command, "engine.api.max_dollars=0.3")
     assert code == 1, said[-3000:]
     assert "max_dollars" in said
@@ -65,12 +75,16 @@ def test_labels_of_a_teacher_that_misbehaves_stop_at_the_cap_and_go_on_with_a_hi
     assert 0 < summary["resumed_units"] < summary["units"]
     rows = [row for file in (output / "data").rglob("*.parquet") for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 400
-    assert all(row["capsfusion"] == f"{row['laion_2b']}, is a white lighthouse that stands on a rocky coast." for row in rows)
+    assert all(
+        row["capsfusion"] == f"{row['laion_2b']}, is a white lighthouse that stands on a rocky coast." for row in rows
+    )
 
     assert KEY not in said + again
     kept = [path.read_bytes() for path in output.rglob("*") if path.is_file()]
     assert not [data for data in kept if KEY.encode() in data]
 
-    assert summary["train"].startswith("python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path=")
+    assert summary["train"].startswith(
+        "python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path="
+    )
     triples, held_out = read_triples(TripleConfig(path=str(output), fused="capsfusion", validation_rows=100))
     assert (len(triples), len(held_out)) == (300, 100)

@@ -66,12 +66,25 @@ for line in sys.stdin:
 """
 ANSWERS = {"here": True, "answers": [0, 2, 4, 6, 3, 10_000_000]}
 # They answer whoever asks with figures of the cluster, and take nothing: Ray has no setting that would make them want a token.
-METRICS_PORTS = {44217: "the autoscaler's", 44227: "the dashboard's, which runs without a page"}  # and the agent's, of AGENT_PORT_RANGE
+METRICS_PORTS = {
+    44217: "the autoscaler's",
+    44227: "the dashboard's, which runs without a page",
+}  # and the agent's, of AGENT_PORT_RANGE
 HEALTH = "/grpc.health.v1.Health/Check"  # says whether the server is up, to whoever asks
 HTTP_PATHS = (
-    "/", "/metrics", "/api/job_agent/jobs/", "/api/jobs/", "/api/version", "/api/local_raylet_healthz", "/api/healthz", "/logs", "/nodes",
-    "/get_or_create_runtime_env", "/delete_runtime_env_if_possible", "/get_runtime_envs_info",
-)  # fmt: skip
+    "/",
+    "/metrics",
+    "/api/job_agent/jobs/",
+    "/api/jobs/",
+    "/api/version",
+    "/api/local_raylet_healthz",
+    "/api/healthz",
+    "/logs",
+    "/nodes",
+    "/get_or_create_runtime_env",
+    "/delete_runtime_env_if_possible",
+    "/get_runtime_envs_info",
+)
 
 
 class Driver:
@@ -181,7 +194,9 @@ def request(port, method, path, body, headers):
         connection.close()
 
 
-@pytest.mark.parametrize("headers", [{}, {"Authorization": f"Bearer {OTHER_TOKEN}"}], ids=["no token", "a token of another cluster"])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Authorization": f"Bearer {OTHER_TOKEN}"}], ids=["no token", "a token of another cluster"]
+)
 def test_nobody_runs_a_command_by_http_or_learns_more_than_figures(run, headers, tmp_path):
     file = tmp_path / "a command ran"
     job = json.dumps({"entrypoint": f"touch '{file}'"})
@@ -210,7 +225,11 @@ def test_nobody_runs_a_command_by_http_or_learns_more_than_figures(run, headers,
 def test_the_runs_own_token_is_what_is_asked_for(run):
     """What the test above is refused, the token opens."""
     headers = {"Authorization": f"Bearer {run.token}"}
-    answers = [request(one.port, "POST", "/get_runtime_envs_info", b"", headers) for one in run.listeners if one.process == "ray::RuntimeEnvAgent"]
+    answers = [
+        request(one.port, "POST", "/get_runtime_envs_info", b"", headers)
+        for one in run.listeners
+        if one.process == "ray::RuntimeEnvAgent"
+    ]
     assert [answer[0] for answer in answers] == [200]
 
 
@@ -225,7 +244,9 @@ def methods():
     yield HEALTH
 
 
-@pytest.mark.parametrize("metadata", [(), (("authorization", f"Bearer {OTHER_TOKEN}"),)], ids=["no token", "a token of another cluster"])
+@pytest.mark.parametrize(
+    "metadata", [(), (("authorization", f"Bearer {OTHER_TOKEN}"),)], ids=["no token", "a token of another cluster"]
+)
 def test_no_grpc_method_answers(run, metadata):
     refused, answered = Counter(), []
     for one in run.listeners:
@@ -245,7 +266,12 @@ def test_no_grpc_method_answers(run, metadata):
         refused.update(seen)
     print(refused)
     assert {method for _, method, _ in answered} <= {HEALTH}, answered
-    servers = {"gcs_server": 1, "raylet": 2, "ray::DashboardAgent": 1, "ray::Counter": 1}  # raylet: of nodes and of objects
+    servers = {
+        "gcs_server": 1,
+        "raylet": 2,
+        "ray::DashboardAgent": 1,
+        "ray::Counter": 1,
+    }  # raylet: of nodes and of objects
     assert Counter(servers) <= refused, "and the driver and the other workers"
 
 
@@ -258,7 +284,9 @@ def test_the_token_is_in_no_command_line_and_no_log_and_only_the_user_can_read_i
     lines = [" ".join(process.cmdline()) for process in run.driver.tree()]
     assert len(lines) > 6
     assert not [line for line in lines if token in line]
-    (session,) = {word.partition("=")[2] for line in lines for word in line.split() if word.startswith("--session_dir=")}
+    (session,) = {
+        word.partition("=")[2] for line in lines for word in line.split() if word.startswith("--session_dir=")
+    }
     logs = [path for path in Path(session).rglob("*") if path.is_file()]
     assert len(logs) > 10
     assert not [path for path in logs if token.encode() in path.read_bytes()]
@@ -272,7 +300,9 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_nothing(last):
         first, token = started.token_file(), started.token_file().read_text()
         processes = started.tree()
         after = started.ask("disconnect")
-        assert after == {"auth": dict.fromkeys(NAMES) | USER}, "the user's settings are back, for a cluster that is joined next"
+        assert after == {"auth": dict.fromkeys(NAMES) | USER}, (
+            "the user's settings are back, for a cluster that is joined next"
+        )
         assert not first.parent.exists()
         assert started.ask("start") == ANSWERS
         second = started.token_file()
@@ -294,7 +324,10 @@ def ray_reads_the_environment_again():
     cluster._set_auth({name: os.environ.get(name) for name in NAMES})
 
 
-@pytest.mark.parametrize("user", [{}, USER, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file", "RAY_ENABLE_K8S_TOKEN_AUTH": "true"}])
+@pytest.mark.parametrize(
+    "user",
+    [{}, USER, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file", "RAY_ENABLE_K8S_TOKEN_AUTH": "true"}],
+)
 def test_the_users_settings_do_not_weaken_it_and_come_back(user, ray_reads_the_environment_again, monkeypatch):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
@@ -305,7 +338,10 @@ def test_the_users_settings_do_not_weaken_it_and_come_back(user, ray_reads_the_e
     with cluster._token_of_this_run():
         assert get_authentication_mode() == AuthenticationMode.TOKEN
         file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
-        assert {name: os.environ.get(name) for name in NAMES} == dict.fromkeys(NAMES) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}
+        assert {name: os.environ.get(name) for name in NAMES} == dict.fromkeys(NAMES) | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(file),
+        }
         assert file.exists()
     assert not file.parent.exists()
     assert {name: os.environ.get(name) for name in NAMES} == dict.fromkeys(NAMES) | user

@@ -15,7 +15,13 @@ from capsfusion_ray.storage import Store
 FUSION_ACTOR = "ray::MapWorker(MapBatches(FusionActor))"  # as Ray names its process
 NODE_CPUS = 2
 GAP_S = 45.0  # without any node; Ray's own patience with a silent one is 15 s
-SETTINGS = ["engine.dtype=float32", "engine.threads=1", "cluster.gpus_per_actor=0", "source.passthrough=[width]", "unit.rows=5"]
+SETTINGS = [
+    "engine.dtype=float32",
+    "engine.threads=1",
+    "cluster.gpus_per_actor=0",
+    "source.passthrough=[width]",
+    "unit.rows=5",
+]
 UNITS = 80
 ROOM_FOR_ONE = "cluster.cpus_per_actor=1.2"  # a node has 2: one actor, and what reads and commits
 pytestmark = pytest.mark.timeout(1800)

@@ -30,8 +30,12 @@ def tables(tmp_path):
     write(tmp_path / "raw", [*raw, raw[102] | {"TEXT": "another cape"}])
     write(tmp_path / "synthetic", [{"url": None, "top_caption": "A lighthouse."}, *synthetic])
     return (
-        f"raw.path={tmp_path}/raw", "raw.passthrough=[WIDTH]", f"synthetic.path={tmp_path}/synthetic", "normalise=url", "partitions=12",
-    )  # fmt: skip
+        f"raw.path={tmp_path}/raw",
+        "raw.passthrough=[WIDTH]",
+        f"synthetic.path={tmp_path}/synthetic",
+        "normalise=url",
+        "partitions=12",
+    )
 
 
 @pytest.mark.timeout(3600)
@@ -49,10 +53,14 @@ def test_a_pairing_killed_in_either_pass_is_ended_by_the_same_command_and_fused(
     assert json.loads((output / "_pair/audit.json").read_text())["pairs"] == done["pairs"] == KEYS - LONELY
     assert not [*output.glob("_pair/exchange/*"), *output.glob("_pair/buckets/*")]
 
-    fused = driver.run("fuse", f"input.path={output}", f"output.path={tmp_path}/out", "source.passthrough=[WIDTH]", *ECHO)
+    fused = driver.run(
+        "fuse", f"input.path={output}", f"output.path={tmp_path}/out", "source.passthrough=[WIDTH]", *ECHO
+    )
     assert fused["rows"]["planned"] == KEYS - LONELY
     driver.run("verify", f"output.path={tmp_path}/out", "deep=true")
-    rows = [row for file in (tmp_path / "out").rglob("part-*.parquet") for row in pq.ParquetFile(file).read().to_pylist()]
+    rows = [
+        row for file in (tmp_path / "out").rglob("part-*.parquet") for row in pq.ParquetFile(file).read().to_pylist()
+    ]
     assert sorted(row["WIDTH"] for row in rows) == list(range(LONELY, KEYS))
     for row in rows:
         i = row["WIDTH"]

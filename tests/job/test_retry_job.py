@@ -3,8 +3,18 @@
 import pyarrow.dataset as ds
 import pytest
 
-SETTINGS = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1", "unit.rows=10", "output.target_file_rows=32", "decode.max_new_tokens=6")
-STRICT, MILD = ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",), ("retry=rejected", "gates.cut_off={action: flag, threshold: 1, flag_from: null}")
+SETTINGS = (
+    "engine.kind=echo",
+    "cluster.gpus_per_actor=0",
+    "cluster.max_actors=1",
+    "unit.rows=10",
+    "output.target_file_rows=32",
+    "decode.max_new_tokens=6",
+)
+STRICT, MILD = (
+    ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",),
+    ("retry=rejected", "gates.cut_off={action: flag, threshold: 1, flag_from: null}"),
+)
 
 
 @pytest.mark.timeout(3600)
@@ -15,7 +25,10 @@ def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_
     assert before["rejects"] == {"cut_off": 400}, "no caption of six words ends"
 
     moments = (("_retry/*/_units/*.parquet", 7), ("_run/groups/*-e002.json", 1))
-    found = [driver.kill_at(lambda p=pattern: len(list(output.glob(p))), enough, "fuse", *args, *MILD) for pattern, enough in moments]
+    found = [
+        driver.kill_at(lambda p=pattern: len(list(output.glob(p))), enough, "fuse", *args, *MILD)
+        for pattern, enough in moments
+    ]
     print("units committed and groups merged at the kills", found)
 
     after = driver.run("fuse", *args, *MILD)

@@ -55,10 +55,12 @@ def store(tmp_path_factory):
 def nodes(store):
     """The cluster. Its processes know the bucket from their environment, as pods do."""
     aws = {
-        "AWS_ENDPOINT_URL": store.url, "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": KEYS["key"], "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+        "AWS_ENDPOINT_URL": store.url,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": KEYS["key"],
+        "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
         "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15",  # of the killed driver, whose share holds the next one's pool down
-    }  # fmt: skip
+    }
     with ray_nodes(2, 2, env=aws) as nodes:
         yield nodes
 
@@ -74,7 +76,9 @@ class Submission:
     def __init__(self, nodes, *args):
         line = [sys.executable, "deploy/submit.py", nodes.dashboard, "deploy/runtime_env.yaml", "jobs/fuse.py", *args]
         env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
-        self.process = subprocess.Popen(line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     @property
     def ended(self):
@@ -84,14 +88,22 @@ class Submission:
         """The job's JSON line, or all that was said; `code` is how the job must have ended."""
         said = self.process.communicate(timeout=900)[0]
         assert self.process.returncode == code, f"exit {self.process.returncode}, wanted {code}\n{said[-5000:]}"
-        return next(json.loads(line) for line in said.splitlines() if line.startswith('{"rows"')) if code == EXIT_DONE else said
+        return (
+            next(json.loads(line) for line in said.splitlines() if line.startswith('{"rows"'))
+            if code == EXIT_DONE
+            else said
+        )
 
 
 def fuse(output, *more):
     return (
-        f"input.path=s3://{BUCKET}/in", f"output.path=s3://{BUCKET}/{output}", "engine.kind=echo", f"unit.rows={UNIT_ROWS}",
-        "cluster.cpus_per_actor=0.5", *more,
-    )  # fmt: skip
+        f"input.path=s3://{BUCKET}/in",
+        f"output.path=s3://{BUCKET}/{output}",
+        "engine.kind=echo",
+        f"unit.rows={UNIT_ROWS}",
+        "cluster.cpus_per_actor=0.5",
+        *more,
+    )
 
 
 def keys(store, prefix):
@@ -121,7 +133,9 @@ class Pool(list):
         self._nodes = nodes
 
     def look(self):
-        alive = list_actors(address=self._nodes.dashboard, filters=[("class_name", "=", FUSION_ACTOR), ("state", "=", "ALIVE")])
+        alive = list_actors(
+            address=self._nodes.dashboard, filters=[("class_name", "=", FUSION_ACTOR), ("state", "=", "ALIVE")]
+        )
         if len(alive) != self[-1]:
             self.append(len(alive))
 
@@ -161,13 +175,24 @@ def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
     """Not in what is said, in the output, in any log of the cluster, or in its list of jobs; and it is not submitted at all."""
     store.inject(Faults())
     storage = SECRETS | {"endpoint_url": store.url, "region": "us-east-1"}
-    words = fuse("secret", *(f"{section}.storage.{name}={value}" for section in ("input", "output", "engine") for name, value in storage.items()))
+    words = fuse(
+        "secret",
+        *(
+            f"{section}.storage.{name}={value}"
+            for section in ("input", "output", "engine")
+            for name, value in storage.items()
+        ),
+    )
     env = os.environ | {"RAY_ADDRESS": nodes.gcs, "RAY_AUTH_MODE": "disabled"}
-    ran = subprocess.run([sys.executable, "jobs/fuse.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    ran = subprocess.run(
+        [sys.executable, "jobs/fuse.py", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900
+    )
     assert ran.returncode == EXIT_DONE, ran.stderr[-5000:]
     said = Submission(nodes, *words).result(code=EXIT_USAGE)
     assert "input.storage.secret=*** " in said
-    entrypoints = [str(job) for job in JobSubmissionClient(nodes.dashboard).list_jobs() if "s3://captions/secret" in str(job)]
+    entrypoints = [
+        str(job) for job in JobSubmissionClient(nodes.dashboard).list_jobs() if "s3://captions/secret" in str(job)
+    ]
     assert len(entrypoints) == 1
     assert "output.storage.secret=***" in entrypoints[0]
     written = {key: read(store, key) for key in keys(store, "secret/")}
@@ -198,14 +223,20 @@ def test_credentials_that_expire_in_the_middle_stop_the_run_and_a_renewal_goes_o
 def test_a_node_that_is_drained_is_left_in_order_and_nothing_is_suspected(store, nodes):
     """As Ray drains a node that got SIGTERM: its actor takes no other unit and goes before the node does. It ends with one worker less."""
     store.inject(slow(1.0))
-    run = Submission(nodes, *fuse("drained", "cluster.min_actors=2", "cluster.max_actors=2", "cluster.cpus_per_actor=1"))
+    run = Submission(
+        nodes, *fuse("drained", "cluster.min_actors=2", "cluster.max_actors=2", "cluster.cpus_per_actor=1")
+    )
     alive = [("class_name", "=", FUSION_ACTOR), ("state", "=", "ALIVE")]
-    while len(homes := {actor.node_id for actor in list_actors(address=nodes.dashboard, filters=alive)}) < 2 or not keys(store, "drained/_units/"):
+    while len(
+        homes := {actor.node_id for actor in list_actors(address=nodes.dashboard, filters=alive)}
+    ) < 2 or not keys(store, "drained/_units/"):
         assert not run.ended, run.result()
         time.sleep(0.2)
     gone = homes.pop()
     until_ms = int((time.time() + GRACE_S) * 1000)
-    accepted, why = GcsClient(address=nodes.gcs).drain_node(gone, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "a test wants it back", until_ms)
+    accepted, why = GcsClient(address=nodes.gcs).drain_node(
+        gone, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "a test wants it back", until_ms
+    )
     assert accepted, why
     began = time.monotonic()
     while [actor for actor in list_actors(address=nodes.dashboard, filters=alive) if actor.node_id == gone]:

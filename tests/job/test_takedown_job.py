@@ -21,7 +21,9 @@ ENDS_S = 600
 
 def started(job, *args):
     command = [sys.executable, f"jobs/{job}.py", *args]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(process):

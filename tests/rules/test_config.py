@@ -77,7 +77,10 @@ def test_configs_are_frozen():
 
 
 def test_saved_config_loads_again_and_hides_secrets(tmp_path):
-    cfg = load(FuseConfig, ["output.path=o", "input.path=[a,b]", "output.storage.secret=hunter2", "output.storage.endpoint_url=http://x"])
+    cfg = load(
+        FuseConfig,
+        ["output.path=o", "input.path=[a,b]", "output.storage.secret=hunter2", "output.storage.endpoint_url=http://x"],
+    )
     saved = tmp_path / "c.yaml"
     saved.write_text(to_yaml(cfg))
     again = load(FuseConfig, [str(saved)])
@@ -94,8 +97,18 @@ def test_a_store_of_any_name_keeps_its_secrets(tmp_path):
 
 
 def test_a_command_line_is_shown_without_secrets():
-    words = ["jobs/fuse.py", "output.path=s3://b/out", "output.storage.endpoint_url=http://x", "engine.api.key_env=KEY", "a.yaml"]
-    secret = ["output.storage.secret=hunter2", "input.storage.account_key=hunter2", "engine.storage={connection_string: hunter2}"]
+    words = [
+        "jobs/fuse.py",
+        "output.path=s3://b/out",
+        "output.storage.endpoint_url=http://x",
+        "engine.api.key_env=KEY",
+        "a.yaml",
+    ]
+    secret = [
+        "output.storage.secret=hunter2",
+        "input.storage.account_key=hunter2",
+        "engine.storage={connection_string: hunter2}",
+    ]
     secret += ["output={path: s3://b/out, storage: {secret: hunter2}}"]
     shown = ["output.storage.secret=***", "input.storage.account_key=***", "engine.storage=***", "output=***"]
     assert without_secrets([*words, *secret]) == [*words, *shown]
@@ -112,7 +125,9 @@ def test_fingerprint_does_not_depend_on_key_order():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
 
 
-@pytest.mark.parametrize("path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name
+)
 def test_every_fragment_of_conf_loads(path):
     assert as_dict(load(FuseConfig, [str(path)]))
 

@@ -58,7 +58,9 @@ def test_what_is_rejected_by_default_and_why(fused, reason):
     assert verdict.detail
 
 
-@pytest.mark.parametrize("raw", ["Kleid von Prada für den Sommer", "Robe de plage pour les femmes", "Vestido de la playa para el verano"])
+@pytest.mark.parametrize(
+    "raw", ["Kleid von Prada für den Sommer", "Robe de plage pour les femmes", "Vestido de la playa para el verano"]
+)
 def test_an_english_caption_is_right_whatever_language_the_alt_text_has(raw):
     """The captioner writes English, and not every sentence of it has a the, of or with."""
     synthetic = "a woman in a white dress standing on a beach"
@@ -69,7 +71,13 @@ def test_an_english_caption_is_right_whatever_language_the_alt_text_has(raw):
     assert foreign.reason is Reason.WRONG_SCRIPT
 
 
-@pytest.mark.parametrize(("raw", "fused"), [("House price 1500000 USD", "The house costs 1,500,000 USD."), ("Built for 3.500.000 EUR", "It was built for 3,500,000 EUR.")])
+@pytest.mark.parametrize(
+    ("raw", "fused"),
+    [
+        ("House price 1500000 USD", "The house costs 1,500,000 USD."),
+        ("Built for 3.500.000 EUR", "It was built for 3,500,000 EUR."),
+    ],
+)
 def test_a_number_in_another_notation_is_the_same_number(raw, fused):
     assert judge_text(raw, "a house with a garden", fused, FinishReason.EOS, DEFAULT).reason is None
     wrong = judge_text(raw.replace("500", "400"), "a house with a garden", fused, FinishReason.EOS, DEFAULT)

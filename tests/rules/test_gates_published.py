@@ -151,7 +151,10 @@ def rows_of_table(heading):
     """First column in back ticks -> the other cells, of the table below a heading of docs/gates.md."""
     section = DOCS.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     assert section, heading
-    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)}
+    return {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", section, re.MULTILINE)
+    }
 
 
 def test_the_table_of_the_gates_is_what_they_find(captions, verdicts, matched, labels):
@@ -188,4 +191,6 @@ def test_the_table_of_the_pairs_is_what_the_policies_find(captions, mismatched):
     assert said["boilerplate"][-3] == str(sum(map(is_boilerplate, captions[0])))
     assert said["mismatched_pair"][-3] == f"{share(len(mismatched), captions):.1f}%"
     labels = {row: label["mismatched"] == "yes" for row, label in read(PAIRS).items()}
-    assert said["mismatched_pair"][-2:] == [str(sum(labels[row] is wrong for row in labels if row in mismatched)) for wrong in (True, False)]
+    assert said["mismatched_pair"][-2:] == [
+        str(sum(labels[row] is wrong for row in labels if row in mismatched)) for wrong in (True, False)
+    ]

@@ -70,10 +70,14 @@ def predicted(actors, units, **spot):
 def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_units, restart_units, drain_units):
     life_s, restart_s = life_units and life_units * UNIT_S, restart_units * UNIT_S
     runs = 200 // actors + 6  # one actor meets few deaths
-    found = mean(simulated_s(actors, actors * units_each, life_s, restart_s, drain_units * UNIT_S, seed) for seed in range(runs))
+    found = mean(
+        simulated_s(actors, actors * units_each, life_s, restart_s, drain_units * UNIT_S, seed) for seed in range(runs)
+    )
     spot = {"preempted_every_h": life_s and life_s / 3600, "restart_s": restart_s}
     quote = predicted(actors, actors * units_each, together=drain_units * UNIT_S * SPEED / DRAIN, **spot)
-    print(f"{actors} actors, {units_each} units each, a drain of {drain_units}: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}")
+    print(
+        f"{actors} actors, {units_each} units each, a drain of {drain_units}: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}"
+    )
     assert quote.seconds == pytest.approx(found, rel=0.10)
 
 

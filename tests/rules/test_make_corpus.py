@@ -91,7 +91,13 @@ def test_the_files_types_are_those_of_laion_coco(tmp_path):
     schemas = [pq.read_schema(path) for path in sorted(tmp_path.iterdir())]
     assert {str(schema.field("WIDTH").type) for schema in schemas} == {"int32", "int64", "double"}
     assert [(f.name, str(f.type)) for f in schemas[1] if f.name not in ("WIDTH", "HEIGHT")] == [
-        ("URL", "string"), ("TEXT", "string"), ("top_caption", "string"), ("all_captions", "list<element: string>"),
-        ("all_similarities", "list<element: double>"), ("similarity", "double"), ("hash", "int64"), ("pwatermark", "double"),
+        ("URL", "string"),
+        ("TEXT", "string"),
+        ("top_caption", "string"),
+        ("all_captions", "list<element: string>"),
+        ("all_similarities", "list<element: double>"),
+        ("similarity", "double"),
+        ("hash", "int64"),
+        ("pwatermark", "double"),
         ("punsafe", "double"),
-    ]  # fmt: skip
+    ]

@@ -148,8 +148,10 @@ def test_pairs_stand_as_the_raw_rows_stood_and_a_missing_url_is_the_other_sides(
     everything = pa.concat_tables(exchanged("raw", raw) + exchanged("synthetic", synthetic))
     pairs, _ = join_bucket(everything, CARRIED)
     assert [(p["image_url"], p["laion_2b"], p["laion_coco"]) for p in pairs.to_pylist()] == [
-        (None, "r2", None), ("u1", "r1", "s1"), ("v0", "r0", "s0"),
-    ]  # fmt: skip
+        (None, "r2", None),
+        ("u1", "r1", "s1"),
+        ("v0", "r0", "s0"),
+    ]
 
 
 def test_what_damage_hides_is_counted_and_a_lost_row_is_noticed():

@@ -120,7 +120,12 @@ def test_the_same_files_under_another_root_are_not_planned_again():
     moved = [FakeShard("a/a.parquet", 9, content_key="x"), FakeShard("b.parquet", 9, content_key="y")]
     with pytest.raises(PlanChanged, match=r"a/a\.parquet: .* the same file as a\.parquet; give input\.path as it was"):
         make_plan(moved, {}, 5, before=[first])
-    copy = [*(FakeShard(s.path, s.rows, content_key=s.content_key) for s in first.shards), FakeShard("copy.parquet", 9, content_key="x")]
-    assert {unit.path for unit in make_plan(copy, {}, 5, before=[first]).units} == {"copy.parquet"}, "a copy beside it is the user's"
+    copy = [
+        *(FakeShard(s.path, s.rows, content_key=s.content_key) for s in first.shards),
+        FakeShard("copy.parquet", 9, content_key="x"),
+    ]
+    assert {unit.path for unit in make_plan(copy, {}, 5, before=[first]).units} == {"copy.parquet"}, (
+        "a copy beside it is the user's"
+    )
     gone = make_plan([FakeShard("b.parquet", 9, content_key="y")], {}, 5, before=[first])
     assert not gone.units, "a shard that is done may go"

@@ -92,7 +92,9 @@ def ceph_node(folder: Path) -> Iterator[str]:
             daemons.callback(_end, process)
             until = time.monotonic() + PATIENCE_S
             while not answers():
-                assert process.poll() is None, f"{command[0]} ended with {process.returncode}: {log.read_text(errors='replace')[-2000:]}"
+                assert process.poll() is None, (
+                    f"{command[0]} ended with {process.returncode}: {log.read_text(errors='replace')[-2000:]}"
+                )
                 assert time.monotonic() < until, f"{command[0]} does not come up, see {folder}"
                 time.sleep(0.2)
 
@@ -104,7 +106,17 @@ def ceph_node(folder: Path) -> Iterator[str]:
         run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         start(lambda: json.loads(run("ceph", "osd", "stat", "-f", "json"))["num_up_osds"] == 1, "ceph-osd", "-i", "0")
         start(lambda: _listens(port), "radosgw", "-n", "client.rgw")
-        run("radosgw-admin", "-n", "client.rgw", "user", "create", f"--uid={USER}", "--display-name=of the tests", f"--access-key={KEYS['key']}", f"--secret={KEYS['secret']}")  # fmt: skip
+        run(
+            "radosgw-admin",
+            "-n",
+            "client.rgw",
+            "user",
+            "create",
+            f"--uid={USER}",
+            "--display-name=of the tests",
+            f"--access-key={KEYS['key']}",
+            f"--secret={KEYS['secret']}",
+        )
         yield f"http://127.0.0.1:{port}"
 
 

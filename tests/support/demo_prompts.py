@@ -1,6 +1,6 @@
 """The demo's captions as the embedded model is asked: token ids, for programs that know nothing of this package.
 
-    python tests/support/demo_prompts.py > prompts.json
+python tests/support/demo_prompts.py > prompts.json
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def demo_pairs() -> list[CaptionPair]:
     """Those of examples/captions that have both captions."""
-    cfg = load(FuseConfig, [str(ROOT / "conf/demo.yaml"), f"input.path={ROOT / 'examples/captions'}", "output.path=unused"])
+    cfg = load(
+        FuseConfig, [str(ROOT / "conf/demo.yaml"), f"input.path={ROOT / 'examples/captions'}", "output.path=unused"]
+    )
     shards = [shard for shard in sources.discover(cfg.input, cfg.source) if not shard.error]
     spec = sources.ReadSpec(sources.frozen_schema(shards, cfg.source, cfg.filter), cfg.source, cfg.filter)
     tables = [sources.read_rows(shard, 0, shard.rows, spec).table for shard in shards]
-    rows = [row for table in tables for row in zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)]
+    rows = [
+        row
+        for table in tables
+        for row in zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)
+    ]
     return [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
 
 

@@ -32,7 +32,9 @@ sys.stdin.read()
 @contextmanager
 def ray_head() -> Iterator[str]:
     """The address of a head node with 3 logical CPUs, which ends when its standard input does."""
-    head = subprocess.Popen([sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    head = subprocess.Popen(
+        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert head.stdin
     assert head.stdout
     lines = iter(head.stdout.readline, "")
@@ -51,7 +53,9 @@ class Driver:
 
     def start(self, job: str, *args: object) -> subprocess.Popen[str]:
         command = [sys.executable, f"jobs/{job}.py", *map(str, args)]
-        return subprocess.Popen(command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def run(self, job: str, *args: object, code: int = 0) -> Any:
         """The result of a job that ends well, else what it said on stderr."""

@@ -28,10 +28,17 @@ POOL = Pool(1, 1, 1.0, 0.0, 1)
 
 
 def config(path, *more):
-    return load(FuseConfig, [
-        f"input.path={path / 'in'}", f"output.path={path / 'out'}", "engine.kind=echo", "source.passthrough=[lang]",
-        "output.target_file_rows=10", *more,
-    ])  # fmt: skip
+    return load(
+        FuseConfig,
+        [
+            f"input.path={path / 'in'}",
+            f"output.path={path / 'out'}",
+            "engine.kind=echo",
+            "source.passthrough=[lang]",
+            "output.target_file_rows=10",
+            *more,
+        ],
+    )
 
 
 STRICT = ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",)
@@ -55,7 +62,7 @@ def finished(path, partition_by="shard", *more):
                 "punsafe": None if i == 2 else i / 10,
             }
             for i in range(12)
-        ]  # fmt: skip
+        ]
         pq.write_table(pa.Table.from_pylist(rows), path / "in" / f"{shard}.parquet")
     return fuse_here(config(path, *STRICT, f"output.partition_by={partition_by}", *more), 6)
 

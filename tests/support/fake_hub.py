@@ -69,7 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
         if files is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if "/tree/" in start:
-            listed = [{"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in files.items()]
+            listed = [
+                {"type": "file", "path": name, "size": len(data), "oid": _oid(data)} for name, data in files.items()
+            ]
             return self._answer(200, json.dumps(listed).encode())
         if "/revision/" in start:
             about = {"id": self.server.repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}

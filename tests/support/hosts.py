@@ -38,7 +38,11 @@ def why_not() -> str:
         return "not root"
     if missing := [tool for tool in ("ip", "unshare", "nsenter") if not shutil.which(tool)]:
         return f"{missing[0]} is not installed"
-    tried = subprocess.run(["unshare", *NAMESPACES, "--fork", "ip", "link", "add", SWITCH, "type", "bridge"], capture_output=True, text=True)
+    tried = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "ip", "link", "add", SWITCH, "type", "bridge"],
+        capture_output=True,
+        text=True,
+    )
     return tried.stderr.strip()
 
 
@@ -83,7 +87,13 @@ class Host:
         with log.open("wb") as out:
             # A session of its own: a Ctrl-C is the test's alone, and the kernel shares a crowded machine out by sessions.
             return subprocess.Popen(
-                enter, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, text=True, start_new_session=True
+                enter,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                text=True,
+                start_new_session=True,
             )
 
     def run(self, command: Sequence[str], log: Path, env: Mapping[str, str], folder: Path) -> str:
@@ -106,14 +116,20 @@ class Host:
     def processes(self, name: str) -> list[psutil.Process]:
         """Those of that name on this host."""
         here = os.readlink(f"/proc/{self.pid}/ns/pid")
-        return [found for found in psutil.process_iter(["name"]) if found.info["name"] == name and _namespace(found.pid) == here]
+        return [
+            found
+            for found in psutil.process_iter(["name"])
+            if found.info["name"] == name and _namespace(found.pid) == here
+        ]
 
 
 @contextmanager
 def host(name: str, number: int) -> Iterator[Host]:
     """A host plugged into the switch; all its processes are gone afterwards."""
     line = ["unshare", *NAMESPACES, "--fork", "--kill-child", "sh", "-c", FIRST, name]
-    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True) as unshare:
+    with subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as unshare:
         try:
             assert unshare.stdout
             assert unshare.stdout.readline() == "ready\n", f"no namespaces for {name}"

@@ -19,12 +19,21 @@ OUTCOMES = ("fused", "kept", "rejected")
 def part_of(unit, outcomes):
     rows = [
         {
-            "image_url": f"u{i}", "laion_2b": "raw", "laion_coco": "synthetic", "capsfusion": f"caption {i}",
-            "row_id": f"{unit.path}:{unit.start + i}", "flags": ["kept", "cut_off"] if outcome == "kept" else [], "lang": "en" if i % 2 else None, "outcome": outcome,
-            "reason": None if outcome == "fused" else "cut_off", "detail": "", "prompt_tokens": 9, "output_tokens": 4,
+            "image_url": f"u{i}",
+            "laion_2b": "raw",
+            "laion_coco": "synthetic",
+            "capsfusion": f"caption {i}",
+            "row_id": f"{unit.path}:{unit.start + i}",
+            "flags": ["kept", "cut_off"] if outcome == "kept" else [],
+            "lang": "en" if i % 2 else None,
+            "outcome": outcome,
+            "reason": None if outcome == "fused" else "cut_off",
+            "detail": "",
+            "prompt_tokens": 9,
+            "output_tokens": 4,
         }
         for i, outcome in enumerate(outcomes)
-    ]  # fmt: skip
+    ]
     return pa.Table.from_pylist(rows, schema=part_schema(FIELDS))
 
 
@@ -32,7 +41,9 @@ def run_of(store, units, outcomes, output, filtered=0):
     """Commit and compact `units`, each with `outcomes` and `filtered` rows left out; the published manifest."""
     groups = sorted({unit.group for unit in units})
     base = {f"output.{key}": getattr(output, key) for key in ("target_file_mb", "target_file_rows", "partition_by")}
-    plan = Plan(1, {"k": "v"} | base, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    plan = Plan(
+        1, {"k": "v"} | base, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units)
+    )
     write_plan(store, plan)
     for unit in units:
         table = part_of(unit, outcomes)
@@ -46,7 +57,10 @@ def run_of(store, units, outcomes, output, filtered=0):
 
 
 def units_of(count, rows, groups=2):
-    return [WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}") for i in range(count)]
+    return [
+        WorkUnit(f"u{i}", f"s{i % groups}.parquet", i * rows, (i + 1) * rows, f"g{i % groups:05d}")
+        for i in range(count)
+    ]
 
 
 def snapshot(output):

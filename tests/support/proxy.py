@@ -20,7 +20,9 @@ from urllib.parse import parse_qs, urlsplit
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
-EXPIRED = b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+EXPIRED = (
+    b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+)
 KINDS = ("slow_down", "reset_before", "reset_after", "truncate", "short", "stall")
 
 
@@ -170,7 +172,8 @@ class FaultProxy:
             status, body = (b"503 Slow Down", SLOW_DOWN) if kind == "slow_down" else (b"400 Bad Request", EXPIRED)
             body = b"" if operation == "HeadObject" else body
             writer.write(
-                b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
+                b"HTTP/1.1 %s\r\nContent-Type: application/xml\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+                + body
             )
             await writer.drain()
             return True

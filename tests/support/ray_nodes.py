@@ -67,7 +67,9 @@ def ray_nodes(*worker_cpus: int, env: Mapping[str, str]) -> Iterator[Nodes]:
     # A submitted job joins the cluster that wrote its address into Ray's folder last: each has a folder, of a short name for sockets.
     with TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         all_env = {**os.environ, "PATH": path, "RAY_TMPDIR": folder, **env}
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=all_env) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=all_env
+        ) as process:
             told = _next_line(process)
             yield Nodes(told["gcs"], told["dashboard"], Path(told["session"]), process)
             # Leaving Popen's context closes the pipes, and waits.
@@ -83,16 +85,22 @@ def serve(worker_cpus: list[int]) -> None:
     from ray.cluster_utils import Cluster
 
     head = {
-        "num_cpus": 0, "include_dashboard": True, "dashboard_host": "127.0.0.1",
+        "num_cpus": 0,
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
         "dashboard_port": free_port(),  # Ray looks from 8265 on, where another cluster's may be
         "dashboard_agent_listen_port": 0,  # patient_start finds one; Ray's own 52365 may be another cluster's
-    }  # fmt: skip
+    }
     with patient_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for cpus in worker_cpus:
             cluster.add_node(num_cpus=cpus)
     wait_for_agent(cluster.head_node)
-    told = {"gcs": cluster.gcs_address, "dashboard": f"http://{cluster.webui_url}", "session": cluster.head_node.get_session_dir_path()}
+    told = {
+        "gcs": cluster.gcs_address,
+        "dashboard": f"http://{cluster.webui_url}",
+        "session": cluster.head_node.get_session_dir_path(),
+    }
     print(json.dumps(told), flush=True)
     for line in sys.stdin:
         with patient_start():

@@ -27,20 +27,28 @@ def part(of):
         rejected, flagged = i % 10 == 0, i % 10 == 1
         rows.append(
             {
-                "image_url": "https://example.com/1.jpg", "laion_2b": HOSTILE, "laion_coco": "A stall at night.",
-                "capsfusion": f"A stall at night in Nürnberg in 2019, {HOSTILE}", "row_id": f"{of.path}:{i}",
-                "flags": ["lost_entity"] if flagged else [], "outcome": "rejected" if rejected else "fused",
-                "reason": "repetition" if rejected else None, "detail": "'a a a'" if rejected else "",
-                "prompt_tokens": 9, "output_tokens": 4,
+                "image_url": "https://example.com/1.jpg",
+                "laion_2b": HOSTILE,
+                "laion_coco": "A stall at night.",
+                "capsfusion": f"A stall at night in Nürnberg in 2019, {HOSTILE}",
+                "row_id": f"{of.path}:{i}",
+                "flags": ["lost_entity"] if flagged else [],
+                "outcome": "rejected" if rejected else "fused",
+                "reason": "repetition" if rejected else None,
+                "detail": "'a a a'" if rejected else "",
+                "prompt_tokens": 9,
+                "output_tokens": 4,
             }
-        )  # fmt: skip
+        )
     return pa.Table.from_pylist(rows, schema=part_schema(()))
 
 
 def run_of(path, units, compacted):
     """An output of which `compacted` units stand in data/ and the others are parts on their way."""
     store, output = Store(str(path)), OutputConfig(str(path))
-    plan = Plan(1, {"decode.num_beams": 3}, 10, (), tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
+    plan = Plan(
+        1, {"decode.num_beams": 3}, 10, (), tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units)
+    )
     write_plan(store, plan)
     for each in units:
         table = part(each)

@@ -45,7 +45,9 @@ class Prometheus:
         self._url = url
 
     def get(self, path, **parameters):
-        with urllib.request.urlopen(f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=60) as answer:
+        with urllib.request.urlopen(
+            f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=60
+        ) as answer:
             return json.load(answer)["data"]
 
     def values(self, query, start, end):
@@ -63,11 +65,18 @@ def prometheus(folder, discovery):
     address = f"127.0.0.1:{free_port()}"
     config = folder / "prometheus.yml"
     config.write_text(CONFIG.format(every=SCRAPE_S, rules=MONITORING / "alerts.yaml", discovery=discovery))
-    line = ["/usr/bin/prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}", f"--web.listen-address={address}"]
+    line = [
+        "/usr/bin/prometheus",
+        f"--config.file={config}",
+        f"--storage.tsdb.path={folder / 'tsdb'}",
+        f"--web.listen-address={address}",
+    ]
     with (folder / "prometheus.log").open("wb") as log, subprocess.Popen(line, stdout=log, stderr=log) as process:
         try:
             api = Prometheus(f"http://{address}")
-            wait_for(lambda: api.targets_up() and set(api.targets_up()) == {"up"}, "every node of Ray to be scraped", process)
+            wait_for(
+                lambda: api.targets_up() and set(api.targets_up()) == {"up"}, "every node of Ray to be scraped", process
+            )
             yield api
         finally:
             process.terminate()
@@ -96,17 +105,31 @@ def run(tmp_path_factory):
         for shard in CAPTIONS.iterdir():
             s3.put_object(Bucket=BUCKET, Key=f"in/{shard.name}", Body=shard.read_bytes())
         env = {
-            "AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": KEYS["key"],
-            "AWS_SECRET_ACCESS_KEY": KEYS["secret"], "RAY_AUTH_MODE": "disabled", "RAY_metrics_report_interval_ms": "2000",
-        }  # fmt: skip
-        with ray_nodes(3, env=env) as nodes, prometheus(folder, nodes.session / "prom_metrics_service_discovery.json") as api:
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": KEYS["key"],
+            "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_metrics_report_interval_ms": "2000",
+        }
+        with (
+            ray_nodes(3, env=env) as nodes,
+            prometheus(folder, nodes.session / "prom_metrics_service_discovery.json") as api,
+        ):
             proxy.inject(THROTTLED)
             began = time.time()
             line = [
-                sys.executable, "jobs/fuse.py", "conf/demo.yaml", f"input.path=s3://{BUCKET}/in", f"output.path=s3://{BUCKET}/out",
-                "input.limit=160", "unit.rows=10",
-            ]  # fmt: skip
-            done = subprocess.run(line, cwd=ROOT, env={**os.environ, **env, "RAY_ADDRESS": nodes.gcs}, capture_output=True, text=True)
+                sys.executable,
+                "jobs/fuse.py",
+                "conf/demo.yaml",
+                f"input.path=s3://{BUCKET}/in",
+                f"output.path=s3://{BUCKET}/out",
+                "input.limit=160",
+                "unit.rows=10",
+            ]
+            done = subprocess.run(
+                line, cwd=ROOT, env={**os.environ, **env, "RAY_ADDRESS": nodes.gcs}, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stderr[-3000:]
             assert proxy.count("slow_down"), "the store was to fail"
             time.sleep(5 * SCRAPE_S)  # the last values on their way
@@ -121,9 +144,14 @@ def panels():
 @pytest.mark.timeout(1800)
 def test_every_panel_of_the_dashboard_has_data(run):
     api, _, began, ended = run
-    drawn = {(title, query): api.values(query.replace("$__rate_interval", RATE_INTERVAL), began, ended) for title, query in panels()}
+    drawn = {
+        (title, query): api.values(query.replace("$__rate_interval", RATE_INTERVAL), began, ended)
+        for title, query in panels()
+    }
     for (title, query), values in drawn.items():
-        print(f"{title:32} {len(values):5} values, {min(values, default=math.nan):12.4g} to {max(values, default=math.nan):12.4g}   {query}")
+        print(
+            f"{title:32} {len(values):5} values, {min(values, default=math.nan):12.4g} to {max(values, default=math.nan):12.4g}   {query}"
+        )
     empty = {title for (title, _), values in drawn.items() if not values}
     assert empty == EMPTY_ON_A_CPU
 
@@ -134,7 +162,10 @@ def test_what_prometheus_counted_is_what_the_run_says(run):
     api, totals, began, ended = run
     assert max(api.values("sum(ray_capsfusion_committed_rows)", began, ended)) == totals["rows"]["planned"]
     for outcome in ("fused", "rejected"):
-        assert max(api.values(f'sum(ray_capsfusion_rows_total{{outcome="{outcome}"}})', began, ended)) == totals["rows"][outcome]
+        assert (
+            max(api.values(f'sum(ray_capsfusion_rows_total{{outcome="{outcome}"}})', began, ended))
+            == totals["rows"][outcome]
+        )
     assert max(api.values("sum(ray_capsfusion_units_total)", began, ended)) == totals["units"]
     # Set once, the plan would be gone by then.
     assert max(api.values("sum(ray_capsfusion_committed_rows) / sum(ray_capsfusion_planned_rows)", began, ended)) == 1
@@ -143,7 +174,11 @@ def test_what_prometheus_counted_is_what_the_run_says(run):
 @pytest.mark.timeout(1800)
 def test_every_alert_rule_is_evaluated_and_none_fires_on_a_sound_run(run):
     api, _, began, ended = run
-    wanted = {rule["alert"] for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"] for rule in group["rules"]}
+    wanted = {
+        rule["alert"]
+        for group in yaml.safe_load((MONITORING / "alerts.yaml").read_text())["groups"]
+        for rule in group["rules"]
+    }
     rules = {rule["name"]: rule for group in api.get("rules")["groups"] for rule in group["rules"]}
     assert rules.keys() == wanted
     for name, rule in rules.items():

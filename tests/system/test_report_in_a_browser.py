@@ -15,7 +15,13 @@ from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, Refere
 from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
 
 CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 HOSTILE = "Cape C </script><img src=https://example.com/x.png onerror=alert(1)> No. 77"
 
@@ -35,7 +41,9 @@ def hostile_run(path):
     table = pq.read_table(a_file, partitioning=None)
     captions = [HOSTILE, *table["capsfusion"].to_pylist()[1:]]
     at = table.column_names.index("capsfusion")
-    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(captions, table.schema.field(at).type)), a_file)
+    pq.write_table(
+        table.set_column(at, table.schema.field(at), pa.array(captions, table.schema.field(at).type)), a_file
+    )
     return OutputConfig(str(path / "out"))
 
 
@@ -43,7 +51,11 @@ def hostile_run(path):
 def output(tmp_path_factory):
     """The report of such a run, with what it is worth against its own captions as references."""
     run, figures = hostile_run(tmp_path_factory.mktemp("run")), str(tmp_path_factory.mktemp("figures"))
-    evaluate(EvaluateConfig(ReferenceConfig(run.path, reference="capsfusion"), run.path, output=EvaluateOutputConfig(figures)))
+    evaluate(
+        EvaluateConfig(
+            ReferenceConfig(run.path, reference="capsfusion"), run.path, output=EvaluateOutputConfig(figures)
+        )
+    )
     report(ReportConfig(run, evaluation=figures))
     return Path(run.path) / REPORT
 
@@ -67,14 +79,19 @@ def opened(browser, file, size, scheme):
     page.on("console", lambda message: trouble.append(f"console: {message.text}"))
     page.on("pageerror", lambda error: trouble.append(f"error: {error}"))
     page.on("dialog", lambda dialog: (trouble.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on("request", lambda seen: None if seen.url.startswith(("file:", "data:")) else trouble.append(f"request: {seen.url}"))
+    page.on(
+        "request",
+        lambda seen: None if seen.url.startswith(("file:", "data:")) else trouble.append(f"request: {seen.url}"),
+    )
     page.goto(file.as_uri())
     yield page
     context.close()
     assert not trouble
 
 
-WINDOWS = pytest.mark.parametrize(("size", "scheme"), [(PHONE, "dark"), (DESKTOP, "light")], ids=["phone-dark", "desktop-light"])
+WINDOWS = pytest.mark.parametrize(
+    ("size", "scheme"), [(PHONE, "dark"), (DESKTOP, "light")], ids=["phone-dark", "desktop-light"]
+)
 
 
 @pytest.fixture

@@ -58,7 +58,12 @@ class Cluster:
     folder: Path
 
     def command(self, job, *args):
-        return [sys.executable, f"jobs/{job}.py", *args], self.folder / f"{job}-{time.monotonic_ns()}.log", self.env, ROOT
+        return (
+            [sys.executable, f"jobs/{job}.py", *args],
+            self.folder / f"{job}-{time.monotonic_ns()}.log",
+            self.env,
+            ROOT,
+        )
 
     def run(self, job, *args):
         """The job's JSON line."""
@@ -122,19 +127,37 @@ def cluster(shards, tmp_path_factory):
             file = io.BytesIO()
             pq.write_table(table, file, row_group_size=UNIT_ROWS)
             s3.put_object(Bucket=BUCKET, Key=f"in/{name}", Body=file.getvalue())
-        kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and not name.startswith("AWS_")}
-        env = kept | KEEPALIVE | {
-            "AWS_ENDPOINT_URL": proxy.url, "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": KEYS["key"],
-            "AWS_SECRET_ACCESS_KEY": KEYS["secret"], "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO",
-        }  # fmt: skip
+        kept = {
+            name: value for name, value in os.environ.items() if name != "RAY_ADDRESS" and not name.startswith("AWS_")
+        }
+        env = (
+            kept
+            | KEEPALIVE
+            | {
+                "AWS_ENDPOINT_URL": proxy.url,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ACCESS_KEY_ID": KEYS["key"],
+                "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
+                "RAY_AUTH_MODE": "disabled",
+                "LOG_LEVEL": "INFO",
+            }
+        )
         proxy.inject(SLOW)
         with ExitStack() as stack:
             hosts = tuple(stack.enter_context(host(name, number)) for number, name in enumerate(HOSTS, 1))
             gcs = f"{hosts[0].address}:{GCS_PORT}"
             for each in hosts:
-                place = [f"--address={gcs}"] if each is not hosts[0] else ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+                place = (
+                    [f"--address={gcs}"]
+                    if each is not hosts[0]
+                    else ["--head", f"--port={GCS_PORT}", "--include-dashboard=false"]
+                )
                 # A short path: Ray's sockets lie below it.
-                place += [f"--node-ip-address={each.address}", f"--temp-dir={tmp_path_factory.getbasetemp() / each.name}", *NODE]
+                place += [
+                    f"--node-ip-address={each.address}",
+                    f"--temp-dir={tmp_path_factory.getbasetemp() / each.name}",
+                    *NODE,
+                ]
                 log = folder / f"ray-{each.name}.log"
                 node = each.start([sys.executable, "tests/support/ray_start.py", *place], log, env, ROOT)
                 wait_for(partial(is_up, node, log), f"Ray on {each.name}")

@@ -10,7 +10,13 @@ from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.models import FUSION_FILE, embedded_path
 from capsfusion_ray.train.average import AverageConfig, AverageOutputConfig, average
 
-CONTENT = {"vocab_size": 4096, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+CONTENT = {
+    "vocab_size": 4096,
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+}
 
 
 def save(folder, seed, **other):
@@ -29,7 +35,9 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-@pytest.mark.parametrize(("shares", "expected"), [([], (0.5, 0.5)), ([0.7, 0.3], (0.7, 0.3)), ([1.25, -0.25], (1.25, -0.25))])
+@pytest.mark.parametrize(
+    ("shares", "expected"), [([], (0.5, 0.5)), ([0.7, 0.3], (0.7, 0.3)), ([1.25, -0.25], (1.25, -0.25))]
+)
 def test_every_weight_is_the_average_and_the_folder_a_model_that_says_its_wishes(tmp_path, shares, expected):
     a, b = save(tmp_path / "a", 1), save(tmp_path / "b", 2)
     assert average(config([a, b], shares, tmp_path / "ab"))["shares"] == dict(zip([a, b], expected, strict=True))

@@ -75,7 +75,9 @@ def spelled(triple):
 
 def test_without_a_curriculum_the_first_batches_are_real_captions():
     rows = triples(0.0)
-    plain = dataclasses.replace(CFG, augment=dataclasses.replace(CFG.augment, rewrite_share=0.0, phrase_share=0.0, noise_share=0.0))
+    plain = dataclasses.replace(
+        CFG, augment=dataclasses.replace(CFG.augment, rewrite_share=0.0, phrase_share=0.0, noise_share=0.0)
+    )
     drawn = [triple for batch in pool(0, rows, Banks.collect(rows, 1), encoder, plain, 0) for triple in batch.triples]
     assert set(drawn) <= set(rows)
 

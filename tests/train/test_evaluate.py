@@ -49,11 +49,15 @@ def test_a_finished_output_is_matched_by_its_sources_and_a_missing_caption_count
     assert "| reference |" in (tmp_path / "figures" / "figures.md").read_text("utf-8")
 
 
-def test_sources_with_white_space_around_them_are_the_same_and_a_null_is_no_caption(triples_file, output, tmp_path, rows, caplog):
+def test_sources_with_white_space_around_them_are_the_same_and_a_null_is_no_caption(
+    triples_file, output, tmp_path, rows, caplog
+):
     [file] = (output / "data").rglob("*.parquet")
     table = pq.ParquetFile(file).read()
     for name in (RAW, SYNTHETIC):
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array([f" {text}\n" for text in table[name].to_pylist()]))
+        table = table.set_column(
+            table.schema.get_field_index(name), name, pa.array([f" {text}\n" for text in table[name].to_pylist()])
+        )
     pq.write_table(table, file)
     given = [*rows[-20:-1], rows[-1] | {"capsfuion_official": None}]
     (tmp_path / "references.json").write_text(json.dumps(given), "utf-8")

@@ -14,19 +14,34 @@ pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    "model.vocab_size=400", "model.hidden=32", "model.layers=2", "model.heads=2", "model.ffn=48",
-    "augment.copy_only_steps=2", "augment.copy_fade_steps=4",
-    "optim.steps=60", "optim.warmup_steps=2", "optim.decay_steps=10", "optim.batch_triples=8",
-    "output.checkpoint_every=5", "output.validate_every=5", "data.validation_rows=40", "cluster.threads=1",
-]  # fmt: skip
+    "model.vocab_size=400",
+    "model.hidden=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.ffn=48",
+    "augment.copy_only_steps=2",
+    "augment.copy_fade_steps=4",
+    "optim.steps=60",
+    "optim.warmup_steps=2",
+    "optim.decay_steps=10",
+    "optim.batch_triples=8",
+    "output.checkpoint_every=5",
+    "output.validate_every=5",
+    "data.validation_rows=40",
+    "cluster.threads=1",
+]
 
 
 def start(arguments, log):
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     return subprocess.Popen(
         [sys.executable, "jobs/train.py", "conf/train/tiny.yaml", *TINY, *arguments],
-        cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def steps(folder):

@@ -49,7 +49,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained, triples_file, tmp_pat
     with pytest.raises(Killed):
         loop.fit(cfg, die)
     folder = loop.fit(cfg, lambda row: None)
-    measured = [json.loads(line)["step"] for line in (loop.run_folder(cfg) / loop.CURVE).read_text("utf-8").splitlines()]
+    measured = [
+        json.loads(line)["step"] for line in (loop.run_folder(cfg) / loop.CURVE).read_text("utf-8").splitlines()
+    ]
     assert measured == [3, 6, 9, 12], "each step once"
     whole = AutoModelForCausalLM.from_pretrained(trained[1])
     resumed = AutoModelForCausalLM.from_pretrained(folder)
@@ -96,7 +98,9 @@ def with_spaces(texts):
     """A byte-level BPE whose words bring their space along, as most do, and that begins every text with BOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>"], show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>"], show_progress=False)
+    )
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
@@ -105,7 +109,10 @@ def with_spaces(texts):
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 def test_any_tokenizer_is_trained_on_the_very_prompts_that_engines_build(rows, template, weight):
     """One that merges over the seams of the prompt."""
-    tokenizer = with_spaces(template.format(raw=row["laion_2b"], synthetic=row["laion_coco"]) + " " + row["capsfuion_official"] for row in rows)
+    tokenizer = with_spaces(
+        template.format(raw=row["laion_2b"], synthetic=row["laion_coco"]) + " " + row["capsfuion_official"]
+        for row in rows
+    )
     encoder = loop.build_encoder(tokenizer, template, weight, ours=False)
     builder = PromptBuilder(template, lambda texts: tokenizer(texts)["input_ids"], 256)
     for row in rows[:50]:

@@ -66,7 +66,9 @@ def test_the_teachers_caption_is_worth_more_than_any_faulty_one(reward):
 
 def test_pasting_costs_in_part_before_it_costs_all():
     reward = Reward(RewardConfig(short=0), [TRIPLE, *OTHERS])
-    triple = dataclasses.replace(TRIPLE, synthetic="A brown leather jacket hangs on a white garden wall.")  # 15 words with the raw ones
+    triple = dataclasses.replace(
+        TRIPLE, synthetic="A brown leather jacket hangs on a white garden wall."
+    )  # 15 words with the raw ones
     pasted = f"{triple.raw} {triple.synthetic}".split()
     all_, most, some = (reward.faults(triple, " ".join(pasted[:n]).rstrip(".") + ".") for n in (15, 13, 11))
     assert 0 == some < most < all_
@@ -80,14 +82,20 @@ def test_filler_does_not_hide_that_both_sources_are_pasted(reward):
 
 def test_leaving_out_costs_by_what_is_missing_and_length_beyond_the_teachers_earns_nothing(reward):
     whatever = Reward(RewardConfig(short=0), [TRIPLE, *OTHERS])
-    for caption, missing in ((TRIPLE.fused, 0), ("A brown leather jacket hangs.", 8 / 13), (f"{TRIPLE.fused} So it is.", 0)):
+    for caption, missing in (
+        (TRIPLE.fused, 0),
+        ("A brown leather jacket hangs.", 8 / 13),
+        (f"{TRIPLE.fused} So it is.", 0),
+    ):
         price = reward.faults(TRIPLE, caption) - whatever.faults(TRIPLE, caption)
         assert price == pytest.approx(RewardConfig().short * missing)
 
 
 def test_a_student_learns_no_hint_of_the_instruction():
     assert passes(TRIPLE)
-    assert not passes(dataclasses.replace(TRIPLE, fused="A well-structured and detailed leather jacket hangs on a wall."))
+    assert not passes(
+        dataclasses.replace(TRIPLE, fused="A well-structured and detailed leather jacket hangs on a wall.")
+    )
 
 
 def test_samples_are_measured_against_each_other():
@@ -121,11 +129,16 @@ def test_greedy_samples_are_the_models_own_and_end_at_the_end_token(supervised, 
 
 
 @pytest.mark.parametrize(("drift", "becomes_likelier"), [(0.0, True), (30.0, False)])
-def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(supervised, triples_file, drift, becomes_likelier):
+def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(
+    supervised, triples_file, drift, becomes_likelier
+):
     """A reward of our own choice, the count of one letter: gradient steps on the critic's batches raise it."""
     cfg = recipe(triples_file, supervised)
     torch.manual_seed(0)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(supervised, dtype=torch.float32), AutoTokenizer.from_pretrained(supervised)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(supervised, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(supervised),
+    )
     encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, ours=True)
     triples = random.Random(0).choices(read_triples(cfg.data)[0], k=8)
     critic = SelfCritic(

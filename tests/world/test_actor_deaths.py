@@ -30,11 +30,14 @@ def unit_of(poison, path="shard.parquet"):
     unit = WorkUnit(f"id-{path}", path, 0, ROWS, "g00000")
     rows = [
         {
-            "image_url": f"u{i}", "laion_2b": f"Poison {i}" if i in poison else f"Lighthouse {i}",
-            "laion_coco": "A white lighthouse on a coast.", "row_id": f"{path}:{i}", "_invalid": None,
+            "image_url": f"u{i}",
+            "laion_2b": f"Poison {i}" if i in poison else f"Lighthouse {i}",
+            "laion_coco": "A white lighthouse on a coast.",
+            "row_id": f"{path}:{i}",
+            "_invalid": None,
         }
         for i in range(ROWS)
-    ]  # fmt: skip
+    ]
     return UnitBatch(unit, admit(pa.Table.from_pylist(rows), GatesConfig()), Apart()).pack()
 
 

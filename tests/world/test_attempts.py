@@ -32,7 +32,9 @@ def test_exactly_the_poison_rows_are_found_in_few_deaths(data, rows):
     unlucky = data.draw(st.sets(st.integers(1, 4), max_size=2))
     attempt, deaths = run_to_the_end(rows, poison, unlucky)
     assert set(attempt.guilty) == poison
-    assert sorted(row for first, last in attempt.ranges for row in range(first, last)) == sorted(set(range(rows)) - poison)
+    assert sorted(row for first, last in attempt.ranges for row in range(first, last)) == sorted(
+        set(range(rows)) - poison
+    )
     assert deaths <= SHARED_DEATHS + len(unlucky) * 2 + len(poison) * (ceil(log2(rows)) + 2 if rows > 1 else 2)
 
 

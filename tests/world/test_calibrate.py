@@ -39,7 +39,9 @@ class Clocked:
         self._began = True
         while self._queue and len(self._slots) < self._room:
             # The first ones end one after the other: rows at mixed depths, as in a batch that was refilled many times.
-            self._slots.append([self._queue.pop(0), self._steps if self._given >= self._room else self._given % self._steps + 1])
+            self._slots.append(
+                [self._queue.pop(0), self._steps if self._given >= self._room else self._given % self._steps + 1]
+            )
             self._given += 1
         for slot in self._slots:
             slot[1] -= 1

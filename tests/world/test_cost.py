@@ -52,11 +52,21 @@ class OneARound:
 
 def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(actors, "build_engine", OneARound)
-    actor = actors.FusionActor(EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, AttemptLog(Store(str(tmp_path)), "run"))
+    actor = actors.FusionActor(
+        EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, AttemptLog(Store(str(tmp_path)), "run")
+    )
     spent = {}
 
     def fuse(name, rows):
-        pairs = [{"row_id": f"{name}:{i}", "image_url": None, "laion_2b": f"raw {name} {i}", "laion_coco": f"Synthetic {name} {i}."} for i in range(rows)]
+        pairs = [
+            {
+                "row_id": f"{name}:{i}",
+                "image_url": None,
+                "laion_2b": f"raw {name} {i}",
+                "laion_coco": f"Synthetic {name} {i}.",
+            }
+            for i in range(rows)
+        ]
         unit = WorkUnit(name, "p", 0, rows, "g")
         batch = UnitBatch(unit, admit(with_invalid(pa.Table.from_pylist(pairs)), GatesConfig()), Apart())
         spent[name] = UnitBatch.unpack(actor(batch.pack())).spent
@@ -84,7 +94,9 @@ def figures(gpus):
     cfg = load(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"])
     units = tuple(WorkUnit(name, "p", start, start + 900, "g") for name, start in (("a", 0), ("b", 900)))
     plan = Plan(1, {}, 900, (), units, ())
-    done = [UnitSummary(u.id, u.path, u.start, u.stop, fused=890, rejected=10, busy_s=20.0, engine_s=39.0) for u in units]
+    done = [
+        UnitSummary(u.id, u.path, u.start, u.stop, fused=890, rejected=10, busy_s=20.0, engine_s=39.0) for u in units
+    ]
     return cost(cfg, Pool(1, 4, 1.0, gpus, 2), plan, done)
 
 
@@ -110,5 +122,9 @@ def test_vllm_can_be_planned_and_its_sampling_is_part_of_what_decides_the_output
         return base_of(cfg, model)
 
     assert base() == base("engine.vllm.tensor_parallel=2")
-    for decides in ("engine.vllm.temperature=0.5", "engine.vllm.sampling.top_p=0.9", "engine.vllm.options.quantization=fp8"):
+    for decides in (
+        "engine.vllm.temperature=0.5",
+        "engine.vllm.sampling.top_p=0.9",
+        "engine.vllm.options.quantization=fp8",
+    ):
         assert base() != base(decides)

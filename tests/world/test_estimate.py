@@ -49,8 +49,14 @@ def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog)
 
 
 def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_path, monkeypatch, capsys):
-    pq.write_table(pa.table({"raw": [f"Cape No. {i}" for i in range(40)], "synthetic": ["a lighthouse"] * 40}), tmp_path / "a.parquet")
-    cfg = load(PlanConfig, [f"input.path={tmp_path}/a.parquet", f"output.path={tmp_path}/out", "engine.kind=echo", "unit.rows=10"])
+    pq.write_table(
+        pa.table({"raw": [f"Cape No. {i}" for i in range(40)], "synthetic": ["a lighthouse"] * 40}),
+        tmp_path / "a.parquet",
+    )
+    cfg = load(
+        PlanConfig,
+        [f"input.path={tmp_path}/a.parquet", f"output.path={tmp_path}/out", "engine.kind=echo", "unit.rows=10"],
+    )
     plans = []
     monkeypatch.setattr("capsfusion_ray.estimate.next_plan", lambda *args: plans.append(next_plan(*args)) or plans[-1])
     quote = estimate(cfg)

@@ -71,7 +71,9 @@ class OneOutput(RuleBasedStateMachine):
 
     def rows(self):
         """As any reader sees them; a row that stands twice fails."""
-        tables = [pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None) for file in self.store.list("data")]
+        tables = [
+            pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None) for file in self.store.list("data")
+        ]
         rows = pa.concat_tables(tables).to_pylist()
         assert len({row["row_id"] for row in rows}) == len(rows)
         return {row["row_id"]: row["capsfusion"] for row in rows}
@@ -86,7 +88,13 @@ class OneOutput(RuleBasedStateMachine):
         plans = read_plans(self.store)
         number = len(plans) + 1
         units = tuple(
-            WorkUnit(f"p{number}u{i}", f"p{number}s{i // UNITS_PER_GROUP}", i * ROWS, (i + 1) * ROWS, f"g{i // UNITS_PER_GROUP:05d}")
+            WorkUnit(
+                f"p{number}u{i}",
+                f"p{number}s{i // UNITS_PER_GROUP}",
+                i * ROWS,
+                (i + 1) * ROWS,
+                f"g{i // UNITS_PER_GROUP:05d}",
+            )
             for i in range(GROUPS * UNITS_PER_GROUP)
         )
         shards = tuple(PlannedShard(unit.path, "c", 99, unit.group) for unit in units)
@@ -139,7 +147,9 @@ class OneOutput(RuleBasedStateMachine):
             return
         store = DiesAt(self.store, dies_at)
         revisions = list(before.revisions) if before else []
-        revisions += [{"revision": len(revisions) + 1, "kind": "base"}] * (len(plans) - sum(r["kind"] == "base" for r in revisions))
+        revisions += [{"revision": len(revisions) + 1, "kind": "base"}] * (
+            len(plans) - sum(r["kind"] == "base" for r in revisions)
+        )
         try:
             manifest = assemble(plans, entries, revisions)
             current = self.store.get_with_etag(MANIFEST)
@@ -148,7 +158,9 @@ class OneOutput(RuleBasedStateMachine):
         except KeyboardInterrupt:
             return
 
-    @precondition(lambda self: len(self.first) > 2 and len(read_plans(self.store)) < 3 and not self.unfinished_takedown())
+    @precondition(
+        lambda self: len(self.first) > 2 and len(read_plans(self.store)) < 3 and not self.unfinished_takedown()
+    )
     @rule()
     def the_input_gains_shards(self):
         self.plan()

@@ -64,13 +64,17 @@ def test_a_model_of_a_bucket_is_looked_at_without_being_fetched(in_a_bucket, hf_
     assert not hf_home.exists()
 
 
-def test_a_model_of_a_bucket_is_fetched_once_and_is_the_same_as_on_disk(in_a_bucket, s3_client, hf_home, tmp_path, monkeypatch):
+def test_a_model_of_a_bucket_is_fetched_once_and_is_the_same_as_on_disk(
+    in_a_bucket, s3_client, hf_home, tmp_path, monkeypatch
+):
     folder = folder_of(in_a_bucket)
     assert held(folder) == FILES, "neither the card nor other programs' weights"
     assert Path(folder).parent == hf_home / FOLDER
     on_disk = tmp_path / "copy"
     shutil.copytree(folder, on_disk)
-    assert models.inspect(EngineConfig(model=str(on_disk))).content == in_a_bucket.revision, "a moved model is the same model"
+    assert models.inspect(EngineConfig(model=str(on_disk))).content == in_a_bucket.revision, (
+        "a moved model is the same model"
+    )
     monkeypatch.setattr(modelcache, "_fetch", None)  # whoever calls it now fails
     assert folder_of(in_a_bucket) == folder
 
@@ -91,7 +95,9 @@ print(folder_of(EngineConfig(**json.loads(sys.argv[1])), weights=json.loads(sys.
 def in_a_process(engine, weights=True, **env):
     asked = {"model": engine.model, "revision": engine.revision, "storage": engine.storage}
     command = [sys.executable, "-c", FETCH, json.dumps(asked), json.dumps(weights)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(process):
@@ -188,17 +194,26 @@ def hub():
 
 
 def environment(hub, hf_home, offline=False):
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(hf_home), "HF_HUB_OFFLINE": str(int(offline)), "NO_PROXY": "127.0.0.1"}
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(hf_home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "NO_PROXY": "127.0.0.1",
+    }
 
 
 def look(engine, **env):
     asked = json.dumps({"model": engine.model, "revision": engine.revision})
-    done = subprocess.run([sys.executable, "-c", LOOK, asked], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, asked], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr
 
 
 def test_actors_load_the_commit_that_the_driver_looked_at_though_main_moves_on(hub, hf_home, tmp_path):
-    first = hub.push(FILES | {"pytorch_model.bin": b"the same weights again", "original/consolidated.pth": b"and again"})
+    first = hub.push(
+        FILES | {"pytorch_model.bin": b"the same weights again", "original/consolidated.pth": b"and again"}
+    )
     content, template, revision = look(EngineConfig(model="me/fusion"), **environment(hub, tmp_path / "driver"))
     assert (content, revision) == (f"hub:{first}", first)
     assert template == "Fuse {raw} | {synthetic} ->", "a hub model's fusion.json counts"
@@ -240,10 +255,14 @@ def test_a_model_that_a_node_cannot_get_is_one_line_that_names_it(hub, hf_home):
 def test_whether_a_model_has_a_prompt_of_its_own_is_never_guessed_while_the_hub_fails(hub, hf_home):
     """Without its fusion.json a model would be prompted in other words, and nobody would see it."""
     commit = hub.push(FILES)
-    fetched = ended(in_a_process(EngineConfig(model="me/fusion", revision=commit), weights=False, **environment(hub, hf_home)))[1]
+    fetched = ended(
+        in_a_process(EngineConfig(model="me/fusion", revision=commit), weights=False, **environment(hub, hf_home))
+    )[1]
     Path(fetched, "fusion.json").unlink()
     gone = environment(hub, hf_home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert "the hub cannot be asked whether the model has a fusion.json" in look(EngineConfig(model="me/fusion", revision=commit), **gone)
+    assert "the hub cannot be asked whether the model has a fusion.json" in look(
+        EngineConfig(model="me/fusion", revision=commit), **gone
+    )
     offline = look(EngineConfig(model="me/fusion", revision=commit), **gone | {"HF_HUB_OFFLINE": "1"})
     assert offline[0] == f"hub:{commit}", "who says offline takes what is here"
 
@@ -258,4 +277,6 @@ def test_a_model_of_a_bucket_loads_and_its_actors_need_no_folder_of_it(bucket, s
         s3_client.put_object(Bucket=bucket, Key=f"tiny/{path.name}", Body=path.read_bytes())
     engine = settled(EngineConfig(model=f"s3://{bucket}/tiny", storage=s3_options, device="cpu"))
     assert engine.revision == models.content_hash(Store(str(ROOT / "models" / models.EMBEDDED)))
-    assert load_model(engine).encode(["a red car"]) == load_model(dataclasses.replace(engine, model="")).encode(["a red car"])
+    assert load_model(engine).encode(["a red car"]) == load_model(dataclasses.replace(engine, model="")).encode(
+        ["a red car"]
+    )

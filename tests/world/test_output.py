@@ -32,7 +32,9 @@ from capsfusion_ray.verify import verify
     file_rows=st.integers(1, 20),
     partition_by=st.sampled_from(["shard", "lang"]),
 )
-def test_every_row_comes_out_once_whatever_the_cut(tmp_path_factory, outcomes, filtered, units, file_rows, partition_by):
+def test_every_row_comes_out_once_whatever_the_cut(
+    tmp_path_factory, outcomes, filtered, units, file_rows, partition_by
+):
     if not outcomes and not filtered:
         return
     folder = tmp_path_factory.mktemp("out")

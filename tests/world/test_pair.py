@@ -94,11 +94,19 @@ def test_the_paired_table_is_what_the_main_job_reads(tables, tmp_path, without_r
     assert found == {f"http://Host.example/{i}.jpg": (f"raw ö {i}", f"a photo of {i}") for i in range(9, 29)}
     assert report["pairs"] == 20
     assert {k: report["raw"][k] for k in ("rows", "matched", "unmatched", "duplicates", "conflicting")} == {
-        "rows": 30, "matched": 20, "unmatched": 9, "duplicates": 1, "conflicting": 1,
-    }  # fmt: skip
+        "rows": 30,
+        "matched": 20,
+        "unmatched": 9,
+        "duplicates": 1,
+        "conflicting": 1,
+    }
     assert {k: report["synthetic"][k] for k in ("rows", "matched", "unmatched", "duplicates", "conflicting")} == {
-        "rows": 25, "matched": 20, "unmatched": 4, "duplicates": 1, "conflicting": 0,
-    }  # fmt: skip
+        "rows": 25,
+        "matched": 20,
+        "unmatched": 4,
+        "duplicates": 1,
+        "conflicting": 0,
+    }
     assert report["raw"]["columns"] == {"caption": "TEXT", "key": "URL", "url": "URL"}
     assert report["raw"]["duplicate_keys"] == ("host.example/3.jpg",)
     assert json.loads((output / AUDIT).read_text())["pairs"] == 20
@@ -165,8 +173,10 @@ def test_by_a_hash_that_is_a_number_here_and_text_there_with_columns_carried_alo
     report = pair(PairConfig(raw, synthetic, PairOutputConfig(str(tmp_path / "out"))))
     rows = pq.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
     assert [list(rows[0]), report["pairs"], report["partitions"]] == [
-        ["image_url", "laion_2b", "laion_coco", "WIDTH", "hash", "score"], 20, 1,
-    ]  # fmt: skip
+        ["image_url", "laion_2b", "laion_coco", "WIDTH", "hash", "score"],
+        20,
+        1,
+    ]
     assert all((row["hash"], row["score"]) == (row["WIDTH"] * 2**40, row["WIDTH"] / 2) for row in rows)
     assert [row["WIDTH"] for row in rows] == list(range(9, 29)), "in the order of the raw table"
 
@@ -223,8 +233,11 @@ def test_damage_is_counted_on_the_side_that_has_it(tables, tmp_path, without_ray
     report = pair(PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url"))
     assert list(report["raw"]["unreadable_shards"]) == ["c.parquet"]
     assert {k: report["synthetic"][k] for k in ("rows", "matched", "unusable", "without_key")} == {
-        "rows": 27, "matched": 20, "unusable": 1, "without_key": 1,
-    }  # fmt: skip
+        "rows": 27,
+        "matched": 20,
+        "unusable": 1,
+        "without_key": 1,
+    }
 
 
 def test_keys_that_are_no_utf8_pair_with_nothing(tmp_path, without_ray):
@@ -233,7 +246,11 @@ def test_keys_that_are_no_utf8_pair_with_nothing(tmp_path, without_ray):
         (tmp_path / side).mkdir()
         lines = [header, b"https://x.example/stra" + letter + b"e.jpg\tA street", b"https://x.example/1.jpg\tA square"]
         (tmp_path / side / "a.tsv").write_bytes(b"\n".join(lines) + b"\n")
-    config = PairConfig(TableConfig(str(tmp_path / "raw")), TableConfig(str(tmp_path / "synthetic")), PairOutputConfig(str(tmp_path / "out")))
+    config = PairConfig(
+        TableConfig(str(tmp_path / "raw")),
+        TableConfig(str(tmp_path / "synthetic")),
+        PairOutputConfig(str(tmp_path / "out")),
+    )
     report = pair(config)
     assert [(report[side]["matched"], report[side]["without_key"]) for side in ("raw", "synthetic")] == [(1, 1), (1, 1)]
 
@@ -296,8 +313,13 @@ def test_on_any_store(store, tables, without_ray):
     ]
 
 
-@pytest.mark.parametrize(("first", "second"), [(["hash", "WIDTH"], ["WIDTH", "hash"]), (["WIDTH", "hash"], ["WIDTH"]), (["WIDTH"], ["WIDTH", "hash"])])
-def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_among_them(tables, tmp_path, without_ray, first, second):
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(["hash", "WIDTH"], ["WIDTH", "hash"]), (["WIDTH", "hash"], ["WIDTH"]), (["WIDTH"], ["WIDTH", "hash"])],
+)
+def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_among_them(
+    tables, tmp_path, without_ray, first, second
+):
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")))
     keyed = {side: replace(table, key="hash") for side, table in tables.items()}
 
@@ -310,7 +332,9 @@ def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_
     assert pair(carrying(first))["pairs"]
 
 
-def test_objects_that_another_driver_swept_meanwhile_end_the_pairing_before_a_part_is_overwritten(tables, tmp_path, without_ray, monkeypatch):
+def test_objects_that_another_driver_swept_meanwhile_end_the_pairing_before_a_part_is_overwritten(
+    tables, tmp_path, without_ray, monkeypatch
+):
     """Taken over while its first pass waited for a node: what it lists afterwards is a fragment."""
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
     pair(cfg)
@@ -346,6 +370,10 @@ def test_a_second_driver_is_refused_while_one_is_at_work(tables, tmp_path, witho
     ],
 )
 def test_a_column_that_is_not_there_is_named_with_the_key_that_names_it(tables, tmp_path, without_ray, named, says):
-    cfg = PairConfig(raw=replace(tables["raw"], **named), synthetic=tables["synthetic"], output=PairOutputConfig(str(tmp_path / "out")))
+    cfg = PairConfig(
+        raw=replace(tables["raw"], **named),
+        synthetic=tables["synthetic"],
+        output=PairOutputConfig(str(tmp_path / "out")),
+    )
     with pytest.raises(SourceError, match=says):
         pair(cfg)

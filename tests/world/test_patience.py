@@ -36,7 +36,9 @@ def test_a_failing_store_is_waited_out_with_growing_pauses(slept, failures):
     assert slept == list(patience.PAUSES_S[:failures])
 
 
-@pytest.mark.parametrize(("error", "calls"), [(StorageError, len(patience.PAUSES_S) + 1), (StoreRefused, 1), (StoreFull, 1)])
+@pytest.mark.parametrize(
+    ("error", "calls"), [(StorageError, len(patience.PAUSES_S) + 1), (StoreRefused, 1), (StoreFull, 1)]
+)
 def test_patience_has_an_end_and_a_refusal_is_believed_at_once(slept, error, calls):
     made = []
 

@@ -22,7 +22,15 @@ class Terminal(io.StringIO):
 
 
 def unit(number, rejected=1):
-    return UnitSummary(f"u{number}", "a", 1000 * number, 1000 * (number + 1), fused=1000 - rejected, rejected=rejected, reasons={"too_short": rejected})
+    return UnitSummary(
+        f"u{number}",
+        "a",
+        1000 * number,
+        1000 * (number + 1),
+        fused=1000 - rejected,
+        rejected=rejected,
+        reasons={"too_short": rejected},
+    )
 
 
 @pytest.fixture
@@ -45,7 +53,9 @@ def test_the_bar_stands_before_the_first_commit_and_fits_the_terminal(tmp_path, 
     assert "━" in first
     drawn = [line for line in re.split(r"[\r\n]", first) if "\u2501" in line or "rows" in line]
     assert max(map(len, drawn)) <= columns
-    assert ESCAPE.sub("", terminal.getvalue()).splitlines()[-1].startswith("1,000/4,000 rows (25.0%)"), "the last word stays"
+    assert ESCAPE.sub("", terminal.getvalue()).splitlines()[-1].startswith("1,000/4,000 rows (25.0%)"), (
+        "the last word stays"
+    )
 
 
 def test_a_log_line_goes_above_the_bar_and_not_into_it(tmp_path, terminal, monkeypatch):

@@ -96,7 +96,9 @@ def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, recomputed,
 
 def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
-    killed_at_every_write(tmp_path, repair_of, rows_of(tmp_path / "calm", "data"), prepare=lambda path: break_one(path, "corrupt"))
+    killed_at_every_write(
+        tmp_path, repair_of, rows_of(tmp_path / "calm", "data"), prepare=lambda path: break_one(path, "corrupt")
+    )
 
 
 def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, monkeypatch):
@@ -121,7 +123,12 @@ def test_recomputed_rows_are_marked_as_repeated_as_they_were(tmp_path, monkeypat
     monkeypatch.setattr(repeats, "MIN_PAIRS", 1)  # in so small a run every caption is then repeated too often
     store = Store(str(tmp_path / "out"))
     plans = read_plans(store)
-    entries = judge_repeats(Rewriter(store, 1, plans[0].fields, config(tmp_path).output), read_groups(store), GateConfig("flag", 0.001), lambda: None)
+    entries = judge_repeats(
+        Rewriter(store, 1, plans[0].fields, config(tmp_path).output),
+        read_groups(store),
+        GateConfig("flag", 0.001),
+        lambda: None,
+    )
     judged = assemble(plans, entries, manifest.revisions)
     store.put(MANIFEST, judged.to_bytes())
     sweep(store, judged)

@@ -33,12 +33,16 @@ OUTPUT = OutputConfig("", target_file_rows=10)
 
 
 def rows_of(captions, raws, kept=()):
-    return pa.table({
-        "laion_2b": pa.array(raws, pa.string()),
-        "laion_coco": pa.array(["s"] * len(captions), pa.string()),
-        "capsfusion": pa.array(captions, pa.string()),
-        "flags": pa.array([["kept", "boilerplate"] if i in kept else [] for i in range(len(captions))], pa.list_(pa.string())),
-    })  # fmt: skip
+    return pa.table(
+        {
+            "laion_2b": pa.array(raws, pa.string()),
+            "laion_coco": pa.array(["s"] * len(captions), pa.string()),
+            "capsfusion": pa.array(captions, pa.string()),
+            "flags": pa.array(
+                [["kept", "boilerplate"] if i in kept else [] for i in range(len(captions))], pa.list_(pa.string())
+            ),
+        }
+    )
 
 
 @given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=30), min_size=1, max_size=4))
@@ -72,7 +76,11 @@ def test_kept_captions_do_not_count():
     assert set(tally.most_repeated()) == {caption_key("other")}
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), unique=True, max_size=20), st.integers(0, 20), st.lists(st.sampled_from("abcd"), max_size=8))
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), unique=True, max_size=20),
+    st.integers(0, 20),
+    st.lists(st.sampled_from("abcd"), max_size=8),
+)
 def test_after_a_retry_a_group_notes_what_it_would_had_it_been_written_so(rows, gone, captions):
     def tally(of):
         counted = Tally()
@@ -94,10 +102,15 @@ def compacted(store):
         flags = [["lost_entity"] if n < 8 else row for n, row in enumerate(table["flags"].to_pylist())]
         table = table.set_column(table.schema.get_field_index("flags"), "flags", pa.array(flags, pa.list_(pa.string())))
         numbers = range(unit.start, unit.stop)
-        for name, values in (("laion_2b", [f"raw {n}" for n in numbers]), ("capsfusion", [LOST if n % 2 else f"c {n}" for n in numbers])):
+        for name, values in (
+            ("laion_2b", [f"raw {n}" for n in numbers]),
+            ("capsfusion", [LOST if n % 2 else f"c {n}" for n in numbers]),
+        ):
             table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
         commit(store, table, summarise(UnitBatch(unit, table, Apart()), table))
-    entries = [compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, OUTPUT) for g in ("g00000", "g00001")]
+    entries = [
+        compact_group(store, g, 1, [u for u in units if u.group == g], FIELDS, OUTPUT) for g in ("g00000", "g00001")
+    ]
     return plan, entries
 
 
@@ -133,7 +146,9 @@ def test_a_caption_of_too_many_pairs_is_marked(tmp_path, action):
     assert all(data[row_id]["capsfusion"] == LOST for row_id in flagged)
     if action == "reject":
         assert Counter(row["reason"] for row in rejected.values())["repeated_caption"] == lost
-        assert {row["detail"] for row in rejected.values() if row["reason"] == "repeated_caption"} == {f"{lost} pairs got this caption"}
+        assert {row["detail"] for row in rejected.values() if row["reason"] == "repeated_caption"} == {
+            f"{lost} pairs got this caption"
+        }
 
 
 @pytest.mark.parametrize("action", ["flag", "reject"])
@@ -160,7 +175,9 @@ def test_judging_again_changes_nothing(tmp_path):
     store = Store(str(tmp_path))
     plan, _ = compacted(store)
     first = judged(store, plan, "flag")
-    again = judge_repeats(Rewriter(store, 2, FIELDS, OUTPUT), read_groups(store), GateConfig("flag", 0.001), lambda: None)
+    again = judge_repeats(
+        Rewriter(store, 2, FIELDS, OUTPUT), read_groups(store), GateConfig("flag", 0.001), lambda: None
+    )
     assert all(entry.edition == 1 for entry in again)
     assert read_manifest(store) == first
 
@@ -178,7 +195,11 @@ def retried(store, monkeypatch, caption, action, reasons="rejected"):
             for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
                 numbers = [int(row_id.rpartition(":")[2]) for row_id in batch.table["row_id"].to_pylist()]
                 part = part_of(batch.unit, ["fused"] * len(numbers))
-                columns = {"laion_2b": "raw {}".format, "capsfusion": caption, "row_id": f"{batch.unit.path}:{{}}".format}
+                columns = {
+                    "laion_2b": "raw {}".format,
+                    "capsfusion": caption,
+                    "row_id": f"{batch.unit.path}:{{}}".format,
+                }
                 for name, values in ((name, list(map(write, numbers))) for name, write in columns.items()):
                     part = part.set_column(part.schema.get_field_index(name), name, pa.array(values, pa.string()))
                 summary = summarise(UnitBatch(batch.unit, part, batch.apart), part)
@@ -207,7 +228,9 @@ def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path, monke
     store, before = rejected_once(tmp_path)
     assert before.reasons["repeated_caption"] == 24
     assert retried(store, monkeypatch, lambda n: LOST, "reject", "repeated_caption").reasons == before.reasons
-    assert {row["detail"] for row in read(tmp_path, "rejected").values() if row["reason"] == "repeated_caption"} == {"24 pairs got this caption"}
+    assert {row["detail"] for row in read(tmp_path, "rejected").values() if row["reason"] == "repeated_caption"} == {
+        "24 pairs got this caption"
+    }
     assert LOST not in {row["capsfusion"] for row in read(tmp_path, "data").values()}
 
 

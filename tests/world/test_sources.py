@@ -139,7 +139,9 @@ def test_a_carriage_return_in_a_csv_field_costs_that_row_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
-def test_a_mounted_file_system_that_fails_is_an_outage_and_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_mounted_file_system_that_fails_is_an_outage_and_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """What is called unreadable is committed so for good: a mount that was away for a minute must not come to that."""
 
     class Away(io.FileIO):
@@ -212,8 +214,13 @@ def test_unreadable_shards_are_named_and_the_others_still_read(tmp_path: Path) -
     shards = discover(InputConfig(path=str(tmp_path)), GENERIC)
     assert {s.path for s in shards if not s.error} == {"whole.parquet"}
     assert {s.path for s in shards if s.error} == {
-        "cut.parquet", "zero.parquet", "html.parquet", "cut.jsonl.gz", "cut.json", "gone.parquet",
-    }  # fmt: skip
+        "cut.parquet",
+        "zero.parquet",
+        "html.parquet",
+        "cut.jsonl.gz",
+        "cut.json",
+        "gone.parquet",
+    }
     assert len(read_all(tmp_path)[0]) == 30
 
 
@@ -477,7 +484,9 @@ def test_a_missing_column_is_named_with_the_shard_and_what_it_has(tmp_path: Path
 
 def test_a_mistyped_column_is_named_with_the_nearest_and_a_wrong_preset_with_the_right_one(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", pairs(1))
-    with pytest.raises(SourceError, match=r"'laion_2', which source\.columns\.raw names; it has: .*; did you mean laion_2b\?"):
+    with pytest.raises(
+        SourceError, match=r"'laion_2', which source\.columns\.raw names; it has: .*; did you mean laion_2b\?"
+    ):
         read_all(tmp_path, SourceConfig(columns=ColumnsConfig(raw="laion_2")))
     with pytest.raises(SourceError, match=r"now laion_coco; capsfusion_120m and .*generic would do") as caught:
         read_all(tmp_path, LAION)

@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_demo_captions_pass_through_every_stage_and_the_accounting_closes(tmp_path):
-    cfg = load(FuseConfig, [f"input.path={ROOT / 'examples/captions'}", "source.passthrough=[WIDTH]", f"output.path={tmp_path}"])
+    cfg = load(
+        FuseConfig,
+        [f"input.path={ROOT / 'examples/captions'}", "source.passthrough=[WIDTH]", f"output.path={tmp_path}"],
+    )
     shards = sources.discover(cfg.input, cfg.source)
     assert [shard.path for shard in shards if shard.error] == ["part-00003.parquet"]
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)

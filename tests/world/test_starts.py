@@ -59,8 +59,16 @@ def store(tmp_path):
 
 @pytest.fixture
 def batch():
-    row = {"image_url": "u", "laion_2b": "Lighthouse 1", "laion_coco": "A lighthouse on a coast.", "row_id": "s.parquet:0", "_invalid": None}
-    return UnitBatch(WorkUnit("id", "s.parquet", 0, 1, "g00000"), admit(pa.Table.from_pylist([row]), GatesConfig()), Apart()).pack()
+    row = {
+        "image_url": "u",
+        "laion_2b": "Lighthouse 1",
+        "laion_coco": "A lighthouse on a coast.",
+        "row_id": "s.parquet:0",
+        "_invalid": None,
+    }
+    return UnitBatch(
+        WorkUnit("id", "s.parquet", 0, 1, "g00000"), admit(pa.Table.from_pylist([row]), GatesConfig()), Apart()
+    ).pack()
 
 
 def live(engine, store, batch, tmp_path, patience_s=PATIENCE_S):
@@ -74,7 +82,11 @@ def live(engine, store, batch, tmp_path, patience_s=PATIENCE_S):
         # An engine that is said to load a model: those are rehearsed.
         config = EngineConfig(kind="transformers", device="cpu", start_patience_s=patience_s)
         actor = actors.FusionActor(
-            config, DecodeConfig(), TEMPLATE, AttemptLog(store, "run"), starts=StartLog(store, "run", config.start_patience_s)
+            config,
+            DecodeConfig(),
+            TEMPLATE,
+            AttemptLog(store, "run"),
+            starts=StartLog(store, "run", config.start_patience_s),
         )
         try:
             pq.write_table(actor(batch), tmp_path / "fused")

@@ -39,7 +39,11 @@ def row_ids(path):
     found = []
     for folder in ("data", "rejected"):
         if (path / folder).is_dir():
-            found += [i for file in (path / folder).rglob("*.parquet") for i in pq.read_table(file, partitioning=None)["row_id"].to_pylist()]
+            found += [
+                i
+                for file in (path / folder).rglob("*.parquet")
+                for i in pq.read_table(file, partitioning=None)["row_id"].to_pylist()
+            ]
     return sorted(found)
 
 
@@ -147,11 +151,15 @@ def test_a_list_that_breaks_off_is_refused(tmp_path):
 NUMBERED = ("source.passthrough=[lang,punsafe]",)
 
 
-@pytest.mark.parametrize("asked", [{"max_punsafe": 0.5}, {"max_punsafe": 0.3, "min_words": 5}, {"min_characters": 20}], ids=str)
+@pytest.mark.parametrize(
+    "asked", [{"max_punsafe": 0.5}, {"max_punsafe": 0.3, "min_words": 5}, {"min_characters": 20}], ids=str
+)
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
 def test_a_filter_replayed_leaves_what_a_run_under_that_filter_leaves(tmp_path, asked, partition_by):
     """At the threshold, above it, and where there is no value."""
-    strict = echo_run.finished(tmp_path / "strict", partition_by, *NUMBERED, *(f"filter.{name}={value}" for name, value in asked.items()))
+    strict = echo_run.finished(
+        tmp_path / "strict", partition_by, *NUMBERED, *(f"filter.{name}={value}" for name, value in asked.items())
+    )
     echo_run.finished(tmp_path / "loose", partition_by, *NUMBERED)
     output = OutputConfig(str(tmp_path / "loose" / "out"), partition_by=partition_by)
     assert 0 < strict.counts.filtered < 24
@@ -170,14 +178,19 @@ def test_a_filter_on_a_column_that_was_not_carried_along_is_refused(tmp_path):
 def test_by_what_is_above_and_below_a_value(tmp_path):
     echo_run.finished(tmp_path, "shard", *NUMBERED)
     output = OutputConfig(str(tmp_path / "out"))
-    assert takedown(TakedownConfig(output, above={"punsafe": 0.9}, below={"punsafe": 0.1}))["removed"] == 6, "0.0, 1.0 and 1.1 of both shards"
+    assert takedown(TakedownConfig(output, above={"punsafe": 0.9}, below={"punsafe": 0.1}))["removed"] == 6, (
+        "0.0, 1.0 and 1.1 of both shards"
+    )
     left = [row["punsafe"] for folder in ("data", "rejected") for row in echo_run.rows_of(tmp_path, folder).values()]
     assert {None, 0.1, 0.9} <= set(left)
 
 
 # ------------------------------------------------------------------------------------------------------- no text is left
 
-FUSED, REJECTED = "https://example.com/a4.jpg", "https://example.com/a3.jpg"  # and its raw caption, which is no other row's
+FUSED, REJECTED = (
+    "https://example.com/a4.jpg",
+    "https://example.com/a3.jpg",
+)  # and its raw caption, which is no other row's
 TRACES = (FUSED, REJECTED, "Cape A No. 3")
 
 
@@ -249,7 +262,11 @@ def test_another_takedown_waits_for_the_one_that_was_killed(tmp_path, monkeypatc
 def test_the_sweep_leaves_what_may_be_written_this_moment(tmp_path):
     """A driver that lost its lease may be compacting: its files have no entry yet, and its entry will name them."""
     output = finished(tmp_path / "out")
-    for name in ("data/shard=g00007/part-r002-00000.parquet", "data/lang=en/part-r002-g00007-00000.parquet", "data/notes.txt"):
+    for name in (
+        "data/shard=g00007/part-r002-00000.parquet",
+        "data/lang=en/part-r002-g00007-00000.parquet",
+        "data/notes.txt",
+    ):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(b"")
     stale = tmp_path / "out" / "data/shard=g00000/part-r001-00099.parquet"

@@ -57,7 +57,10 @@ def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
                     w2, w3 = weights[b, h, m, at + w + 2], weights[b, h, m, at + w + 3]
                     for d in range(size):
                         out[b, h, m, d] += (
-                            w0 * v[b, h, w, d] + w1 * v[b, h, w + 1, d] + w2 * v[b, h, w + 2, d] + w3 * v[b, h, w + 3, d]
+                            w0 * v[b, h, w, d]
+                            + w1 * v[b, h, w + 1, d]
+                            + w2 * v[b, h, w + 2, d]
+                            + w3 * v[b, h, w + 3, d]
                         )
             for w in range(whole, end[b]):
                 for m in range(queries):

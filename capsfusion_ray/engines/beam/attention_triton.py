@@ -30,10 +30,24 @@ def _tile(q, k, v, seen, scale, top, total, acc):  # type: ignore[no-untyped-def
 
 @triton.jit
 def _decode_kernel(  # type: ignore[no-untyped-def]
-    q_ptr, prefix_k_ptr, prefix_v_ptr, k_ptr, v_ptr, visible_ptr, end_ptr, out_ptr,
-    scale, prefix_tokens, columns, heads,
-    GROUP: tl.constexpr, BEAMS: tl.constexpr, HEAD_SIZE: tl.constexpr, QUERIES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    prefix_k_ptr,
+    prefix_v_ptr,
+    k_ptr,
+    v_ptr,
+    visible_ptr,
+    end_ptr,
+    out_ptr,
+    scale,
+    prefix_tokens,
+    columns,
+    heads,
+    GROUP: tl.constexpr,
+    BEAMS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One program: one row, one key/value head, all its beams and query heads."""
     row, head = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, QUERIES)
@@ -88,8 +102,22 @@ def decode_attention_triton(
     out = torch.empty_like(q)
     queries = max(MIN_QUERIES, triton.next_power_of_2(g * k))
     _decode_kernel[(b, h)](
-        q, prefix_k_HPD, prefix_v_HPD, k_BHND, v_BHND, visible_BKN.view(torch.uint8), end_B, out,
-        d**-0.5, prefix_k_HPD.shape[1], k_BHND.shape[2], h,
-        GROUP=g, BEAMS=k, HEAD_SIZE=d, QUERIES=queries, COLUMNS=TILE,
-    )  # fmt: skip
+        q,
+        prefix_k_HPD,
+        prefix_v_HPD,
+        k_BHND,
+        v_BHND,
+        visible_BKN.view(torch.uint8),
+        end_B,
+        out,
+        d**-0.5,
+        prefix_k_HPD.shape[1],
+        k_BHND.shape[2],
+        h,
+        GROUP=g,
+        BEAMS=k,
+        HEAD_SIZE=d,
+        QUERIES=queries,
+        COLUMNS=TILE,
+    )
     return out

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 # Steps between two looks at the stop flags. A look waits for the device; a finished row idles 1.5 steps of about 41.
 LOOK_EVERY = {"cpu": 1, "cuda": 4}
-REHEARSED_ON = {"cuda"}  # where memory ends with an error that can be caught, one worst-case step is tried before any caption
+REHEARSED_ON = {
+    "cuda"
+}  # where memory ends with an error that can be caught, one worst-case step is tried before any caption
 SHARED_PREFIX = 16  # tokens; a shorter prefix is cheaper read with each suffix than kept apart
 REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill of several suffixes, not several of one
 
@@ -141,7 +143,9 @@ class BeamEngine:
             cache = Cache.allocate(slots, suffix_columns, plan.num_beams, plan.max_new_tokens, weights)
             state = BeamState.empty(slots, plan, self._device)
             if self._device.type in REHEARSED_ON:
-                rows = torch.arange(max(1, min(slots, PREFILL_TOKENS[self._device.type] // suffix_columns)), device=self._device)
+                rows = torch.arange(
+                    max(1, min(slots, PREFILL_TOKENS[self._device.type] // suffix_columns)), device=self._device
+                )
                 tokens_RS = torch.zeros(len(rows), suffix_columns, dtype=torch.int64, device=self._device)
                 self._network.prefill(cache, prefix, rows, tokens_RS, torch.full_like(rows, suffix_columns))
                 ends = [cache.columns] * slots

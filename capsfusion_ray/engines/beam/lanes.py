@@ -20,7 +20,9 @@ from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.rows import Generation, Prompt
 
-STEPS = 8  # of a lane between two meetings: one step takes a lane longer than another, which refills; over 8 it evens out
+STEPS = (
+    8  # of a lane between two meetings: one step takes a lane longer than another, which refills; over 8 it evens out
+)
 
 
 def build(engine: EngineConfig, decode: DecodeConfig) -> Engine:

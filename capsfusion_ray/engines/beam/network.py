@@ -67,9 +67,7 @@ class Network:
         cache.open_rows(rows, lengths_R)
         return self._kernels.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
 
-    def decode(
-        self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]
-    ) -> Tensor:
+    def decode(self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]) -> Tensor:
         """One step of rows 0..B-1: feed each beam its last token; the logits of the next one, [B, K, V].
 
         `steps_B` is the index of the token fed among the generated ones; `ends` the columns that each of these rows
