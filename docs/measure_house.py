@@ -37,7 +37,7 @@ def imports(name: str, known: dict[str, Path]) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    return (name.split(".") + ["__init__"])[1]
+    return [*name.split("."), "__init__"][1]
 
 
 def long_functions(known: dict[str, Path]) -> list[tuple[int, str]]:

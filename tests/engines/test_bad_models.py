@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
-from tiny import EOS, drain, tiny_llama
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from bad_models import DECODE, WORDS, Trojan, config, llama, save
+from tiny import drain
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 from capsfusion_ray.actors import DEBUT, FusionActor
 from capsfusion_ray.attempts import AttemptLog
-from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.config import GatesConfig
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError, EngineError
@@ -28,30 +25,7 @@ from capsfusion_ray.stages import FINISH, admit
 from capsfusion_ray.storage import Store
 from capsfusion_ray.units import Apart, UnitBatch
 
-WORDS = 60  # rows of the tiny model's vocabulary
-DECODE = DecodeConfig(num_beams=2, max_new_tokens=4, scoring="transformers")
 ENGINES = pytest.mark.parametrize("kind", ["beam", "transformers"])
-
-
-def save(folder: Path, model: Any, words: int = WORDS, **tokens: str) -> Path:
-    model.save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(words)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", unk_token="w3", **tokens).save_pretrained(
-        folder
-    )
-    return folder
-
-
-def llama(eos_weight: float = 2.0) -> Any:
-    return tiny_llama(1, eos_weight, dtype=torch.float32)
-
-
-def config(folder: Path, kind: str = "beam") -> EngineConfig:
-    """One thread, one engine: lanes of another number round a score's last digit in another way."""
-    return EngineConfig(
-        kind=kind, model=str(folder), device="cpu", dtype="float32", slots=DEBUT, batch_size=DEBUT, threads=1
-    )
 
 
 def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[dict[str, Any]]:
@@ -77,14 +51,6 @@ def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[d
 
 
 # ------------------------------------------------------------------------------------------------ nothing of theirs is run
-
-
-class Trojan:
-    def __init__(self, mark: Path) -> None:
-        self._mark = mark
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.mkdir, (str(self._mark),)
 
 
 def test_weights_in_the_bin_form_execute_nothing(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from bad_models import DECODE, Trojan, config, llama, save
 from safetensors.torch import save_file
-from test_bad_models import DECODE, Trojan, config, llama, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from capsfusion_ray import models
