@@ -33,14 +33,14 @@ from hf import build_prompts, generate_batch, prefix_cache, read_pairs
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.types import Generation, Prompt
 from capsfusion_ray.engines.base import Engine
+from capsfusion_ray.engines.beam.cpu_threads import side_by_side
 from capsfusion_ray.engines.beam.engine import BeamEngine
-from capsfusion_ray.engines.beam.lanes import side_by_side
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.models import inspect, locate, settle
-from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.rows import Generation, Prompt
 
 SHAPES = {  # hidden, layers, heads, intermediate, vocabulary (None: the tokenizer's)
     "llama2-13b-random": (5120, 40, 40, 13824, 32000),

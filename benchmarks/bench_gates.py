@@ -19,8 +19,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from capsfusion_ray.config import GatesConfig
-from capsfusion_ray.gates import judge_sources, judge_table
-from capsfusion_ray.provenance import align
+from capsfusion_ray.core.gates import judge_sources, judge_table
+from capsfusion_ray.core.word_alignment import align
 
 SLICE = 400  # rows; about 20 ms, so that some slice runs undisturbed
 

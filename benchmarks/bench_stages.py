@@ -21,18 +21,18 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from capsfusion_ray import sources
-from capsfusion_ray.actors import FusionActor
-from capsfusion_ray.attempts import AttemptLog
-from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import FuseConfig, load
-from capsfusion_ray.parts import commit
-from capsfusion_ray.plan import make_plan, spans
-from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.rows import PAIR_FIELDS
+from capsfusion_ray.core.columns import PAIR_FIELDS
+from capsfusion_ray.core.plan import make_plan, spans
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import admit, judge_unit
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.unit_files import commit
+from capsfusion_ray.run.actor import FusionActor
+from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.sources import ReadSpec, iter_units
-from capsfusion_ray.stages import admit, judge_unit
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import Apart, UnitBatch
 
 T = TypeVar("T")
 STAGES = ("read", "admit", "pack", "echo", "judge", "commit", "compact")

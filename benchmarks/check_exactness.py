@@ -22,10 +22,10 @@ import torch
 from hf import Ids, build_prompts, generate_batch, read_pairs
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.core.types import Prompt
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.loading import LoadedModel, load_model
-from capsfusion_ray.models import inspect, settle
-from capsfusion_ray.rows import Prompt
+from capsfusion_ray.models.inspect import inspect, settle
 
 MAX_NEW_TOKENS = 80
 Written = Iterator[tuple[str, list[int]]]  # a prompt's id and its generated ids, without the EOS

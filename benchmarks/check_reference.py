@@ -20,7 +20,7 @@ from hf import Ids, build_prompts, read_pairs
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.loading import load_model
-from capsfusion_ray.models import inspect, settle
+from capsfusion_ray.models.inspect import inspect, settle
 
 RECORDER = Path(__file__).resolve().parents[1] / "tests/fixtures/record_4_28_1.py"
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from capsfusion_ray.core.prompt import PromptBuilder
+from capsfusion_ray.core.types import CaptionPair, Prompt
 from capsfusion_ray.engines.loading import LoadedModel
-from capsfusion_ray.prompt import PromptBuilder
-from capsfusion_ray.rows import CaptionPair, Prompt
 
 
 class Ids:

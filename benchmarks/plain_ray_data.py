@@ -21,12 +21,12 @@ from bench_pipeline import COLUMNS
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
-from capsfusion_ray import cluster
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.core.gates import judge, judge_sources
+from capsfusion_ray.core.prompt import TEMPLATE, PromptBuilder
+from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.gates import judge, judge_sources
-from capsfusion_ray.prompt import TEMPLATE, PromptBuilder
-from capsfusion_ray.rows import CaptionPair, FinishReason, Generation, Prompt
+from capsfusion_ray.run import cluster
 
 BATCH_ROWS = 8192
 GATES = GatesConfig()

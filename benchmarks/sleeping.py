@@ -15,9 +15,9 @@ from collections import deque
 from pathlib import Path
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.core.types import Generation, Prompt
 from capsfusion_ray.engines.base import ENGINES, Load
 from capsfusion_ray.engines.echo import EchoEngine
-from capsfusion_ray.rows import Generation, Prompt
 
 STEP_S = 0.25  # a real step takes a tenth of it; so many processes on few cores must not be kept busy by waking up
 LOAD_S = 10.0

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from capsfusion_ray.cli import EXIT_USAGE
 from capsfusion_ray.config import without_secrets
-from capsfusion_ray.doorway import EXIT_USAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, default_of, describe, unwrap_optional
-from capsfusion_ray.evaluate import EvaluateConfig
-from capsfusion_ray.export import ExportConfig
-from capsfusion_ray.label import LabelConfig
-from capsfusion_ray.pair import PairConfig
-from capsfusion_ray.report import ReportConfig
-from capsfusion_ray.showcase import ShowConfig
-from capsfusion_ray.takedown import TakedownConfig
-from capsfusion_ray.train.average import AverageConfig
-from capsfusion_ray.train.config import TrainConfig
+from capsfusion_ray.dataset.export import ExportConfig
+from capsfusion_ray.dataset.takedown import TakedownConfig
+from capsfusion_ray.pairing.job import PairConfig
+from capsfusion_ray.report.job import ReportConfig
+from capsfusion_ray.report.terminal import ShowConfig
+from capsfusion_ray.training.average import AverageConfig
+from capsfusion_ray.training.config import TrainConfig
+from capsfusion_ray.training.evaluate import EvaluateConfig
+from capsfusion_ray.training.label import LabelConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration

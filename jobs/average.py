@@ -2,8 +2,8 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.train.average import AverageConfig, average
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.training.average import AverageConfig, average
 
 if __name__ == "__main__":
     sys.exit(run_job(AverageConfig, average))

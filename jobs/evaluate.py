@@ -2,8 +2,8 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.evaluate import EvaluateConfig, evaluate
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.training.evaluate import EvaluateConfig, evaluate
 
 if __name__ == "__main__":
     sys.exit(run_job(EvaluateConfig, evaluate))

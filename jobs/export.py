@@ -2,8 +2,8 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.export import ExportConfig, export
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.dataset.export import ExportConfig, export
 
 if __name__ == "__main__":
     sys.exit(run_job(ExportConfig, export))

@@ -4,10 +4,10 @@ import logging
 import sys
 from typing import Any
 
+from capsfusion_ray.cli import run_job
 from capsfusion_ray.config import FuseConfig
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.report import ReportConfig, report
-from capsfusion_ray.run import fuse
+from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.run.driver import fuse
 
 
 def fuse_and_report(cfg: FuseConfig) -> dict[str, Any]:

@@ -3,9 +3,9 @@
 import sys
 from typing import Any
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.label import LabelConfig, prepare, train_command
-from capsfusion_ray.run import fuse
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.run.driver import fuse
+from capsfusion_ray.training.label import LabelConfig, prepare, train_command
 
 
 def label(cfg: LabelConfig) -> dict[str, Any]:

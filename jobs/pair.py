@@ -2,8 +2,8 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.pair import PairConfig, pair
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.pairing.job import PairConfig, pair
 
 if __name__ == "__main__":
     sys.exit(run_job(PairConfig, pair))

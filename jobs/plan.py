@@ -2,9 +2,9 @@
 
 import sys
 
+from capsfusion_ray.cli import run_job
 from capsfusion_ray.config import PlanConfig
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.estimate import estimate
+from capsfusion_ray.run.quote import estimate
 
 if __name__ == "__main__":
     sys.exit(run_job(PlanConfig, estimate))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from capsfusion_ray.cli import helped
 from capsfusion_ray.config import load
-from capsfusion_ray.doorway import helped
 from capsfusion_ray.errors import CapsFusionError, UsageError
-from capsfusion_ray.showcase import ShowConfig, show
+from capsfusion_ray.report.terminal import ShowConfig, show
 
 
 def main(argv: list[str]) -> int:

@@ -2,8 +2,8 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.takedown import TakedownConfig, takedown
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
 
 if __name__ == "__main__":
     sys.exit(run_job(TakedownConfig, takedown))

@@ -2,9 +2,9 @@
 
 import sys
 
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.train.config import TrainConfig
-from capsfusion_ray.train.job import train
+from capsfusion_ray.cli import run_job
+from capsfusion_ray.training.config import TrainConfig
+from capsfusion_ray.training.job import train
 
 if __name__ == "__main__":
     sys.exit(run_job(TrainConfig, train))

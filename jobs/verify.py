@@ -2,9 +2,9 @@
 
 import sys
 
+from capsfusion_ray.cli import run_job
 from capsfusion_ray.config import VerifyConfig
-from capsfusion_ray.doorway import run_job
-from capsfusion_ray.verify import verify
+from capsfusion_ray.dataset.verify import verify
 
 if __name__ == "__main__":
     sys.exit(run_job(VerifyConfig, verify))

@@ -23,6 +23,8 @@ settings.register_profile(
 )
 settings.load_profile("shared")
 
+pytest_plugins = ["stores"]  # the stores that tests run against
+
 # All that may skip, by the reason that it must give. Any other skip fails the run.
 MAY_SKIP = (
     "no published captions at",  # ../shared/data is not part of the project

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from ray.dashboard.modules.job import cli
 from ray.job_submission import JobStatus
 
-from capsfusion_ray import monitor
+from capsfusion_ray.run import prometheus as monitor
 
 ROOT = Path(__file__).resolve().parents[1]
 

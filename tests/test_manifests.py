@@ -22,7 +22,7 @@ from jsonschema import Draft202012Validator
 
 from capsfusion_ray import __version__
 from capsfusion_ray.config import FuseConfig, load
-from capsfusion_ray.lease import TTL_S
+from capsfusion_ray.dataset.lease import TTL_S
 
 ROOT = Path(__file__).resolve().parents[1]
 KUBERAY = ROOT / "deploy/kuberay"

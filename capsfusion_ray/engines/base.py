@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.rows import Generation, Prompt
+from capsfusion_ray.core.types import Generation, Prompt
 
 ENGINES = {
-    "beam": "capsfusion_ray.engines.beam.lanes:build",
-    "transformers": "capsfusion_ray.engines.transformers:TransformersEngine",
+    "beam": "capsfusion_ray.engines.beam.cpu_threads:build",
+    "transformers": "capsfusion_ray.engines.hf_engine:TransformersEngine",
     "echo": "capsfusion_ray.engines.echo:EchoEngine",
-    "api": "capsfusion_ray.engines.api:ApiEngine",
-    "vllm": "capsfusion_ray.engines.vllm:VllmEngine",
+    "api": "capsfusion_ray.engines.api.engine:ApiEngine",
+    "vllm": "capsfusion_ray.engines.vllm_engine:VllmEngine",
 }
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Load
-from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
 # Words that no gate minds: they name nothing, count nothing and say nothing of the task.
 _PADDING = """and around it there are many other things to see that are not told about here because they are small or far away

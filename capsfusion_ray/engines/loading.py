@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.modelcache import folder_of
+from capsfusion_ray.models.cache import folder_of
 
 log = logging.getLogger(__name__)
 disable_progress_bar()  # of an actor it would come out as torn lines in the driver's log

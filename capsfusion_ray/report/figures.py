@@ -12,8 +12,8 @@ from dataclasses import asdict
 from typing import Any
 
 from capsfusion_ray.config import ClusterConfig
-from capsfusion_ray.gates.entities import is_entity
-from capsfusion_ray.provenance import Origin, Words, align_words, source_words
+from capsfusion_ray.core.gates.entities import is_entity
+from capsfusion_ray.core.word_alignment import Origin, Words, align_words, source_words
 from capsfusion_ray.report.sample import Row, State
 
 LONGEST_BAR = 60  # words; the last bar holds all longer captions

@@ -15,7 +15,7 @@ from importlib import resources
 from itertools import groupby
 from typing import Any
 
-from capsfusion_ray.provenance import align
+from capsfusion_ray.core.word_alignment import align
 from capsfusion_ray.report.sample import Row
 
 _TOKEN = re.compile(r"\w+|[^\w\s]|\s+")

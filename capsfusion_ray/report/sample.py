@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from capsfusion_ray.manifest import Counts, FileEntry, count, read_groups, read_manifest
-from capsfusion_ray.parquet import open_parquet
-from capsfusion_ray.parts import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
-from capsfusion_ray.planfile import config_path, read_plans
-from capsfusion_ray.progress import PROGRESS
-from capsfusion_ray.rows import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
+from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
+from capsfusion_ray.core.parquet import open_parquet
+from capsfusion_ray.dataset.manifest import Counts, FileEntry, count, read_groups, read_manifest
+from capsfusion_ray.dataset.plan_files import config_path, read_plans
+from capsfusion_ray.dataset.unit_files import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
+from capsfusion_ray.run.progress import PROGRESS
 from capsfusion_ray.storage import Store
 
 FILES_READ = 48  # of each folder, spread over all its files

@@ -12,9 +12,9 @@
 
 from capsfusion_ray.sources.discover import discover
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.model import ReadSpec, Shard, UnitRows, UnreadableRange
 from capsfusion_ray.sources.read import iter_units, read_patiently, read_rows, sample
 from capsfusion_ray.sources.schema import frozen_schema, without_foreign
+from capsfusion_ray.sources.shard import ReadSpec, Shard, UnitRows, UnreadableRange
 
 __all__ = [
     "ReadSpec",

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from capsfusion_ray.config import InputConfig, SourceConfig
+from capsfusion_ray.core.parquet import read_footer
 from capsfusion_ray.errors import SourceError
-from capsfusion_ray.parquet import read_footer
-from capsfusion_ray.sources.model import DAMAGE, Shard, damage_of
+from capsfusion_ray.sources.shard import DAMAGE, Shard, damage_of
 from capsfusion_ray.sources.text import first_byte, open_text, scan
 from capsfusion_ray.storage import Store, StoredFile
 

@@ -14,14 +14,15 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capsfusion_ray import rows
+from capsfusion_ray.core.columns import RAW, ROLES, ROW_ID, SYNTHETIC
+from capsfusion_ray.core.parquet import open_parquet
+from capsfusion_ray.core.types import FilterReason
 from capsfusion_ray.errors import SourceError, StorageError
-from capsfusion_ray.parquet import open_parquet
-from capsfusion_ray.presets import FILTER_COLUMNS, INVALID, column_map
-from capsfusion_ray.rows import FilterReason
 from capsfusion_ray.sources import text
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.model import (
+from capsfusion_ray.sources.presets import FILTER_COLUMNS, INVALID, column_map
+from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
+from capsfusion_ray.sources.shard import (
     BATCH_ROWS,
     DAMAGE,
     Decoded,
@@ -31,7 +32,6 @@ from capsfusion_ray.sources.model import (
     UnreadableRange,
     damage_of,
 )
-from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
 from capsfusion_ray.storage import Store, patiently
 
 LOG = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _pieces(shard: Shard, ranges: Sequence[tuple[int, int]], spec: ReadSpec) -> 
         raise SourceError(f"{store.url(shard.file)}: planned, but gone now; put it back, or plan again") from error
 
 
-_RUN_COLUMNS = frozenset((*rows.ROLES, rows.ROW_ID))
+_RUN_COLUMNS = frozenset((*ROLES, ROW_ID))
 
 
 def _parquet_pieces(
@@ -203,8 +203,8 @@ def _caption_pairs(piece: Decoded, low: int, high: int, shard: Shard, spec: Read
     )
     columns: dict[str, pa.Array] = {}
     for field in spec.schema:
-        name = roles.get(field.name, "") if field.name in rows.ROLES else field.name
-        if field.name == rows.ROW_ID:
+        name = roles.get(field.name, "") if field.name in ROLES else field.name
+        if field.name == ROW_ID:
             numbers = pa.array(range(low, high), pa.int64()).cast(pa.string())
             columns[field.name] = pc.binary_join_element_wise(shard.path, numbers, ":")
         elif not name or name not in source.column_names:
@@ -213,7 +213,7 @@ def _caption_pairs(piece: Decoded, low: int, high: int, shard: Shard, spec: Read
             array, bad = cast_column(source[name], field.type)
             if pa.types.is_string(field.type):
                 array, wrong = _valid_utf8(array)
-                if wrong is not None and field.name in (rows.RAW, rows.SYNTHETIC):
+                if wrong is not None and field.name in (RAW, SYNTHETIC):
                     invalid = pc.coalesce(invalid, pc.if_else(wrong, field.name, pa.scalar(None, pa.string())))
                 elif wrong is not None:
                     bad_cells[field.name, _REPAIRED] += pc.sum(wrong).as_py()

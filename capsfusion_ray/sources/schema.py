@@ -20,13 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from capsfusion_ray import rows
 from capsfusion_ray.config import FilterConfig, SourceConfig
+from capsfusion_ray.core.columns import PAIR_FIELDS, RAW, REFERENCE, SYNTHETIC, URL
+from capsfusion_ray.core.parquet import foreign_type
+from capsfusion_ray.core.types import FilterReason
 from capsfusion_ray.errors import SourceError
-from capsfusion_ray.parquet import foreign_type
-from capsfusion_ray.presets import FILTER_COLUMNS, ColumnMap, column_map, passthrough_columns
-from capsfusion_ray.rows import FilterReason
-from capsfusion_ray.sources.model import Shard
+from capsfusion_ray.sources.presets import FILTER_COLUMNS, ColumnMap, column_map, passthrough_columns
+from capsfusion_ray.sources.shard import Shard
 
 LOG = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ def frozen_schema(shards: Sequence[Shard], source: SourceConfig, filter: FilterC
         for reason in active_filters(filter):
             if FILTER_COLUMNS[reason] not in schema.names:
                 raise _lacks(path, FILTER_COLUMNS[reason], f"the {reason} filter", schema)
-    fields = list(rows.PAIR_FIELDS)
+    fields = list(PAIR_FIELDS)
     if reference:
-        fields.append(pa.field(rows.REFERENCE, pa.string()))
+        fields.append(pa.field(REFERENCE, pa.string()))
     fields += [pa.field(name, widest(name, types)) for name, types in seen.items() if types]
     return pa.schema(fields)
 
@@ -89,10 +89,10 @@ def active_filters(filter: FilterConfig) -> list[FilterReason]:
 def role_columns(columns: ColumnMap) -> dict[str, str]:
     """Output name -> name in the shard, for the roles that the shard has."""
     roles = {
-        rows.URL: columns.url,
-        rows.RAW: columns.raw,
-        rows.SYNTHETIC: columns.synthetic,
-        rows.REFERENCE: columns.reference,
+        URL: columns.url,
+        RAW: columns.raw,
+        SYNTHETIC: columns.synthetic,
+        REFERENCE: columns.reference,
     }
     return {role: name for role, name in roles.items() if name}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capsfusion_ray.sources.model import BATCH_ROWS, Decoded
+from capsfusion_ray.sources.shard import BATCH_ROWS, Decoded
 from capsfusion_ray.storage import Store
 
 Record = dict[str, Any] | None  # None: a line that cannot be parsed

@@ -24,7 +24,7 @@ from capsfusion_ray.config import is_secret
 from capsfusion_ray.errors import StorageError, UsageError
 from capsfusion_ray.storage.base import FAULTS, Backend, StoredFile, StoreRefused, WatchedFile, other_error
 from capsfusion_ray.storage.local import LocalBackend
-from capsfusion_ray.storage.patience import patiently
+from capsfusion_ray.storage.waiting import patiently
 
 __all__ = ["Store", "StoreRefused", "StoredFile", "client_faults", "patiently"]
 
@@ -201,7 +201,7 @@ def _connect(root: str, options: Mapping[str, str]) -> Backend:
         from capsfusion_ray.storage.s3 import S3Backend
 
         return S3Backend(root, options)
-    from capsfusion_ray.storage.generic import FsspecBackend
+    from capsfusion_ray.storage.fsspec_store import FsspecBackend
 
     return FsspecBackend(root, options)
 

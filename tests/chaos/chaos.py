@@ -60,7 +60,7 @@ from moto_server import client, moto_server, options
 from proxy import Faults
 from world import ROOT, Job, Jobs, Nodes, WatchedProxy, end_all, mark
 
-from capsfusion_ray.doorway import EXIT_FAILED, EXIT_USAGE
+from capsfusion_ray.cli import EXIT_FAILED, EXIT_USAGE
 
 MEMORY, DISK = "out of memory", "disk full"
 STRIKES: dict[str, type[Fault]] = {

@@ -21,7 +21,7 @@ import psutil
 from cgroup import put_into, tight_cgroup
 from world import Job, Nodes
 
-from capsfusion_ray.attempts import SHARED_DEATHS
+from capsfusion_ray.run.poison_rows import SHARED_DEATHS
 
 ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
 STALL_S = (

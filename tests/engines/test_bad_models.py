@@ -14,16 +14,16 @@ from bad_models import DECODE, WORDS, Trojan, config, llama, save
 from tiny import drain
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from capsfusion_ray.actors import DEBUT, FusionActor
-from capsfusion_ray.attempts import AttemptLog
 from capsfusion_ray.config import GatesConfig
+from capsfusion_ray.core.types import Prompt, WorkUnit
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import FINISH, admit
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.rows import Prompt, WorkUnit
-from capsfusion_ray.stages import FINISH, admit
+from capsfusion_ray.run.actor import DEBUT, FusionActor
+from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import Apart, UnitBatch
 
 ENGINES = pytest.mark.parametrize("kind", ["beam", "transformers"])
 

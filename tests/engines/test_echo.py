@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from capsfusion_ray.config import GatesConfig
+from capsfusion_ray.core.gates import judge_text
+from capsfusion_ray.core.types import FinishReason
 from capsfusion_ray.engines.echo import FAULTS, write
-from capsfusion_ray.gates import judge_text
-from capsfusion_ray.rows import FinishReason
 
 ROWS = 40_000
 NAMES = ["Lisbon", "Oslo", "Anna", "Peter", "Nikon", "Ford", "Canon", "Maria", "Berlin", "Turin", "Yamaha", "Rolex"]

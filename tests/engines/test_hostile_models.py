@@ -22,16 +22,16 @@ from bad_models import DECODE, Trojan, config, llama, save
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from capsfusion_ray import models
+from capsfusion_ray.cli import EXIT_USAGE, run_job
 from capsfusion_ray.config import EngineConfig
-from capsfusion_ray.doorway import EXIT_USAGE, run_job
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.modelcache import folder_of
-from capsfusion_ray.train.average import AverageConfig, AverageOutputConfig, average
-from capsfusion_ray.train.config import ModelConfig, TrainConfig
-from capsfusion_ray.train.loop import _resume, _start, template_text
+from capsfusion_ray.models import inspect as models
+from capsfusion_ray.models.cache import folder_of
+from capsfusion_ray.training.average import AverageConfig, AverageOutputConfig, average
+from capsfusion_ray.training.config import ModelConfig, TrainConfig
+from capsfusion_ray.training.loop import _resume, _start, template_text
 
 STAND_IN = Path(__file__).resolve().parents[1] / "support" / "stub_vllm"
 

@@ -24,19 +24,20 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectArray
 
 from capsfusion_ray import sources
 from capsfusion_ray.config import FilterConfig, InputConfig, OutputConfig, SourceConfig, VerifyConfig
+from capsfusion_ray.core.columns import type_of_name
+from capsfusion_ray.core.parquet import ForeignType, open_parquet, read_footer, read_ipc_schema, read_schema
+from capsfusion_ray.core.types import CaptionPair
+from capsfusion_ray.dataset.export import ExportConfig, export
+from capsfusion_ray.dataset.manifest import MANIFEST, Manifest
+from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
+from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, SourceError, UsageError
-from capsfusion_ray.evaluate import _from_output
-from capsfusion_ray.export import ExportConfig, export
-from capsfusion_ray.manifest import MANIFEST, Manifest
-from capsfusion_ray.pair import TableConfig, survey
-from capsfusion_ray.parquet import ForeignType, open_parquet, read_footer, read_ipc_schema, read_schema
-from capsfusion_ray.report import ReportConfig, report
-from capsfusion_ray.rows import CaptionPair, type_of_name
-from capsfusion_ray.showcase import show
+from capsfusion_ray.pairing.job import TableConfig, survey
+from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.report.terminal import show
 from capsfusion_ray.storage import Store
-from capsfusion_ray.takedown import TakedownConfig, takedown
-from capsfusion_ray.train.triples import read_all
-from capsfusion_ray.verify import verify
+from capsfusion_ray.training.evaluate import _from_output
+from capsfusion_ray.training.triples import read_all
 
 ROWS = 3
 GOOD = {"laion_2b": ["a"] * ROWS, "laion_coco": ["b"] * ROWS, "image_url": ["u"] * ROWS}

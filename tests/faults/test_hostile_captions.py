@@ -16,20 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.core.plan import Plan, PlannedShard
+from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.core.unit_batch import UnitBatch
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.export import ExportConfig, export
+from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.plan_files import write_plan
+from capsfusion_ray.dataset.unit_files import commit, part_schema, summarise
+from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import UsageError
-from capsfusion_ray.export import ExportConfig, export
-from capsfusion_ray.manifest import MANIFEST, assemble
-from capsfusion_ray.parts import commit, part_schema, summarise
-from capsfusion_ray.plan import Plan, PlannedShard
-from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.report import REPORT, ReportConfig, report
-from capsfusion_ray.rows import WorkUnit
-from capsfusion_ray.showcase import show
+from capsfusion_ray.report.job import REPORT, ReportConfig, report
+from capsfusion_ray.report.terminal import show
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import UnitBatch
-from capsfusion_ray.verify import verify
 
 COLUMN = (
     "$(touch pwned)';touch pwned;'"  # a passthrough column of numbers; its name stands in the export's shell script

@@ -18,23 +18,24 @@ from moto_server import PAGE_KEYS
 from proxy import KINDS, FaultProxy, Faults
 
 from capsfusion_ray import sources
-from capsfusion_ray.actors import FusionActor
-from capsfusion_ray.attempts import AttemptLog
-from capsfusion_ray.compact import compact_group
+from capsfusion_ray.cli import EXIT_DONE, run_job
 from capsfusion_ray.config import FuseConfig, InputConfig, VerifyConfig, load
-from capsfusion_ray.doorway import EXIT_DONE, run_job
+from capsfusion_ray.core.columns import PAIR_FIELDS
+from capsfusion_ray.core.plan import make_plan
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import admit, judge_unit
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.lease import Lease
+from capsfusion_ray.dataset.manifest import MANIFEST, Manifest, assemble, read_groups
+from capsfusion_ray.dataset.plan_files import read_plans, write_plan
+from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries
+from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import StorageError
-from capsfusion_ray.lease import Lease
-from capsfusion_ray.manifest import MANIFEST, Manifest, assemble, read_groups
-from capsfusion_ray.parts import commit, committed, read_summaries
-from capsfusion_ray.plan import make_plan
-from capsfusion_ray.planfile import read_plans, write_plan
-from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.rows import PAIR_FIELDS, WorkUnit
-from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.run.actor import FusionActor
+from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.storage import Store, client_faults, s3
-from capsfusion_ray.units import Apart, UnitBatch
-from capsfusion_ray.verify import verify
 
 THREADS = 8
 OBJECTS = 8

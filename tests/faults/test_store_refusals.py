@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from proxy import FaultProxy, Faults
 
+from capsfusion_ray.cli import EXIT_FAILED, EXIT_USAGE, run_job
 from capsfusion_ray.config import FuseConfig, VerifyConfig
-from capsfusion_ray.doorway import EXIT_FAILED, EXIT_USAGE, run_job
+from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import StorageError
-from capsfusion_ray.run import fuse
+from capsfusion_ray.run.driver import fuse
 from capsfusion_ray.storage import Store, StoreRefused
-from capsfusion_ray.verify import verify
 
 READ = ["s3:GetObject", "s3:ListBucket"]
 WRITE = [*READ, "s3:PutObject", "s3:DeleteObject"]

@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from capsfusion_ray.actors import DEBUT
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.run.actor import DEBUT
 
 WORDS = 60  # rows of the tiny model's vocabulary
 DECODE = DecodeConfig(num_beams=2, max_new_tokens=4, scoring="transformers")

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from capsfusion_ray import sources
 from capsfusion_ray.config import DecodeConfig, EngineConfig, FuseConfig, load
+from capsfusion_ray.core.columns import RAW, ROW_ID, SYNTHETIC
+from capsfusion_ray.core.prompt import PromptBuilder
+from capsfusion_ray.core.types import CaptionPair, Prompt
 from capsfusion_ray.engines.loading import LoadedModel, load_model
-from capsfusion_ray.models import inspect, settle
-from capsfusion_ray.prompt import PromptBuilder
-from capsfusion_ray.rows import RAW, ROW_ID, SYNTHETIC, CaptionPair, Prompt
+from capsfusion_ray.models.inspect import inspect, settle
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,21 +7,21 @@ import pyarrow.parquet as pq
 from outputs import DiesAt
 
 from capsfusion_ray import sources
-from capsfusion_ray.actors import FusionActor
-from capsfusion_ray.attempts import AttemptLog
-from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import FuseConfig, VerifyConfig, load
-from capsfusion_ray.manifest import MANIFEST, assemble
-from capsfusion_ray.parts import commit
-from capsfusion_ray.pipeline import Pool
-from capsfusion_ray.plan import make_plan
-from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.prompt import TEMPLATE
-from capsfusion_ray.rows import PAIR_FIELDS
-from capsfusion_ray.stages import admit, judge_unit
+from capsfusion_ray.core.columns import PAIR_FIELDS
+from capsfusion_ray.core.plan import make_plan
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import admit, judge_unit
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.plan_files import write_plan
+from capsfusion_ray.dataset.unit_files import commit
+from capsfusion_ray.dataset.verify import verify
+from capsfusion_ray.run.actor import FusionActor
+from capsfusion_ray.run.pipeline import Pool
+from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import Apart, UnitBatch
-from capsfusion_ray.verify import verify
 
 LEASE = SimpleNamespace(check=lambda: None)
 POOL = Pool(1, 1, 1.0, 0.0, 1)

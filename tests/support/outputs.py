@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from capsfusion_ray.compact import compact_group
-from capsfusion_ray.manifest import MANIFEST, assemble
-from capsfusion_ray.parts import commit, committed, part_schema, summarise
-from capsfusion_ray.plan import Plan, PlannedShard
-from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.rows import WorkUnit
-from capsfusion_ray.units import Apart, UnitBatch
+from capsfusion_ray.core.plan import Plan, PlannedShard
+from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.plan_files import write_plan
+from capsfusion_ray.dataset.unit_files import commit, committed, part_schema, summarise
 
 FIELDS = (("lang", "string"),)
 OUTCOMES = ("fused", "kept", "rejected")

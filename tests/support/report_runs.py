@@ -2,16 +2,16 @@
 
 import pyarrow as pa
 
-from capsfusion_ray.compact import compact_group
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.manifest import MANIFEST, assemble
-from capsfusion_ray.parts import commit, part_schema, summarise
-from capsfusion_ray.plan import Plan, PlannedShard
-from capsfusion_ray.planfile import write_plan
-from capsfusion_ray.report import ReportConfig
-from capsfusion_ray.rows import WorkUnit
+from capsfusion_ray.core.plan import Plan, PlannedShard
+from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.core.unit_batch import UnitBatch
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.plan_files import write_plan
+from capsfusion_ray.dataset.unit_files import commit, part_schema, summarise
+from capsfusion_ray.report.job import ReportConfig
 from capsfusion_ray.storage import Store
-from capsfusion_ray.units import UnitBatch
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)> & Nürnberg 2019 \u2028 東京"
 PER_REASON = 3

@@ -1,6 +1,6 @@
 """A training run of seconds, and the exception by which a test kills it."""
 
-from capsfusion_ray.train.config import (
+from capsfusion_ray.training.config import (
     AugmentConfig,
     ModelConfig,
     OptimConfig,

@@ -11,8 +11,8 @@ from echo_run import finished
 from playwright.sync_api import sync_playwright
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
-from capsfusion_ray.report import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.report.job import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.training.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [

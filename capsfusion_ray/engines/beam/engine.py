@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Load, prompt_fault
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
@@ -23,7 +24,6 @@ from capsfusion_ray.engines.beam.slots import PREFILL_TOKENS, arrange, plan_slot
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel
 from capsfusion_ray.errors import EngineError
-from capsfusion_ray.rows import FinishReason, Generation, Prompt
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from capsfusion_ray.engines.beam.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
-from capsfusion_ray.engines.beam.elementwise import rms_norm, rotate
-from capsfusion_ray.engines.beam.linear_onednn import has_onednn, linear_onednn
+from capsfusion_ray.engines.beam.kernels.attention import decode_attention, prefill_attention
+from capsfusion_ray.engines.beam.kernels.elementwise import rms_norm, rotate
+from capsfusion_ray.engines.beam.kernels.linear_onednn import has_onednn, linear_onednn
 from capsfusion_ray.engines.beam.weights import Layer, Weights
 from capsfusion_ray.errors import ConfigError
 
@@ -192,15 +192,15 @@ def _kernels(asked: str, weights: Weights) -> Kernels:
     if problem and cuda:
         log.warning("%s: the decode attention runs in plain torch, which is slower", problem)
     if kind == "triton" and not problem:
-        from capsfusion_ray.engines.beam.attention_triton import decode_attention_triton  # imports triton
+        from capsfusion_ray.engines.beam.kernels.attention_triton import decode_attention_triton  # imports triton
 
         return Kernels(decode_attention_triton)
     if kind == "numba":
         products = linear_onednn if _float32_on_cpu(weights) and has_onednn() else F.linear
         if problem:
             return Kernels(linear=products)
-        from capsfusion_ray.engines.beam.attention_numba import decode_attention_numba, write_columns_numba
-        from capsfusion_ray.engines.beam.elementwise_numba import rms_norm_numba, rotate_numba
+        from capsfusion_ray.engines.beam.kernels.attention_numba import decode_attention_numba, write_columns_numba
+        from capsfusion_ray.engines.beam.kernels.elementwise_numba import rms_norm_numba, rotate_numba
 
         return Kernels(decode_attention_numba, write_columns_numba, rms_norm_numba, rotate_numba, products)
     return Kernels()

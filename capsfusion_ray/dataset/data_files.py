@@ -1,0 +1,146 @@
+"""Rows -> the dataset's files: one frozen schema a kind, partitions, and files of the size asked for.
+
+Every name and every byte follows from the rows and their order alone. Knows the store; no Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS
+from capsfusion_ray.core.plan import MAX_PARTITIONS
+from capsfusion_ray.dataset.manifest import FileEntry
+from capsfusion_ray.dataset.unit_files import part_schema
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.storage import Store
+
+ROW_GROUP_ROWS = 16_384  # about 2 MB of captions with zstd: the grain at which a file can meet target_file_mb
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what Hive, Spark, pyarrow and DuckDB write for a null key
+
+
+def data_schema(fields: Sequence[tuple[str, str]], kind: str, partition_by: str) -> pa.Schema:
+    """The one frozen schema of all files of a kind. The partition column is in the path alone: pyarrow refuses both."""
+    reject_names = {field.name for field in REJECT_FIELDS}
+    dropped = {OUTCOME, PROMPT_TOKENS, OUTPUT_TOKENS, partition_by} | (reject_names if kind == "data" else set())
+    return pa.schema([field for field in part_schema(fields) if field.name not in dropped])
+
+
+@dataclass
+class _Writer:
+    """Cuts one stream of rows into files of the size asked for."""
+
+    store: Store
+    folder: str
+    kind: str
+    basename: str
+    schema: pa.Schema
+    output: OutputConfig
+
+    def __post_init__(self) -> None:
+        self.files: list[FileEntry] = []
+        self._buffered: list[pa.Table] = []
+        self._buffered_rows = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._sink = io.BytesIO()
+        self._parquet: pq.ParquetWriter | None = None
+        self._rows = 0
+        self._units: dict[str, int] = {}
+
+    def write(self, unit_id: str, table: pa.Table) -> None:
+        at = 0
+        while at < table.num_rows:
+            room = ROW_GROUP_ROWS - self._buffered_rows
+            if self.output.target_file_rows:
+                room = min(room, self.output.target_file_rows - self._rows - self._buffered_rows)
+            piece = table.slice(at, room)
+            at += piece.num_rows
+            self._buffered.append(piece)
+            self._buffered_rows += piece.num_rows
+            self._units[unit_id] = self._units.get(unit_id, 0) + piece.num_rows
+            if piece.num_rows == room:
+                self._flush_row_group()
+                if self._rows == self.output.target_file_rows or self._sink.tell() >= self.output.target_file_mb * 1e6:
+                    self.close()
+
+    def _flush_row_group(self) -> None:
+        if self._parquet is None:
+            self._parquet = pq.ParquetWriter(self._sink, self.schema, compression="zstd")
+        self._parquet.write_table(pa.concat_tables(self._buffered), row_group_size=ROW_GROUP_ROWS)
+        self._rows += self._buffered_rows
+        self._buffered, self._buffered_rows = [], 0
+
+    def close(self) -> None:
+        if self._buffered_rows:
+            self._flush_row_group()
+        if self._parquet is None:
+            return
+        self._parquet.close()
+        data = self._sink.getvalue()
+        path = f"{self.folder}/{self.basename}-{len(self.files):05d}.parquet"
+        self.store.put(path, data)
+        units = tuple(self._units.items())
+        self.files.append(FileEntry(path, self.kind, self._rows, len(data), hashlib.sha256(data).hexdigest(), units))
+        self._open()
+
+
+class FileSet:
+    """The files of one group that are written together. `stamp` tells those of different revisions apart, e.g. r001."""
+
+    def __init__(
+        self, store: Store, group: str, stamp: str, fields: Sequence[tuple[str, str]], output: OutputConfig
+    ) -> None:
+        self._store, self._group, self._fields, self._output = store, group, fields, output
+        # The group's name keeps files of different groups apart inside one partition.
+        self._basename = f"part-{stamp}" if output.partition_by == "shard" else f"part-{stamp}-{group}"
+        self._writers: dict[tuple[str, str], _Writer] = {}
+
+    def write(self, kind: str, unit_id: str, rows: pa.Table) -> None:
+        """Append a unit's rows of a kind. Raises ConfigError for more than MAX_PARTITIONS partition values."""
+        for partition, slice_ in _partitions(rows, self._output.partition_by, self._group):
+            key = (kind, partition)
+            if key not in self._writers:
+                if len(self._writers) >= 2 * MAX_PARTITIONS:
+                    raise ConfigError(
+                        f"output.partition_by={self._output.partition_by}: more than {MAX_PARTITIONS} values in group "
+                        f"{self._group} alone; partition by a coarser column, or by shard"
+                    )
+                schema = data_schema(self._fields, kind, self._output.partition_by)
+                self._writers[key] = _Writer(
+                    self._store, f"{kind}/{partition}", kind, self._basename, schema, self._output
+                )
+            writer = self._writers[key]
+            writer.write(unit_id, slice_.select(writer.schema.names).cast(writer.schema))
+
+    def close(self) -> tuple[FileEntry, ...]:
+        """Write what is buffered; all files, in order of kind and partition."""
+        files: list[FileEntry] = []
+        for key in sorted(self._writers):
+            self._writers[key].close()
+            files.extend(self._writers[key].files)
+        return tuple(files)
+
+
+def _partitions(rows: pa.Table, partition_by: str, group: str) -> list[tuple[str, pa.Table]]:
+    if rows.num_rows == 0:
+        return []
+    if partition_by == "shard":
+        return [(f"shard={group}", rows)]
+    keys = pc.cast(rows[partition_by], pa.string())
+    out = []
+    for value in sorted(pc.unique(keys).to_pylist(), key=lambda v: (v is None, v)):
+        mask = pc.is_null(keys) if value is None else pc.fill_null(pc.equal(keys, value), False)
+        # quote: a value is data; a slash or `..` in it must not become a path.
+        name = NULL_PARTITION if not value else quote(value, safe=" ").replace(".", "%2E")
+        out.append((f"{partition_by}={name}", rows.filter(mask)))
+    return out

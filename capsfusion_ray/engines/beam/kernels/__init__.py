@@ -1,0 +1,1 @@
+"""The numeric kernels of the beam engine, and their plain torch twins."""

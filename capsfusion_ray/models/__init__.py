@@ -1,0 +1,1 @@
+"""Model folders: what a model wants, and one copy of it per node."""

@@ -1,0 +1,1 @@
+"""Join a table of raw captions with a table of synthetic captions."""

@@ -1,0 +1,1 @@
+"""One run of the fuse job, from the survey to the manifest. Ray lives here."""

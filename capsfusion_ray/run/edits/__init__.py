@@ -1,0 +1,1 @@
+"""Edits of a finished output that fuse rows again: retry and repair."""

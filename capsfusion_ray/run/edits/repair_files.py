@@ -1,0 +1,78 @@
+"""Recompute the units of damaged or missing files from the input, and put them back into the dataset: repair=true.
+
+A repair is a revision whose units are those of the damaged files. It runs under the settings of the output alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.core.plan import Plan, refuse_lost_input
+from capsfusion_ray.core.repeated_captions import Repeated
+from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
+from capsfusion_ray.dataset.rewriter import begin, begun, clean
+from capsfusion_ray.dataset.unit_files import UnitSummary
+from capsfusion_ray.dataset.verify import damage
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.run.edits.base import Revision
+from capsfusion_ray.run.pipeline import Job, Pool, run_units
+from capsfusion_ray.sources import Shard
+from capsfusion_ray.storage import Store
+
+log = logging.getLogger(__name__)
+KIND = "repair"
+
+
+@dataclass(frozen=True)
+class Repair(Revision):
+    """One repair of one finished output. `lost`: the units of its damaged files; `shards`: the input."""
+
+    lost: tuple[WorkUnit, ...]
+    shards: Sequence[Shard]
+
+    @property
+    def unit_rows(self) -> dict[str, int]:
+        return {unit.id: unit.rows for unit in self.lost}
+
+    def fuse(
+        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
+    ) -> Iterable[UnitSummary]:
+        return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
+
+    def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
+        return self.rewriter.replace(entry, self.parts, units, repeated)
+
+
+def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shards: Sequence[Shard]) -> Repair | None:
+    """The repair to do, noted as begun; None where every file is as the manifest says. Reads all files.
+
+    Raises ConfigError for an output that is not finished, that another revision was begun on, or whose lost rows
+    include some that a takedown removed: recomputing would bring them back. Raises SourceError where the input is gone.
+    """
+    manifest, etag = read_finished(store, "repair=true")
+    unfinished = begun(store, manifest)
+    if unfinished and unfinished["kind"] == KIND:
+        damaged = dict.fromkeys(unfinished["files"], "noted by the repair that was begun")
+    else:
+        damaged = damage(store, manifest.files)
+        if not damaged:
+            clean(store, manifest)  # a repair may have been killed after its manifest
+            return None
+    for path, what in damaged.items():
+        log.warning("%s: %s", path, what)
+    ids = {unit_id for file in manifest.files if file.path in damaged for unit_id, _ in file.units}
+    lost = tuple(unit for plan in plans for unit in plan.units if unit.id in ids)
+    refuse_lost_input(lost, shards)
+    taken = [unit.id for unit in manifest.units if unit.id in ids and unit.removed]
+    if taken:
+        raise ConfigError(
+            f"{store.root}: {len(taken)} damaged units (first {taken[0]}) had rows taken down, and a repair would bring them back; "
+            f"restore {sorted(damaged)[0]} from a copy, or fuse into a new output and take the rows down there"
+        )
+    record = {"kind": KIND, "files": sorted(damaged)}
+    edition = begin(store, manifest, record)
+    return Repair(store, plans, manifest, etag, edition, output, record, lost, shards)

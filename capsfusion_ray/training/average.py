@@ -1,0 +1,87 @@
+"""One model out of several that were trained from one start: the average of their weights, a model soup (Wortsman et al., 2022)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsfusion_ray.engines.loading import load_to_train
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.models.inspect import FUSION_FILE
+
+
+@dataclass(frozen=True)
+class AverageOutputConfig:
+    """Where the model folder goes."""
+
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class AverageConfig:
+    """jobs/average.py."""
+
+    models: list[str] = field(
+        default_factory=list
+    )  # folders of models trained from one start; the first gives all but weights
+    shares: list[float] = field(default_factory=list)  # of each model, together 1; empty: equal ones
+    output: AverageOutputConfig = field(default_factory=AverageOutputConfig)
+
+
+def average(cfg: AverageConfig) -> dict[str, Any]:
+    """Write the model folder: weights in bfloat16, the rest as in the first model. Returns {model, shares}.
+
+    Raises ConfigError for shares that are not one whole, and for a folder that is no model or one of another start.
+    """
+    shares = _shares(cfg)
+    if not cfg.output.path or Path(cfg.output.path).resolve() in {Path(model).resolve() for model in cfg.models}:
+        raise ConfigError(f"output.path={cfg.output.path}: give a folder for the average that is none of its models")
+    tokenizer, first = _load(cfg.models[0])
+    vocabulary = tokenizer.get_vocab()
+    mixed = {name: shares[0] * weights for name, weights in _weights(first).items()}
+    for path, share in zip(cfg.models[1:], shares[1:], strict=True):
+        other, model = _load(path)
+        weights = _weights(model)
+        shapes = [{name: w.shape for name, w in tensors.items()} for tensors in (weights, mixed)]
+        if other.get_vocab() != vocabulary or shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"models: {path} and {cfg.models[0]} differ in layers or vocabulary; only models trained from one start have an average"
+            )
+        for name, total in mixed.items():
+            total += share * weights[name]
+    first.load_state_dict(mixed)
+    folder = Path(cfg.output.path)
+    first.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    wish = Path(cfg.models[0]) / FUSION_FILE
+    if wish.is_file():
+        (folder / FUSION_FILE).write_bytes(wish.read_bytes())
+    return {"model": cfg.output.path, "shares": dict(zip(cfg.models, shares, strict=True))}
+
+
+def _shares(cfg: AverageConfig) -> list[float]:
+    if len(cfg.models) < 2:
+        raise ConfigError(f"models={cfg.models}: an average needs at least two model folders: models=[out/a,out/b]")
+    shares = cfg.shares or [1 / len(cfg.models)] * len(cfg.models)
+    if len(shares) != len(cfg.models) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+        raise ConfigError(
+            f"shares={cfg.shares}: give each of the {len(cfg.models)} models one, together 1, or leave them out"
+        )
+    return shares
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    """The tokenizer, and the model in float32."""
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"models: {path} is no model folder; give the output.path of a jobs/train.py")
+    return load_to_train(path)
+
+
+def _weights(model: Any) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = model.state_dict()
+    return weights

@@ -1,0 +1,111 @@
+"""Teacher labels: the fuse job with a teacher behind an API, strict gates, small units and one cap for all its runs.
+
+What is committed, resumed, gated and verified is as in jobs/fuse.py; only the defaults and the money are here. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from capsfusion_ray.config import (
+    ApiConfig,
+    ClusterConfig,
+    DecodeConfig,
+    EngineConfig,
+    FuseConfig,
+    GateConfig,
+    GatesConfig,
+    UnitConfig,
+)
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.dataset.manifest import read_groups
+from capsfusion_ray.dataset.plan_files import read_plans
+from capsfusion_ray.dataset.unit_files import PARTS_DIR, committed, parts_of, read_summaries
+from capsfusion_ray.engines.api.engine import check
+from capsfusion_ray.errors import ConfigError, CostCapReached
+from capsfusion_ray.storage import Store
+
+# A chat model likes to introduce what it writes.
+TEACHER_PROMPT = TEMPLATE.removesuffix("New Sentence:") + "\nAnswer with the new sentence alone."
+
+
+def _strict() -> GatesConfig:
+    """conf/gates/strict.yaml, and no source kept as it is: a student would learn to copy it."""
+    reject = GateConfig("reject", 1)
+    return GatesConfig(
+        boilerplate="reject",
+        instruction_echo=reject,
+        cut_off=reject,
+        unsupported_name=reject,
+        too_short=GateConfig("reject", 3),
+        repeated_caption=GateConfig("reject", 0.001),  # one refusal for many pairs
+    )
+
+
+@dataclass(frozen=True)
+class LabelConfig(FuseConfig):
+    """jobs/label.py: the keys of jobs/fuse.py with a teacher's defaults. engine.api.max_dollars holds for all runs together."""
+
+    # What a stopped run paid for and did not commit is at most units_in_flight units an actor.
+    unit: UnitConfig = field(default_factory=lambda: UnitConfig(rows=100))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="api", api=ApiConfig(prompt=TEACHER_PROMPT)))
+    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(num_beams=1, max_new_tokens=200))
+    gates: GatesConfig = field(default_factory=_strict)
+    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(max_actors=1, gpus_per_actor=0.0))
+
+
+def prepare(cfg: LabelConfig) -> LabelConfig:
+    """The config to fuse with: each actor's cap is its share of what the output's committed units leave of the whole one.
+
+    Raises ConfigError for a missing URL, model or key before anything starts, CostCapReached where nothing is left.
+    """
+    if cfg.engine.kind != "api":
+        raise ConfigError(
+            f"engine.kind={cfg.engine.kind}: a teacher is asked through engine.kind=api; use jobs/fuse.py for other engines"
+        )
+    if not cfg.output.path:
+        raise ConfigError("output.path: missing; give output.path=<folder or URL>")
+    check(cfg.engine.api, cfg.decode)
+    cap = cfg.engine.api.max_dollars
+    if cap is None:
+        return cfg
+    if cfg.cluster.max_actors is None:
+        raise ConfigError(
+            "cluster.max_actors=null: engine.api.max_dollars is shared out among the actors; give their number"
+        )
+    spent = dollars_spent(Store(cfg.output.path, cfg.output.storage), cfg.engine.api)
+    if spent >= cap:
+        raise CostCapReached(
+            f"engine.api.max_dollars={cap:g}: the committed units of {cfg.output.path} cost {spent:.4f} dollars; the same command with "
+            "a higher cap goes on"
+        )
+    api = dataclasses.replace(cfg.engine.api, max_dollars=(cap - spent) / cfg.cluster.max_actors)
+    return dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, api=api))
+
+
+def dollars_spent(store: Store, api: ApiConfig) -> float:
+    """What the committed units cost, at today's prices. Tries that came to nothing and units cut short are not in it."""
+    entries = read_groups(store)
+    summaries = [unit for entry in entries for unit in entry.units]
+    waiting = committed(store) - {unit.id for unit in summaries}
+    planned = [unit for plan in read_plans(store) for unit in plan.units]
+    summaries += read_summaries(store, [unit for unit in planned if unit.id in waiting])
+    for edition in sorted(
+        {file.path.split("/")[1] for file in store.list(PARTS_DIR)}
+    ):  # of a retry that is not merged yet
+        retried = parts_of(store, int(edition.removeprefix("e")))
+        done = committed(retried)
+        summaries += read_summaries(retried, [unit for unit in planned if unit.id in done])
+    return sum(api.dollars(unit.prompt_tokens, unit.output_tokens) for unit in summaries)
+
+
+def train_command(cfg: FuseConfig) -> str:
+    """How to train on the labels."""
+    where = (
+        f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path
+    )  # training reads a local folder
+    return (
+        f"python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path={where} data.fused=capsfusion "
+        "output.path=<model folder>"
+    )

@@ -1,0 +1,146 @@
+"""Configuration is parsed once; every mistake stops at the door and names the way out."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from capsfusion_ray.cli import EXIT_DONE, run_job
+from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml, without_secrets
+from capsfusion_ray.dataset.export import ExportConfig
+from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.training.config import TrainConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def refused(*argv):
+    with pytest.raises(ConfigError) as caught:
+        load(FuseConfig, argv)
+    return str(caught.value)
+
+
+def test_later_arguments_win_over_earlier_ones(tmp_path):
+    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    a.write_text("decode: {num_beams: 1, max_new_tokens: 10}\nengine: {kind: echo}\n")
+    b.write_text("decode: {num_beams: 2}\n")
+    cfg = load(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"])
+    assert (cfg.decode.num_beams, cfg.decode.max_new_tokens, cfg.engine.kind) == (2, 20, "echo")
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("engine.knd=echo", "engine.kind"),
+        ("decode.num_beam=3", "decode.num_beams"),
+        ("kind=echo", "engine.kind"),
+        ("engine=echo", "engine.kind"),
+        ("engine.kind=ech", "echo"),
+        ("decode.num_beams=many", "int"),
+        ("decode.num_beams=9", "1 to 8"),
+        ("unit.rows=0", "positive"),
+        ("output.target_file_mb=-1", "above 0"),
+        ("input.path={a: 1}", "a path or a list"),
+        ("--verbose", "key=value"),
+        ("input.path=[a.json,b[0-9]*]", "in quotes"),
+        ("nowhere.yaml", "no such file"),
+        ("cluster.max_actors=0", "cluster.min_actors"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_way_out(argument, says):
+    assert says in refused(argument)
+
+
+def test_a_file_behind_an_override_does_not_take_it_back(tmp_path):
+    """As in `make … ARGS="… input.path=…" behind a preset that names one."""
+    (tmp_path / "mine.yaml").write_text("input: {path: mine}\nunit: {rows: 7}\n")
+    cfg = load(FuseConfig, ["output.path=o", "input.path=given", str(tmp_path / "mine.yaml")])
+    assert (cfg.input.path, cfg.unit.rows) == ("given", 7)
+
+
+def test_help_names_every_key_with_its_default(capsys):
+    assert run_job(FuseConfig, pytest.fail, ["conf/demo.yaml", "--help"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "decode.num_beams=3  (int)" in said
+    assert "engine.kind=beam  (one of beam, transformers" in said
+
+
+def test_a_text_value_is_taken_literally():
+    cfg = load(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"])
+    assert cfg.source.columns.raw == "null"
+    assert cfg.output.path == "s3://b/[x]{y}"
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(FuseConfig, []).engine.kind = "echo"
+
+
+def test_saved_config_loads_again_and_hides_secrets(tmp_path):
+    cfg = load(
+        FuseConfig,
+        ["output.path=o", "input.path=[a,b]", "output.storage.secret=hunter2", "output.storage.endpoint_url=http://x"],
+    )
+    saved = tmp_path / "c.yaml"
+    saved.write_text(to_yaml(cfg))
+    again = load(FuseConfig, [str(saved)])
+    assert "hunter2" not in saved.read_text()
+    assert again.output.storage == {"secret": "***", "endpoint_url": "http://x"}
+    assert dataclasses.replace(again, output=cfg.output) == cfg
+
+
+def test_a_store_of_any_name_keeps_its_secrets(tmp_path):
+    cfg = load(ExportConfig, ["output.path=o", "to=t", "to_storage.secret=0123", "to_storage.key=1e5"])
+    assert cfg.to_storage == {"secret": "0123", "key": "1e5"}, "taken literally"
+    assert without_secrets(["to_storage.secret=hunter2"]) == ["to_storage.secret=***"]
+    assert "0123" not in to_yaml(cfg)
+
+
+def test_a_command_line_is_shown_without_secrets():
+    words = [
+        "jobs/fuse.py",
+        "output.path=s3://b/out",
+        "output.storage.endpoint_url=http://x",
+        "engine.api.key_env=KEY",
+        "a.yaml",
+    ]
+    secret = [
+        "output.storage.secret=hunter2",
+        "input.storage.account_key=hunter2",
+        "engine.storage={connection_string: hunter2}",
+    ]
+    secret += ["output={path: s3://b/out, storage: {secret: hunter2}}"]
+    shown = ["output.storage.secret=***", "input.storage.account_key=***", "engine.storage=***", "output=***"]
+    assert without_secrets([*words, *secret]) == [*words, *shown]
+    assert without_secrets(["input.path=s3://storage/key/"]) == ["input.path=s3://storage/key/"]
+
+
+@pytest.mark.parametrize("secret", ["007", "1e5", "true", "null", "a=b", "[", "x: y #z"])
+def test_a_secret_is_taken_literally(secret):
+    cfg = load(FuseConfig, ["output.path=o", "input.path=i", f"output.storage.secret={secret}"])
+    assert cfg.output.storage == {"secret": secret}
+
+
+def test_fingerprint_does_not_depend_on_key_order():
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name
+)
+def test_every_fragment_of_conf_loads(path):
+    assert as_dict(load(FuseConfig, [str(path)]))
+
+
+@pytest.mark.parametrize("name", ["finetune", "reinforce"])
+def test_what_a_fragment_demands_must_be_given(name):
+    """Without its model it would train a tiny one from scratch, for hours, and end well."""
+    fragment = str(CONF / "train" / f"{name}.yaml")
+    with pytest.raises(ConfigError, match=r"it leaves model\.path to you; give model\.path=…"):
+        load(TrainConfig, [fragment, "optim.steps=2000"])
+    assert load(TrainConfig, [fragment, "model.path=out/model"]).model.path == "out/model"
+
+
+def test_each_job_has_its_own_schema():
+    with pytest.raises(ConfigError):
+        load(VerifyConfig, ["engine.kind=echo"])

@@ -1,0 +1,170 @@
+"""Damaged and missing files are named, and their units alone recomputed, wherever the repair is killed. Without Ray."""
+
+import pytest
+from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
+
+from capsfusion_ray import sources
+from capsfusion_ray.config import GateConfig, VerifyConfig
+from capsfusion_ray.core import repeated_captions as repeats
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import admit, judge_unit
+from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.plan_files import read_plans
+from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, refuse_unfinished, sweep
+from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
+from capsfusion_ray.dataset.unit_files import commit
+from capsfusion_ray.dataset.verify import verify
+from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
+from capsfusion_ray.run.driver import read_spec
+from capsfusion_ray.run.edits import base as revision_module
+from capsfusion_ray.run.edits import repair_files as repair_module
+from capsfusion_ray.run.edits.base import run_revision
+from capsfusion_ray.run.edits.repair_files import open_repair
+from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.storage import Store
+
+
+@pytest.fixture(autouse=True)
+def recomputed(monkeypatch):
+    """The graph's stages one after the other, in this process; the ids of the units that went through them."""
+    seen = []
+
+    def run_units(job, pool, units, shards):
+        actor = actor_of(job, job.output)
+        for unit in units:
+            table = sources.read_rows(shards[unit.path], unit.start, unit.stop, job.read).table
+            batch = actor(UnitBatch(unit, admit(table, job.gates), Apart()).pack())
+            part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
+            commit(job.output, part, summary)
+            seen.append(unit.id)
+            yield summary
+
+    monkeypatch.setattr(repair_module, "run_units", run_units)
+    return seen
+
+
+def repair_of(path, store, partition_by="shard"):
+    """One `repair=true` command; None where nothing is left to do."""
+    cfg = config(path, *STRICT, f"output.partition_by={partition_by}")
+    plans = read_plans(store)
+    shards = sources.discover(cfg.input, cfg.source)
+    repair = open_repair(store, plans, cfg.output, shards)
+    if repair is None:
+        return None
+    fields = plans[0].fields
+    job = Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, TEMPLATE, fields, store, "run")
+    return run_revision(repair, job, POOL, LEASE)
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def break_one(path, how, kind="data"):
+    """Damage the first file of a kind; its path in the output and the units it holds."""
+    entry = next(file for file in read_manifest(Store(str(path / "out"))).files if file.kind == kind)
+    file = path / "out" / entry.path
+    file.unlink() if how == "missing" else flip_a_byte(file)
+    return entry.path, {unit for unit, _ in entry.units}
+
+
+@pytest.mark.parametrize("partition_by", ["shard", "lang"])
+@pytest.mark.parametrize("kind", ["data", "rejected"])
+@pytest.mark.parametrize("how", ["missing", "corrupt"])
+def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, recomputed, how, kind, partition_by):
+    before = finished(tmp_path, partition_by)
+    rows = rows_of(tmp_path, "data") | rows_of(tmp_path, "rejected")
+    broken, units = break_one(tmp_path, how, kind)
+    with pytest.raises(AccountingError, match="repair=true") as told:
+        verify(VerifyConfig(config(tmp_path).output))
+    assert broken in str(told.value)
+
+    counts = repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by)
+    assert set(recomputed) == units
+    assert len(units) < len(before.units)
+    assert (counts.fused, counts.rejected, counts.reasons) == (
+        before.counts.fused,
+        before.counts.rejected,
+        before.counts.reasons,
+    )
+    assert rows_of(tmp_path, "data") | rows_of(tmp_path, "rejected") == rows
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+    assert repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by) is None, "nothing is left to do"
+
+
+def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
+    finished(tmp_path / "calm")
+    killed_at_every_write(
+        tmp_path, repair_of, rows_of(tmp_path / "calm", "data"), prepare=lambda path: break_one(path, "corrupt")
+    )
+
+
+def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, monkeypatch):
+    finished(tmp_path)
+    want = rows_of(tmp_path, "data")
+    store = Store(str(tmp_path / "out"))
+    first, *_, second = [file for file in read_manifest(store).files if file.kind == "data"]
+    flip_a_byte(tmp_path / "out" / first.path)
+    with monkeypatch.context() as patched:
+        patched.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            repair_of(tmp_path, store)
+    flip_a_byte(tmp_path / "out" / second.path)
+    repair_of(tmp_path, store)
+    repair_of(tmp_path, store)
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+    assert rows_of(tmp_path, "data") == want
+
+
+def test_recomputed_rows_are_marked_as_repeated_as_they_were(tmp_path, monkeypatch):
+    manifest = finished(tmp_path)
+    monkeypatch.setattr(repeats, "MIN_PAIRS", 1)  # in so small a run every caption is then repeated too often
+    store = Store(str(tmp_path / "out"))
+    plans = read_plans(store)
+    entries = judge_repeats(
+        Rewriter(store, 1, plans[0].fields, config(tmp_path).output),
+        read_groups(store),
+        GateConfig("flag", 0.001),
+        lambda: None,
+    )
+    judged = assemble(plans, entries, manifest.revisions)
+    store.put(MANIFEST, judged.to_bytes())
+    sweep(store, judged)
+    want = rows_of(tmp_path, "data")
+    assert judged.counts.flags["repeated_caption"] == len(want)
+    break_one(tmp_path, "corrupt")
+    assert repair_of(tmp_path, store).flags == judged.counts.flags
+    assert rows_of(tmp_path, "data") == want
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+
+
+def test_rows_that_were_taken_down_do_not_come_back(tmp_path):
+    finished(tmp_path)
+    gone = tmp_path / "gone.txt"
+    gone.write_text("\n".join(row_id for row_id in sorted(rows_of(tmp_path, "data"))[:2]))
+    takedown(TakedownConfig(config(tmp_path).output, row_ids=str(gone)))
+    store = Store(str(tmp_path / "out"))
+    entry = next(file for file in read_manifest(store).files if file.kind == "data")
+    flip_a_byte(tmp_path / "out" / entry.path)
+    before = store.get(MANIFEST)
+    with pytest.raises(ConfigError, match="had rows taken down, and a repair would bring them back"):
+        repair_of(tmp_path, store)
+    assert store.get(MANIFEST) == before
+
+
+def test_lost_input_is_named_before_the_repair_is_begun(tmp_path):
+    manifest = finished(tmp_path)
+    break_one(tmp_path, "missing")
+    (tmp_path / "in" / "a.parquet").unlink()
+    store = Store(str(tmp_path / "out"))
+    with pytest.raises(SourceError, match=r"a\.parquet: needed for units that are not done"):
+        repair_of(tmp_path, store)
+    refuse_unfinished(store, manifest)
+
+
+def test_an_unfinished_output_cannot_be_repaired(tmp_path):
+    with pytest.raises(ConfigError, match="needs a finished output"):
+        open_repair(Store(str(tmp_path)), [], config(tmp_path).output, [])

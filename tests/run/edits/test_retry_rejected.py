@@ -1,0 +1,160 @@
+"""Rejects fused again under other settings: merged without touching the rest, wherever it is killed. Without Ray."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
+from outputs import flip_a_bit
+
+from capsfusion_ray.config import VerifyConfig
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.unit_batch import UnitBatch
+from capsfusion_ray.core.unit_steps import judge_unit
+from capsfusion_ray.dataset.manifest import read_manifest
+from capsfusion_ray.dataset.plan_files import read_plans
+from capsfusion_ray.dataset.rewriter import refuse_unfinished
+from capsfusion_ray.dataset.unit_files import commit
+from capsfusion_ray.dataset.verify import verify
+from capsfusion_ray.errors import AccountingError, ConfigError, EngineError
+from capsfusion_ray.run.edits import base as revision_module
+from capsfusion_ray.run.edits import retry_rejected as retry_module
+from capsfusion_ray.run.edits.base import run_revision
+from capsfusion_ray.run.edits.retry_rejected import open_retry, reasons_of, rejects
+from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.storage import Store
+
+
+def retry_of(path, store, *more, reasons="rejected", partition_by="shard"):
+    """One `retry=…` command; None where nothing is left to do."""
+    cfg = config(path, *more, f"output.partition_by={partition_by}")
+    settings = {"gates": json.loads(json.dumps(more))}
+    retry = open_retry(store, reasons, settings, read_plans(store), cfg.output)
+    if retry is None:
+        return None
+    job = Job(None, cfg.gates, cfg.engine, cfg.decode, TEMPLATE, retry.plans[0].fields, store, "run")
+    return run_revision(retry, job, POOL, LEASE)
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch):
+    """The graph's stages one after the other, in this process."""
+
+    def run_batches(job, pool, source, tasks):
+        actor = actor_of(SimpleNamespace(engine=job.engine, decode=job.decode), job.output)
+        for entry, units in source._groups:
+            for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
+                part, summary = judge_unit(UnitBatch.unpack(actor(batch.pack())), job.fields, job.gates)
+                commit(job.output, part, summary)
+                yield summary
+
+    monkeypatch.setattr(retry_module, "run_batches", run_batches)
+
+
+@pytest.mark.parametrize("partition_by", ["shard", "lang"])
+def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition_by):
+    before = finished(tmp_path, partition_by)
+    rejected = before.counts.reasons["cut_off"]
+    assert rejected > 4
+    assert before.counts.reasons["null_caption"] == 2
+    data = {p: p.read_bytes() for p in (tmp_path / "out" / "data").rglob("*.parquet")}
+    fused_before = rows_of(tmp_path, "data")
+
+    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), partition_by=partition_by)
+    assert counts.fused == before.counts.fused + rejected
+    assert counts.reasons["null_caption"] == 2, "no setting mends a missing caption"
+    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
+    now = rows_of(tmp_path, "data")
+    assert fused_before.items() <= now.items()
+    assert len(now) == counts.fused
+    assert {row["reason"] for row in rows_of(tmp_path, "rejected").values()} == {"null_caption"}
+    assert not [p for p in (tmp_path / "out" / "_retry").rglob("*") if p.is_file()]
+    totals = verify(VerifyConfig(config(tmp_path).output, deep=True))
+    assert totals["rows"]["planned"] == 24
+
+    assert retry_of(tmp_path, Store(str(tmp_path / "out")), partition_by=partition_by) is None, "nothing is left to do"
+
+
+def test_a_retry_that_changes_nothing_keeps_every_reject(tmp_path):
+    before = finished(tmp_path)
+    counts = retry_of(tmp_path, Store(str(tmp_path / "out")), *STRICT, reasons="cut_off")
+    assert counts.reasons == before.counts.reasons
+    assert counts.fused == before.counts.fused
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+
+
+def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
+    finished(tmp_path / "calm")
+    retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")))
+    killed_at_every_write(tmp_path, retry_of, rows_of(tmp_path / "calm", "data"))
+
+
+def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
+    manifest = finished(tmp_path)
+    store = Store(str(tmp_path / "out"))
+    bad = flip_a_bit(tmp_path / "out" / "rejected")
+    with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
+        retry_of(tmp_path, store)
+    refuse_unfinished(store, manifest)  # a repair may begin
+    flip_a_bit(tmp_path / "out" / "rejected")
+    assert retry_of(tmp_path, store).fused > manifest.counts.fused
+
+
+def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_it_is_merged(tmp_path, monkeypatch):
+    finished(tmp_path)
+    work = retry_module.run_batches
+
+    def then_damaged(*args):
+        yield from work(*args)
+        flip_a_bit(tmp_path / "out" / "rejected")
+
+    monkeypatch.setattr(retry_module, "run_batches", then_damaged)
+    with pytest.raises(AccountingError, match="damaged"):
+        retry_of(tmp_path, Store(str(tmp_path / "out")))
+
+
+def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):
+    manifest = finished(tmp_path)
+    store = Store(str(tmp_path / "out"))
+    monkeypatch.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        retry_of(tmp_path, store)
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        retry_of(tmp_path, store, *STRICT)
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        refuse_unfinished(store, manifest)
+
+
+def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path, monkeypatch):
+    """Such as a model that does not load. What it had fused by then goes; the partition is the output's, whatever is asked."""
+    finished(tmp_path / "calm", "lang")
+    want = retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")), partition_by="lang")
+    finished(tmp_path, "lang")
+    store = Store(str(tmp_path / "out"))
+    work = retry_module.run_batches
+
+    def dies(*args):
+        yield next(iter(work(*args)))
+        raise EngineError("the model's captions are NaN")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retry_module, "run_batches", dies)
+        with pytest.raises(EngineError):
+            retry_of(tmp_path, store, *STRICT, partition_by="lang")
+    assert store.list("_retry")
+    with pytest.raises(ConfigError, match="a retry was begun and not finished"):
+        refuse_unfinished(store, read_manifest(store))
+    assert retry_of(tmp_path, store).fused == want.fused, "its own partition_by would be shard"
+    assert rows_of(tmp_path, "data") == rows_of(tmp_path / "calm", "data")
+    verify(VerifyConfig(config(tmp_path).output, deep=True))
+
+
+@pytest.mark.parametrize("wrong", ["", "invalid_utf8", "repetitions", "repetition;cut_off"])
+def test_reasons_that_do_not_exist_or_cannot_be_mended_are_refused(wrong):
+    with pytest.raises(ConfigError, match="must be 'rejected', or some of"):
+        reasons_of(wrong)
+
+
+def test_an_unfinished_output_cannot_be_retried(tmp_path):
+    with pytest.raises(ConfigError, match="needs a finished output"):
+        open_retry(Store(str(tmp_path)), "rejected", {}, [], config(tmp_path).output)

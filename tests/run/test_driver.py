@@ -1,0 +1,130 @@
+"""What a run cost beside what the plan said: the engines' own time, once, however many units shared it."""
+
+import threading
+import time
+
+import pyarrow as pa
+import pytest
+
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig, PlanConfig, load
+from capsfusion_ray.core.plan import Plan
+from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.core.types import FinishReason, Generation, WorkUnit
+from capsfusion_ray.core.unit_batch import BUSY_S, ENGINE_S, Apart, UnitBatch
+from capsfusion_ray.core.unit_steps import admit
+from capsfusion_ray.dataset.unit_files import UnitSummary
+from capsfusion_ray.engines.base import Load
+from capsfusion_ray.models.inspect import ModelInfo, settle
+from capsfusion_ray.run import actor as actors
+from capsfusion_ray.run.driver import base_of, cost, speed
+from capsfusion_ray.run.pipeline import Pool
+from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.storage import Store
+
+STEP_S = 0.02
+
+
+class OneARound:
+    """A caption a step, in the order in which they came."""
+
+    def __init__(self, *_):
+        self.queue, self.steps = [], 0
+
+    def encode(self, texts):
+        return [[] for _ in texts]
+
+    def submit(self, prompts):
+        self.queue += prompts
+
+    @property
+    def unfinished(self):
+        return len(self.queue)
+
+    @property
+    def load(self):
+        return Load(len(self.queue), 1)
+
+    def step(self):
+        time.sleep(STEP_S)
+        self.steps += 1
+        return [Generation(self.queue.pop(0).id, "a caption", FinishReason.EOS)]
+
+
+def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(actors, "build_engine", OneARound)
+    actor = actors.FusionActor(
+        EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, AttemptLog(Store(str(tmp_path)), "run")
+    )
+    spent = {}
+
+    def fuse(name, rows):
+        pairs = [
+            {
+                "row_id": f"{name}:{i}",
+                "image_url": None,
+                "laion_2b": f"raw {name} {i}",
+                "laion_coco": f"Synthetic {name} {i}.",
+            }
+            for i in range(rows)
+        ]
+        unit = WorkUnit(name, "p", 0, rows, "g")
+        batch = UnitBatch(unit, admit(with_invalid(pa.Table.from_pylist(pairs)), GatesConfig()), Apart())
+        spent[name] = UnitBatch.unpack(actor(batch.pack())).spent
+
+    units = [threading.Thread(target=fuse, args=(name, rows)) for name, rows in (("a", 10), ("b", 20))]
+    for thread in units:
+        thread.start()
+    for thread in units:
+        thread.join()
+    worked = sum(unit[BUSY_S] for unit in spent.values())
+    assert actor._engine.steps == 30
+    assert 30 * STEP_S <= worked < 30 * STEP_S * 1.5
+    assert sum(unit[ENGINE_S] for unit in spent.values()) > worked, "wall times of units in flight overlap"
+
+
+def with_invalid(table):
+    from capsfusion_ray.core.columns import PAIR_FIELDS
+    from capsfusion_ray.sources.presets import INVALID
+
+    table = table.select([field.name for field in PAIR_FIELDS]).cast(pa.schema(PAIR_FIELDS))
+    return table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))
+
+
+def figures(gpus):
+    cfg = load(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"])
+    units = tuple(WorkUnit(name, "p", start, start + 900, "g") for name, start in (("a", 0), ("b", 900)))
+    plan = Plan(1, {}, 900, (), units, ())
+    done = [
+        UnitSummary(u.id, u.path, u.start, u.stop, fused=890, rejected=10, busy_s=20.0, engine_s=39.0) for u in units
+    ]
+    return cost(cfg, Pool(1, 4, 1.0, gpus, 2), plan, done)
+
+
+def test_estimate_and_actual_stand_beside_each_other():
+    assert figures(1.0) == {
+        "gpus_per_actor": 1.0,
+        "usd_per_gpu_hour": 3,
+        "estimate": {"gpu_s": 36.0, "usd": 0.03, "captions_per_gpu_hour": 180_000},
+        "actual": {"gpu_s": 40.0, "usd": 0.0333, "captions_per_gpu_hour": 162_000},
+    }
+    assert figures(0.5)["actual"] == {"gpu_s": 20.0, "usd": 0.0167, "captions_per_gpu_hour": 324_000}
+    assert figures(0.0)["actual"] == {"gpu_s": 0.0, "usd": 0.0, "captions_per_gpu_hour": None}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_vllm_can_be_planned_and_its_sampling_is_part_of_what_decides_the_output(device):
+    model = ModelInfo("{raw}{synthetic}", "0", False, None, {})
+
+    def base(*words):
+        cfg = load(PlanConfig, ["engine.kind=vllm", "decode.num_beams=1", *words])
+        settle(cfg.engine, cfg.decode, model)
+        assert speed(cfg, device) > 0
+        return base_of(cfg, model)
+
+    assert base() == base("engine.vllm.tensor_parallel=2")
+    for decides in (
+        "engine.vllm.temperature=0.5",
+        "engine.vllm.sampling.top_p=0.9",
+        "engine.vllm.options.quantization=fp8",
+    ):
+        assert base() != base(decides)
