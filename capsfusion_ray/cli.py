@@ -12,8 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeVar
 
-from capsfusion_ray.config import load, usage
+from capsfusion_ray.config import OutputConfig, load, usage
 from capsfusion_ray.errors import CapsFusionError, UsageError
+from capsfusion_ray.report.job import ReportConfig, report
 
 T = TypeVar("T")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -64,3 +65,14 @@ def run_job(schema: type[T], call: Callable[[T], dict[str, Any]], argv: list[str
         return EXIT_FAILED
     print(json.dumps(result, ensure_ascii=False), flush=True)
     return EXIT_DONE
+
+
+def with_page(result: dict[str, Any], output: OutputConfig, price_per_gpu_hour: float | None = None) -> dict[str, Any]:
+    """Write the page on the output of a job that is done. A page that fails does not make the job fail: it is logged."""
+    try:
+        page = report(ReportConfig(output, price_per_gpu_hour=price_per_gpu_hour))
+    except Exception:
+        again = f"python jobs/report.py output.path={output.path}"
+        logging.getLogger(__name__).exception("the job is done, its report is not: %s", again)
+        return result
+    return result | {"report": page["report"]}

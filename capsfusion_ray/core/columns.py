@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
@@ -18,6 +18,8 @@ FUSED = "capsfusion"  # ours; in a reject: what the engine wrote, if anything
 FLAGS = "flags"  # gates that matched but whose action is "flag"
 REFERENCE = "reference"  # a published fused caption, where the input has one
 
+INVALID = "_invalid"  # the reader's side column: why a row cannot be used
+INVALID = "_invalid"  # the reader's side column: why a row cannot be used
 FINISH = "_finish"  # how the engine ended a row, on its way to the gates
 ERROR = "_error"
 
@@ -79,3 +81,8 @@ def type_of_name(name: str) -> pa.DataType:
 def extra_fields(noted: Iterable[tuple[str, str]]) -> list[pa.Field]:
     """A plan's reference and passthrough columns, as it notes them: (name, name_of_type)."""
     return [pa.field(name, type_of_name(type_)) for name, type_ in noted]
+
+
+def part_schema(fields: Sequence[tuple[str, str]]) -> pa.Schema:
+    """The frozen schema of a part: the dataset's columns, the reject's, and the tokens spent."""
+    return pa.schema([*DATA_FIELDS, *extra_fields(fields), *PART_FIELDS])

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 
 from capsfusion_ray.config import GatesConfig
+from capsfusion_ray.core.accounting import UnitSummary, summarise
 from capsfusion_ray.core.columns import (
     DETAIL,
     ERROR,
     FINISH,
     FLAGS,
     FUSED,
+    INVALID,
     OUTCOME,
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
@@ -23,13 +25,12 @@ from capsfusion_ray.core.columns import (
     REASON,
     ROW_ID,
     SYNTHETIC,
+    part_schema,
 )
 from capsfusion_ray.core.gates import judge_failed, judge_sources, judge_table, kept_text
 from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Outcome, Reason, Verdict
 from capsfusion_ray.core.unit_batch import UnitBatch
-from capsfusion_ray.dataset.unit_files import UnitSummary, part_schema, summarise
 from capsfusion_ray.errors import AccountingError
-from capsfusion_ray.sources.presets import INVALID
 
 KEPT = "kept"  # first flag of a kept row; the reason follows it
 

@@ -7,18 +7,17 @@ same files over again. Knows the store; no Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow.compute as pc
 
 from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.core.accounting import check_stored
 from capsfusion_ray.core.columns import OUTCOME
 from capsfusion_ray.core.repeated_captions import Tally
 from capsfusion_ray.core.types import Outcome, WorkUnit
 from capsfusion_ray.dataset.data_files import FileSet
 from capsfusion_ray.dataset.manifest import GroupEntry, group_path
 from capsfusion_ray.dataset.unit_files import part_path, read_part
-from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.storage import Store
 
 
@@ -65,16 +64,10 @@ def compact_group(
 
 def check_group(entry: GroupEntry) -> None:
     """Raises AccountingError unless the files hold exactly the units' rows."""
-    for kind, names in (("data", ("fused", "kept")), ("rejected", ("rejected",))):
-        want: dict[str, Any] = {unit.id: sum(getattr(unit, name) for name in names) for unit in entry.units}
-        have = dict.fromkeys(want, 0)
-        for file in entry.files:
-            if file.kind == kind:
-                for unit_id, rows in file.units:
-                    have[unit_id] = have.get(unit_id, 0) + rows
-        if want != have:
-            wrong = sorted(unit for unit in have if want.get(unit) != have[unit])
-            raise AccountingError(f"group {entry.group}: {kind} rows of units {wrong[:3]} do not add up")
+    stored: dict[str, list[tuple[str, int]]] = {}
+    for file in entry.files:
+        stored.setdefault(file.kind, []).extend(file.units)
+    check_stored(entry.units, stored, f"group {entry.group}")
 
 
 def remove_parts(store: Store, units: Sequence[WorkUnit]) -> None:

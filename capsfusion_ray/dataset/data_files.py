@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS
+from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS, part_schema
 from capsfusion_ray.core.plan import MAX_PARTITIONS
 from capsfusion_ray.dataset.manifest import FileEntry
-from capsfusion_ray.dataset.unit_files import part_schema
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 

@@ -131,10 +131,7 @@ configs:
     path: data/train-*.parquet
 ---
 """
-    outcome = "\n".join(
-        f"| {name} | {getattr(counts, name):,} |"
-        for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")
-    )
+    outcome = "\n".join(f"| {name} | {n:,} |" for name, n in counts.rows.items())
     columns = "\n".join(
         f"| `{column.name}` | {column.type} | {_MEANS.get(column.name, 'as in the input')} |" for column in schema
     )

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.plan import Plan
-from capsfusion_ray.dataset.unit_files import UnitSummary
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.storage import Store
 
@@ -91,54 +91,6 @@ def group_path(group: str, revision: int, edition: int = 0) -> str:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The accounting: planned = fused + kept + rejected + filtered + removed + unreadable."""
-
-    planned: int = 0
-    fused: int = 0
-    kept: int = 0
-    rejected: int = 0
-    filtered: int = 0
-    removed: int = 0
-    unreadable: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    filtered_by: dict[str, int] = field(default_factory=dict)
-    flags: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    engine_s: float = 0.0
-
-    @property
-    def done(self) -> int:
-        return self.fused + self.kept + self.rejected + self.filtered + self.removed + self.unreadable
-
-
-def count(summaries: Iterable[UnitSummary], planned: int) -> Counts:
-    """Sum the units of a run; `planned` comes from the plan, not from the units, so that a missing unit shows."""
-    totals: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    filtered_by: Counter[str] = Counter()
-    flags: Counter[str] = Counter()
-    engine_s = 0.0
-    for unit in summaries:
-        for name in ("fused", "kept", "rejected", "removed", "unreadable", "prompt_tokens", "output_tokens"):
-            totals[name] += getattr(unit, name)
-        totals["filtered"] += sum(unit.filtered.values())
-        reasons.update(unit.reasons)
-        filtered_by.update(unit.filtered)
-        flags.update(unit.flags)
-        engine_s += unit.engine_s
-    return Counts(
-        planned=planned,
-        reasons=dict(sorted(reasons.items())),
-        filtered_by=dict(sorted(filtered_by.items())),
-        flags=dict(sorted(flags.items())),
-        engine_s=round(engine_s, 3),
-        **totals,
-    )
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The finished dataset, whole."""
 
@@ -191,7 +143,7 @@ def assemble(plans: Sequence[Plan], entries: Sequence[GroupEntry], revisions: Se
     return Manifest(
         plans[0].fingerprint,
         plans[0].base,
-        count(units, sum(plan.rows for plan in plans)),
+        Counts.of(units, sum(plan.rows for plan in plans)),
         {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error},
         tuple(units),
         files,

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capsfusion_ray.config import GateConfig, OutputConfig
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, REASON, ROW_ID, type_of_name
 from capsfusion_ray.core.parquet import open_parquet
 from capsfusion_ray.core.repeated_captions import REPEATED, Repeated, Tally, after_retry, holds, mark_part, repeated
@@ -38,7 +38,7 @@ from capsfusion_ray.dataset.manifest import (
     read_intact,
 )
 from capsfusion_ray.dataset.plan_files import RUN_DIR, read_plans
-from capsfusion_ray.dataset.unit_files import PARTS_DIR, UnitSummary, parts_of, read_part
+from capsfusion_ray.dataset.unit_files import PARTS_DIR, parts_of, read_part
 from capsfusion_ray.dataset.verify import refuse_damage
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.storage import Store
@@ -99,7 +99,7 @@ class Rewriter:
                     if unit_id not in again:
                         going = pa.array([False] * rows.num_rows)
                     else:
-                        summaries[unit_id] = _without(summaries[unit_id], rows.filter(going), removed=False)
+                        summaries[unit_id] = summaries[unit_id].without(rows.filter(going), removed=False)
                     kept_rejects.setdefault(unit_id, []).append(rows.filter(pc.invert(going)))
         for unit in entry.units:
             still = kept_rejects.get(unit.id, [])
@@ -108,7 +108,7 @@ class Rewriter:
                 rejected = pc.equal(part[OUTCOME], str(Outcome.REJECTED))
                 files.write("data", unit.id, part.filter(pc.invert(rejected)))
                 still = [*still, part.filter(rejected)]
-                summaries[unit.id] = _with(summaries[unit.id], summary)
+                summaries[unit.id] = summaries[unit.id].with_retried(summary)
             if still:
                 columns = [name for name in still[0].column_names if all(name in table.column_names for table in still)]
                 files.write("rejected", unit.id, in_row_order([table.select(columns) for table in still]))
@@ -119,7 +119,7 @@ class Rewriter:
         """Rewrite the files that hold a row for which `is_removed` says true; None where there is none."""
 
         def out(kind: str, rows: pa.Table, going: pa.Array, unit: UnitSummary) -> Change:
-            return {kind: rows.filter(pc.invert(going))}, _without(unit, rows.filter(going), removed=True)
+            return {kind: rows.filter(pc.invert(going))}, unit.without(rows.filter(going), removed=True)
 
         return self._change(entry, is_removed, out)
 
@@ -133,10 +133,8 @@ class Rewriter:
         def flag(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
             marks = zip(rows[FLAGS].to_pylist(), found.to_pylist(), strict=True)
             flags = pa.array([[*(old or ()), REPEATED] if hit else old for old, hit in marks], pa.list_(pa.string()))
-            counts = _positive(Counter(unit.flags) + Counter({REPEATED: pc.sum(found).as_py() or 0}))
-            return {kind: rows.set_column(rows.schema.get_field_index(FLAGS), FLAGS, flags)}, dataclasses.replace(
-                unit, flags=counts
-            )
+            marked = rows.set_column(rows.schema.get_field_index(FLAGS), FLAGS, flags)
+            return {kind: marked}, unit.with_flag(REPEATED, pc.sum(found).as_py() or 0)
 
         def out(kind: str, rows: pa.Table, found: pa.Array, unit: UnitSummary) -> Change:
             going = rows.filter(found)
@@ -145,10 +143,7 @@ class Rewriter:
             rejects = going.append_column(REASON, pa.array([REPEATED] * n, pa.string())).append_column(
                 DETAIL, pa.array(details, pa.string())
             )
-            summary = _without(unit, going, removed=False)
-            if n:
-                reasons = _positive(Counter(summary.reasons) + Counter({REPEATED: n}))
-                summary = dataclasses.replace(summary, rejected=unit.rejected + n, reasons=reasons)
+            summary = unit.without(going, removed=False).with_rejects(REPEATED, n)
             return {kind: rows.filter(pc.invert(found)), "rejected": rejects}, summary
 
         return self._change(entry, unmarked, out if captions.reject else flag)
@@ -253,50 +248,14 @@ def in_row_order(tables: list[pa.Table]) -> pa.Table:
     return table.take(pa.array(sorted(range(len(numbers)), key=numbers.__getitem__), pa.int64()))
 
 
-def _without(unit: UnitSummary, rows: pa.Table, removed: bool) -> UnitSummary:
-    """The summary less `rows`, which are all of data/ or all of rejected/; counted as removed, or to be counted anew."""
-    if rows.num_rows == 0:
-        return unit
-    reasons, flags = Counter(unit.reasons), Counter(unit.flags)
-    change: dict[str, Any] = {"removed": unit.removed + rows.num_rows} if removed else {}
-    if REASON in rows.column_names:
-        reasons.subtract(reason for reason in rows[REASON].to_pylist() if reason)
-        change["rejected"] = unit.rejected - rows.num_rows
-    else:
-        kept = sum(bool(row) and row[0] == str(Outcome.KEPT) for row in rows[FLAGS].to_pylist())
-        flags.subtract(flag for row in rows[FLAGS].to_pylist() for flag in row or ())
-        change |= {"kept": unit.kept - kept, "fused": unit.fused - (rows.num_rows - kept)}
-    return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **change)
-
-
-def _with(unit: UnitSummary, more: UnitSummary) -> UnitSummary:
-    """The summary with what a retry of some of its rows came to."""
-    sums = {
-        name: getattr(unit, name) + getattr(more, name)
-        for name in ("fused", "kept", "rejected", "prompt_tokens", "output_tokens", "engine_s", "busy_s")
-    }
-    reasons, flags = Counter(unit.reasons) + Counter(more.reasons), Counter(unit.flags) + Counter(more.flags)
-    return dataclasses.replace(unit, reasons=_positive(reasons), flags=_positive(flags), **sums)
-
-
 def _marked(part: pa.Table, summary: UnitSummary, repeated: Repeated) -> tuple[pa.Table, UnitSummary]:
     """A part and its summary with the repeated captions in it flagged or rejected."""
     part, hits = mark_part(part, repeated)
-    n = pc.sum(hits).as_py() or 0
-    reasons, flags = Counter(summary.reasons), Counter(summary.flags)
-    if n and repeated.reject:
-        reasons[REPEATED] += n
-        flags.subtract(flag for row in part.filter(hits)[FLAGS].to_pylist() for flag in row or ())
-        summary = dataclasses.replace(summary, fused=summary.fused - n, rejected=summary.rejected + n)
-    elif n:
-        flags[REPEATED] += n
-    return part, dataclasses.replace(summary, reasons=_positive(reasons), flags=_positive(flags))
-
-
-def _positive(counts: Counter[str]) -> dict[str, int]:
-    if any(n < 0 for n in counts.values()):
-        raise AccountingError(f"more rows than there were: {dict(counts)}")
-    return {name: n for name, n in sorted(counts.items()) if n}
+    found = part.filter(hits)
+    if not repeated.reject:
+        return part, summary.with_flag(REPEATED, found.num_rows)
+    fused_before = found.drop_columns([REASON])  # they count as rows of data/ until now
+    return part, summary.without(fused_before, removed=False).with_rejects(REPEATED, found.num_rows)
 
 
 def judge_repeats(

@@ -20,16 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capsfusion_ray.config import FilterConfig, OutputConfig
-from capsfusion_ray.core.columns import ROW_ID, URL
+from capsfusion_ray.core.columns import INVALID, ROW_ID, URL
+from capsfusion_ray.dataset.layout import COMPARISON, REPORT
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import read_finished, read_groups
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.rewriter import Rewriter, as_begun, begin, clean, publish, sweep_if_idle
 from capsfusion_ray.dataset.unit_files import committed, part_path
 from capsfusion_ray.errors import ConfigError, SourceError
-from capsfusion_ray.report.job import COMPARISON, REPORT, ReportConfig, report
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.presets import FILTER_COLUMNS, INVALID
+from capsfusion_ray.sources.presets import FILTER_COLUMNS
 from capsfusion_ray.sources.schema import active_filters, numbers
 from capsfusion_ray.storage import Store
 
@@ -82,7 +82,6 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
         after = publish(store, manifest, etag, record)
         swept = clean(store, after)
         _forget(store)
-        report(ReportConfig(output))
     removed = after.counts.removed - manifest.counts.removed
     not_found = {key: criteria[key]["count"] - len(values) for key, values in found.items()}
     for key, n in not_found.items():
@@ -112,7 +111,7 @@ def _forget(store: Store) -> None:
         [part_path(unit_id) for unit_id in committed(store)]
     )  # of attempts that came after their group was compacted
     store.delete_leftovers(older_than_s=0)  # torn files of killed writers; who still writes here has lost the lease
-    store.delete([REPORT, COMPARISON])  # their samples
+    store.delete([REPORT, COMPARISON])  # they show samples of rows
 
 
 def _criteria(

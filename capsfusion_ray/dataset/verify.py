@@ -11,26 +11,18 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from capsfusion_ray.config import VerifyConfig
+from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.columns import ROW_ID
 from capsfusion_ray.core.parquet import open_parquet, read_footer, read_schema
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.compaction import check_group
-from capsfusion_ray.dataset.manifest import (
-    WAY_OUT,
-    FileEntry,
-    GroupEntry,
-    Manifest,
-    checksum_problem,
-    count,
-    read_manifest,
-)
+from capsfusion_ray.dataset.manifest import WAY_OUT, FileEntry, GroupEntry, Manifest, checksum_problem, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.errors import AccountingError, CapsFusionError, ConfigError
 from capsfusion_ray.storage import Store
@@ -56,11 +48,7 @@ def verify(cfg: VerifyConfig) -> dict[str, Any]:
     return {
         "verified": True,
         "deep": cfg.deep,
-        "rows": {
-            name: value
-            for name, value in asdict(manifest.counts).items()
-            if isinstance(value, int) and "tokens" not in name
-        },
+        "rows": manifest.counts.rows,
         "files": len(manifest.files),
         "bytes": sum(file.bytes for file in manifest.files),
         "units": len(manifest.units),
@@ -108,7 +96,7 @@ def _count_problems(manifest: Manifest) -> Iterator[str]:
             unit.check()
         except AccountingError as error:
             yield str(error)
-    counts = count(manifest.units, sum(unit.stop - unit.start for unit in manifest.units))
+    counts = Counts.of(manifest.units, sum(unit.planned for unit in manifest.units))
     if counts != manifest.counts:
         yield f"the manifest's totals {manifest.counts} are not the sum of its units {counts}"
     if counts.planned != counts.done:

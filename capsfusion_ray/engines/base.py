@@ -63,6 +63,15 @@ def prompt_fault(prompt: Prompt, most_tokens: int) -> str:
     return f"{prompt.tokens} prompt tokens; needs 1 to engine.max_prompt_tokens={most_tokens}"
 
 
+def device_name(engine: EngineConfig) -> str:
+    """What the engine computes on, as a unit's summary notes it: a GPU's name, "cpu", a server's model, or "none"."""
+    if not engine.loads_model:
+        return engine.api.model if engine.kind == "api" else "none"
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() and engine.device != "cpu" else "cpu"
+
+
 def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:
     """Import and construct the engine of `engine.kind` (validated when the config was parsed)."""
     module, _, name = ENGINES[engine.kind].partition(":")

@@ -15,9 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capsfusion_ray.core.columns import RAW, ROW_ID, SYNTHETIC, URL
+from capsfusion_ray.core.columns import INVALID, RAW, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.errors import AccountingError
-from capsfusion_ray.sources.presets import INVALID
 
 RAW_SIDE, SYNTHETIC_SIDE = "raw", "synthetic"
 SIDES = (RAW_SIDE, SYNTHETIC_SIDE)

@@ -19,7 +19,6 @@ from capsfusion_ray.report.sample import Row, State
 LONGEST_BAR = 60  # words; the last bar holds all longer captions
 BAR_WORDS = 3
 DIVERSITY_POINTS = 20
-OUTCOMES = ("fused", "kept", "rejected", "filtered", "removed", "unreadable")
 
 
 def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | None) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | No
     }
     return {
         "finished": state.finished,
-        "counts": {name: counts[name] for name in ("planned", *OUTCOMES)},
+        "counts": state.counts.rows,
         "reasons": counts["reasons"],
         "flags": counts["flags"],
         "filtered_by": counts["filtered_by"],

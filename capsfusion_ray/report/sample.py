@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
+from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.core.parquet import open_parquet
-from capsfusion_ray.dataset.manifest import Counts, FileEntry, count, read_groups, read_manifest
+from capsfusion_ray.dataset.manifest import FileEntry, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import config_path, read_plans
-from capsfusion_ray.dataset.unit_files import UNITS_DIR, UnitSummary, committed, part_path, read_summaries
+from capsfusion_ray.dataset.unit_files import UNITS_DIR, committed, part_path, read_summaries
 from capsfusion_ray.run.progress import PROGRESS
 from capsfusion_ray.storage import Store
 
@@ -93,7 +94,7 @@ def state_of(store: Store) -> State | None:
         parts = read_summaries(store, [unit for plan in plans for unit in plan.units if unit.id in waiting])
         units = (*(unit for entry in entries for unit in entry.units), *parts)
         files = tuple(file for entry in entries for file in entry.files)
-        counts = count(units, sum(plan.rows for plan in plans))
+        counts = Counts.of(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
         revisions, told, folders = (), _told(store, len(plans)), (*FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capsfusion_ray.core.accounting import OUTCOMES
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, RAW, REASON, ROW_ID, SYNTHETIC
 from capsfusion_ray.core.parquet import open_parquet
 from capsfusion_ray.core.word_alignment import Origin, align
@@ -203,7 +204,7 @@ def _print_counts(console: Console, manifest: Manifest) -> None:
     grid.add_column(overflow="fold")
     grid.add_row("planned", f"{counts.planned:,}", "")
     notes = {"rejected": _list_counts(counts.reasons), "filtered": _list_counts(counts.filtered_by)}
-    for outcome in ("fused", "kept", "rejected", "filtered", "removed", "unreadable"):
+    for outcome in OUTCOMES:
         grid.add_row(outcome, f"{getattr(counts, outcome):,}", Text(notes.get(outcome, ""), style="dim"))
     console.print(grid)
     for path, error in manifest.unreadable_shards.items():

@@ -23,7 +23,7 @@ from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Prompt
 from capsfusion_ray.core.unit_batch import BUSY_S, DEVICE, ENGINE_S, UnitBatch, named
 from capsfusion_ray.core.unit_steps import waiting_pairs, with_generations
-from capsfusion_ray.engines.base import Engine, build_engine
+from capsfusion_ray.engines.base import Engine, build_engine, device_name
 from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
 from capsfusion_ray.models.inspect import locate
 from capsfusion_ray.run.engine_starts import StartLog
@@ -190,7 +190,7 @@ class FusionActor:
             return
         self._encode_lock = threading.Lock()  # a fast tokenizer must not be entered by two threads at once
         self._requests: queue.SimpleQueue[_Request] = queue.SimpleQueue()
-        self._device = f"{socket.gethostname()}:{_device_name(engine)}"
+        self._device = f"{socket.gethostname()}:{device_name(engine)}"
         self._attempts = attempts
         self._monitor = monitor
         self._company = _Company()
@@ -372,15 +372,3 @@ def _start_anew(error: Exception, wait_s: float) -> None:
     time.sleep(wait_s)
     sys.stderr.flush()
     os._exit(EXIT_NO_START)
-
-
-def _device_name(engine: EngineConfig) -> str:
-    if engine.kind == "echo":
-        return "none"
-    if engine.kind == "api":
-        return engine.api.model
-    import torch
-
-    if torch.cuda.is_available() and engine.device != "cpu":
-        return str(torch.cuda.get_device_name())
-    return "cpu"

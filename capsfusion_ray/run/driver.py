@@ -15,14 +15,15 @@ import pyarrow as pa
 
 from capsfusion_ray import sources
 from capsfusion_ray.config import FuseConfig, as_dict, to_yaml
+from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.columns import PAIR_FIELDS, extra_fields, name_of_type
 from capsfusion_ray.core.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.lease import Lease
-from capsfusion_ray.dataset.manifest import MANIFEST, Counts, GroupEntry, Manifest, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.manifest import MANIFEST, GroupEntry, Manifest, assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import RUN_DIR, config_path, read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, clean, judge_repeats, refuse_unfinished
-from capsfusion_ray.dataset.unit_files import UnitSummary, committed, read_summaries
+from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.inspect import ModelInfo
@@ -379,10 +380,7 @@ def cost(cfg: FuseConfig, pool: Pool, plan: Plan, units: Sequence[UnitSummary]) 
 def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:
     """The last line on stdout. `fresh`: rows that this process worked on."""
     return {
-        "rows": {
-            name: getattr(counts, name)
-            for name in ("planned", "fused", "kept", "rejected", "filtered", "removed", "unreadable")
-        },
+        "rows": counts.rows,
         "rejects": counts.reasons,
         "filtered": counts.filtered_by,
         "flags": counts.flags,

@@ -28,11 +28,12 @@ from ray.data.datasource import ReadTask
 from ray.exceptions import RayTaskError
 
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import spans
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch, named
 from capsfusion_ray.core.unit_steps import admit, judge_unit
-from capsfusion_ray.dataset.unit_files import UnitSummary, commit
+from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.errors import CapsFusionError, CostCapReached
 from capsfusion_ray.run.actor import FusionActor
 from capsfusion_ray.run.engine_starts import StartLog

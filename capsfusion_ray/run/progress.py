@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from capsfusion_ray.dataset.unit_files import UnitSummary
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.errors import StorageError
 from capsfusion_ray.storage import Store, StoreRefused
 
@@ -86,7 +86,7 @@ class Progress:
             self.save()
 
     def _count(self, summary: UnitSummary) -> None:
-        self.rows += summary.stop - summary.start - summary.settled
+        self.rows += summary.planned - summary.settled
         self.rejected += summary.rejected
         self.units_done += 1
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from ray.util import metrics
 
+from capsfusion_ray.core.accounting import OUTCOMES, UnitSummary
 from capsfusion_ray.core.types import Generation
-from capsfusion_ray.dataset.unit_files import UnitSummary
 from capsfusion_ray.engines.base import Engine
 from capsfusion_ray.storage import client_faults
 
@@ -96,9 +96,8 @@ class RunMonitor:
         self._thread.join()
 
     def committed(self, unit: UnitSummary, committed_rows: int) -> None:
-        for outcome in ("fused", "kept", "rejected", "removed", "unreadable"):
-            _add("capsfusion_rows", getattr(unit, outcome), outcome=outcome)
-        _add("capsfusion_rows", sum(unit.filtered.values()), outcome="filtered")
+        for outcome in OUTCOMES:
+            _add("capsfusion_rows", unit.rows(outcome), outcome=outcome)
         for reason, rows in (Counter(unit.reasons) + Counter(unit.filtered)).items():
             _add("capsfusion_reasons", rows, reason=reason)
         for flag, rows in unit.flags.items():

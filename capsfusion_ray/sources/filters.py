@@ -6,9 +6,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capsfusion_ray.config import FilterConfig
-from capsfusion_ray.core.columns import RAW
+from capsfusion_ray.core.columns import INVALID, RAW
 from capsfusion_ray.core.types import FilterReason
-from capsfusion_ray.sources.presets import FILTER_COLUMNS, INVALID
+from capsfusion_ray.sources.presets import FILTER_COLUMNS
 from capsfusion_ray.sources.schema import numbers
 
 

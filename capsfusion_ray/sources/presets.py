@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from capsfusion_ray.config import SourceConfig
-from capsfusion_ray.core.columns import RAW, REFERENCE, RESERVED, SYNTHETIC, URL
+from capsfusion_ray.core.columns import INVALID, RAW, REFERENCE, RESERVED, SYNTHETIC, URL
 from capsfusion_ray.core.types import FilterReason
 from capsfusion_ray.errors import SourceError
-
-INVALID = "_invalid"  # the side column of a read: why a row cannot be used; not part of the dataset
 
 
 @dataclass(frozen=True, slots=True)

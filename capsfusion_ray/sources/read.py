@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capsfusion_ray.core.columns import RAW, ROLES, ROW_ID, SYNTHETIC
+from capsfusion_ray.core.columns import INVALID, RAW, ROLES, ROW_ID, SYNTHETIC
 from capsfusion_ray.core.parquet import open_parquet
 from capsfusion_ray.core.types import FilterReason
 from capsfusion_ray.errors import SourceError, StorageError
 from capsfusion_ray.sources import text
 from capsfusion_ray.sources.filters import filter_mask
-from capsfusion_ray.sources.presets import FILTER_COLUMNS, INVALID, column_map
+from capsfusion_ray.sources.presets import FILTER_COLUMNS, column_map
 from capsfusion_ray.sources.schema import active_filters, cast_column, role_columns
 from capsfusion_ray.sources.shard import (
     BATCH_ROWS,

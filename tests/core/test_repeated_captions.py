@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from outputs import FIELDS, DiesAt, part_of, units_of
 
 from capsfusion_ray.config import EngineConfig, GateConfig, GatesConfig, OutputConfig, VerifyConfig
+from capsfusion_ray.core.accounting import summarise
 from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.repeated_captions import MIN_PAIRS, RECORDED, Tally, after_retry, caption_key, repeated
@@ -20,7 +21,7 @@ from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, sweep
-from capsfusion_ray.dataset.unit_files import commit, summarise
+from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.run.edits import retry_rejected as retry_module
 from capsfusion_ray.run.edits.base import run_revision

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from outputs import FIELDS, DiesAt, part_of
 
 from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.core.accounting import summarise
 from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
@@ -19,7 +20,7 @@ from capsfusion_ray.dataset.compaction import compact_group, remove_parts
 from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, begin, begun, publish, refuse_unfinished, sweep
-from capsfusion_ray.dataset.unit_files import commit, committed, summarise
+from capsfusion_ray.dataset.unit_files import commit, committed
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from outputs import FIELDS, OUTCOMES, DiesAt, part_of, run_of, units_of
 
 from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.core.accounting import summarise
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.unit_batch import UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import MANIFEST
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
-from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries, summarise
+from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.storage import Store

@@ -17,17 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from capsfusion_ray.config import OutputConfig, VerifyConfig
+from capsfusion_ray.core.accounting import summarise
+from capsfusion_ray.core.columns import part_schema
 from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.export import ExportConfig, export
+from capsfusion_ray.dataset.layout import REPORT
 from capsfusion_ray.dataset.manifest import MANIFEST, assemble
 from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.dataset.unit_files import commit, part_schema, summarise
+from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import UsageError
-from capsfusion_ray.report.job import REPORT, ReportConfig, report
+from capsfusion_ray.report.job import ReportConfig, report
 from capsfusion_ray.report.terminal import show
 from capsfusion_ray.storage import Store
 

@@ -11,11 +11,13 @@ import pytest
 from report_runs import HOSTILE, PER_REASON, run_of, unit
 
 from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.types import WorkUnit
-from capsfusion_ray.dataset.manifest import MANIFEST, count, read_manifest
+from capsfusion_ray.dataset.layout import COMPARISON, REPORT
+from capsfusion_ray.dataset.manifest import MANIFEST, read_manifest
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.report import sample
-from capsfusion_ray.report.job import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.report.job import ReportConfig, report
 from capsfusion_ray.report.sample import ORDINARY_SHARE
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
@@ -284,7 +286,7 @@ def test_what_a_takedown_removed_was_paid_for_too(tmp_path):
     store = Store(cfg.output.path)
     manifest = read_manifest(store)
     fewer = [dataclasses.replace(u, fused=u.fused - 20, removed=20, busy_s=10.0) for u in manifest.units]
-    store.put(MANIFEST, dataclasses.replace(manifest, units=tuple(fewer), counts=count(fewer, 120)).to_bytes())
+    store.put(MANIFEST, dataclasses.replace(manifest, units=tuple(fewer), counts=Counts.of(fewer, 120)).to_bytes())
     report(cfg)
     assert data_of(tmp_path)[1]["figures"]["speed"]["captions_per_s"] == 4.0
 

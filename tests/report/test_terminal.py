@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.columns import DATA_FIELDS, REJECT_FIELDS
-from capsfusion_ray.dataset.manifest import Counts, Manifest
+from capsfusion_ray.dataset.manifest import Manifest
 from capsfusion_ray.errors import SourceError
 from capsfusion_ray.report.terminal import plain, show
 

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig, PlanConfig, load
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.types import FinishReason, Generation, WorkUnit
 from capsfusion_ray.core.unit_batch import BUSY_S, ENGINE_S, Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
-from capsfusion_ray.dataset.unit_files import UnitSummary
 from capsfusion_ray.engines.base import Load
 from capsfusion_ray.models.inspect import ModelInfo, settle
 from capsfusion_ray.run import actor as actors
@@ -83,8 +83,7 @@ def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path,
 
 
 def with_invalid(table):
-    from capsfusion_ray.core.columns import PAIR_FIELDS
-    from capsfusion_ray.sources.presets import INVALID
+    from capsfusion_ray.core.columns import INVALID, PAIR_FIELDS
 
     table = table.select([field.name for field in PAIR_FIELDS]).cast(pa.schema(PAIR_FIELDS))
     return table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from capsfusion_ray.cli import _Stderr
-from capsfusion_ray.dataset.unit_files import UnitSummary
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.run.progress import PROGRESS, Progress
 from capsfusion_ray.storage import Store
 

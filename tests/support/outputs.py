@@ -4,13 +4,15 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from capsfusion_ray.core.accounting import summarise
+from capsfusion_ray.core.columns import part_schema
 from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import MANIFEST, assemble
 from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.dataset.unit_files import commit, committed, part_schema, summarise
+from capsfusion_ray.dataset.unit_files import commit, committed
 
 FIELDS = (("lang", "string"),)
 OUTCOMES = ("fused", "kept", "rejected")

@@ -11,7 +11,8 @@ from echo_run import finished
 from playwright.sync_api import sync_playwright
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.report.job import COMPARISON, REPORT, ReportConfig, report
+from capsfusion_ray.dataset.layout import COMPARISON, REPORT
+from capsfusion_ray.report.job import ReportConfig, report
 from capsfusion_ray.training.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 
 CHROMIUM = "/usr/bin/chromium"

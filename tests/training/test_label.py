@@ -8,13 +8,14 @@ import pytest
 
 from capsfusion_ray.cli import run_job
 from capsfusion_ray.config import FuseConfig, GatesConfig, as_dict, load, to_yaml
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.prompt import Template
 from capsfusion_ray.core.types import FinishReason, Generation, WorkUnit
 from capsfusion_ray.core.unit_batch import UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit, with_generations
 from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.dataset.unit_files import UnitSummary, commit
+from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.errors import CostCapReached
 from capsfusion_ray.run.pipeline import within_cap
 from capsfusion_ray.storage import Store

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from capsfusion_ray.config import GateConfig, OutputConfig
+from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.repeated_captions import REPEATED, Repeated, repeated
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.lease import Lease
-from capsfusion_ray.dataset.manifest import Counts, GroupEntry, Manifest, read_groups
+from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, read_groups
 from capsfusion_ray.dataset.rewriter import THREADS, Rewriter, clean, publish
-from capsfusion_ray.dataset.unit_files import UnitSummary, committed, parts_of, read_summaries
+from capsfusion_ray.dataset.unit_files import committed, parts_of, read_summaries
 from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.run.pipeline import Job, Pool
 from capsfusion_ray.run.progress import Progress

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan, refuse_lost_input
 from capsfusion_ray.core.repeated_captions import Repeated
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
 from capsfusion_ray.dataset.rewriter import begin, begun, clean
-from capsfusion_ray.dataset.unit_files import UnitSummary
 from capsfusion_ray.dataset.verify import damage
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.run.edits.base import Revision

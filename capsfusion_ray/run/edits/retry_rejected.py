@@ -16,7 +16,8 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from capsfusion_ray.config import GatesConfig, OutputConfig
-from capsfusion_ray.core.columns import PAIR_FIELDS, REASON, extra_fields
+from capsfusion_ray.core.accounting import UnitSummary
+from capsfusion_ray.core.columns import INVALID, PAIR_FIELDS, REASON, extra_fields
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.repeated_captions import REPEATED, Repeated
 from capsfusion_ray.core.types import Reason, WorkUnit
@@ -24,11 +25,9 @@ from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
 from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
 from capsfusion_ray.dataset.rewriter import Rewriter, as_begun, begin, clean, in_row_order
-from capsfusion_ray.dataset.unit_files import UnitSummary
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.run.edits.base import Revision
 from capsfusion_ray.run.pipeline import Job, Pool, run_batches
-from capsfusion_ray.sources.presets import INVALID
 from capsfusion_ray.storage import Store
 
 # What another model or setting cannot mend: the text itself could not be read.
