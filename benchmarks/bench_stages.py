@@ -23,7 +23,7 @@ from typing import TypeVar
 from capsfusion_ray import sources
 from capsfusion_ray.config import FuseConfig, load
 from capsfusion_ray.core.columns import PAIR_FIELDS
-from capsfusion_ray.core.plan import make_plan, spans
+from capsfusion_ray.core.plan import make_plan, read_tasks
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
@@ -64,7 +64,7 @@ def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int
     actor = FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, "bench"))
     by_path = {shard.path: shard for shard in shards}
     groups: dict[str, list] = {}
-    for span in spans(plan.units, {shard.path: shard.row_groups for shard in shards}):
+    for span in read_tasks(plan.units, {shard.path: shard.row_groups for shard in shards}):
         units = iter_units(
             by_path[span[0].path], [(u.start, u.stop) for u in span], ReadSpec(schema, cfg.source, cfg.filter)
         )

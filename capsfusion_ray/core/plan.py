@@ -1,13 +1,12 @@
-"""Cut input shards into WorkUnits, and say what that will cost. Pure: knows no Ray, no network, no clock."""
+"""Cut input shards into WorkUnits: the Plan, its file, and what may not change once it is written. Pure: knows no Ray, no network, no clock."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -19,7 +18,6 @@ from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.errors import AccountingError, PlanChanged, SourceError
 
 PLAN_VERSION = 1
-MAX_PARTITIONS = 1000
 MOST_LOST = 0.9  # of an actor's life, in an estimate
 
 # Captions/s of one actor, to cut the first units and to quote hours before anything ran; `unit.captions_per_s` and the
@@ -45,7 +43,7 @@ DRAIN = 1.5
 
 
 class Shard(Protocol):
-    """What the plan must know of an input file (see sources.Shard): nothing of where it lies or how it is opened."""
+    """What the plan must know of an input file. `sources.Shard` has it; the plan does not know how a file is opened."""
 
     @property
     def path(self) -> str: ...
@@ -61,7 +59,7 @@ class Shard(Protocol):
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """What a plan remembers of a shard, to tell a changed input from a new one."""
+    """What a plan stores about a shard, so that a later run can tell a changed shard from a new one."""
 
     path: str
     content_key: str
@@ -72,12 +70,15 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All units of one revision of a run, the shards they were cut from, and what decides the output."""
+    """Units to fuse, the shards they were cut from, and the settings that decide the output.
 
-    revision: int
-    base: dict[str, Any]  # the parts of the base fingerprint, by the config key a user would change
+    A fresh output has plan 1. Each extension by new shards or a larger `input.limit` adds a plan with the next number.
+    """
+
+    number: int  # from 1
+    base: dict[str, Any]  # config key or input -> value: all that decides the output; `fingerprint` is its hash
     unit_rows: int
-    fields: tuple[tuple[str, str], ...]  # reference and passthrough columns: (name, arrow type), frozen at revision 1
+    fields: tuple[tuple[str, str], ...]  # reference and passthrough columns: (name, Arrow type), fixed by plan 1
     units: tuple[WorkUnit, ...]
     shards: tuple[PlannedShard, ...]
 
@@ -90,10 +91,10 @@ class Plan:
         return sum(unit.rows for unit in self.units)
 
     def to_bytes(self) -> bytes:
-        """One parquet object: a row a unit, everything else in the schema's metadata."""
+        """One Parquet object: one row per unit; everything else is in the metadata of the schema."""
         header = {
             "version": PLAN_VERSION,
-            "revision": self.revision,
+            "revision": self.number,  # the key that plan files have had since version 1
             "base": self.base,
             "unit_rows": self.unit_rows,
             "fields": self.fields,
@@ -112,13 +113,13 @@ class Plan:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
-        """Raises AccountingError for a plan of another version of this program."""
+        """The plan that `to_bytes` wrote. Raises AccountingError for another version of the format."""
         table = open_parquet(io.BytesIO(data)).read()
         header = json.loads((table.schema.metadata or {})[b"capsfusion_plan"])
         if header["version"] != PLAN_VERSION:
             raise AccountingError(
-                f"plan version {header['version']}: this program reads version {PLAN_VERSION}; finish the run with the "
-                "program that began it, or choose a new output.path"
+                f"plan version {header['version']}: this release reads version {PLAN_VERSION}; finish the run with the "
+                "release that began it, or choose a new output.path"
             )
         units = tuple(WorkUnit(**row) for row in table.to_pylist())
         shards = tuple(PlannedShard(**shard) for shard in header["shards"])
@@ -130,20 +131,20 @@ class Plan:
 
 
 def unit_id(path: str, content_key: str, start: int, stop: int) -> str:
+    """The same rows of the same content get the same id in every run."""
     return hashlib.sha256(f"{path}\0{content_key}\0{start}\0{stop}".encode()).hexdigest()[:20]
 
 
 def wanted_ranges(shards: Sequence[Shard], limit: int | None) -> dict[str, int]:
-    """Rows to take from the start of each shard: all, or `limit` spread evenly over the readable shards.
+    """Path -> number of rows to take from the start of that shard: all, or `limit` rows spread evenly over the readable shards.
 
-    Monotone: a larger limit takes at least the rows that a smaller one took of every shard, so a pilot's captions are
-    reused by the full run.
+    A larger limit takes at least the rows of a smaller one from every shard, so that a full run reuses the captions of a pilot.
     """
     readable = [shard for shard in shards if not shard.error and shard.rows]
     rows = {shard.path: shard.rows or 0 for shard in readable}
     if limit is None:
         return rows
-    # Water-filling: the shards with the fewest rows are asked first, each for an even share of what is left.
+    # Water-filling: go from the smallest shard to the largest, and take from each an even share of what is left.
     left = limit
     taken: dict[str, int] = {}
     by_rows = sorted(rows, key=lambda path: (rows[path], path))
@@ -154,9 +155,9 @@ def wanted_ranges(shards: Sequence[Shard], limit: int | None) -> dict[str, int]:
 
 
 def cut_range(start: int, stop: int, row_groups: Sequence[int], unit_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut rows [start, stop) into units of about `unit_rows`, along row-group borders where these are near.
+    """Cut the row range [start, stop) of a shard into unit ranges of at most `unit_rows`, at row-group borders where possible.
 
-    Small row groups are gathered up to unit_rows; a large one is cut evenly (its units share one decode: see spans).
+    Small row groups are gathered up to unit_rows. A large one is cut evenly, and its units share one read task.
     """
     at, group_start, pending = start, 0, start
     for group_rows in row_groups or (stop,):
@@ -189,9 +190,9 @@ def make_plan(
     max_groups: int = 256,
     before: Sequence[Plan] = (),
 ) -> Plan:
-    """The plan of a fresh output, or (with `before`: its earlier plans) of what was not planned yet.
+    """The plan of a fresh output, or, after the plans `before`, a plan of the rows that are not planned yet.
 
-    Raises PlanChanged where an earlier plan holds other parameters or another content of a shard.
+    Raises PlanChanged if an earlier plan has other settings or another content of a shard.
     """
     known: dict[str, PlannedShard] = {}
     done: dict[str, list[tuple[int, int]]] = {}
@@ -225,7 +226,7 @@ def _missing(done: list[tuple[int, int]], wanted: int) -> Iterator[tuple[int, in
 
 
 def _assign_groups(shards: Sequence[Shard], known: dict[str, PlannedShard], max_groups: int) -> dict[str, str]:
-    """Consecutive shards share a group; a shard keeps the group it once had, new shards get new groups."""
+    """Path -> group. Consecutive shards share a group. A planned shard keeps its group; new shards get new groups."""
     groups = {path: shard.group for path, shard in known.items()}
     fresh = [shard.path for shard in shards if shard.path not in groups]
     first = 1 + max((int(group[1:]) for group in groups.values()), default=-1)
@@ -246,7 +247,7 @@ def check_base(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> None:
-    """Raises PlanChanged naming the first shard whose content is not what was planned, or that was planned under another path."""
+    """Raises PlanChanged naming the first shard that changed since it was planned, or that was planned under another path."""
     for shard in shards:
         old = known.get(shard.path)
         if old and old.content_key != shard.content_key:
@@ -259,11 +260,12 @@ def check_shards(known: dict[str, PlannedShard], shards: Sequence[Shard]) -> Non
         old.content_key: old.path for old in known.values() if old.path not in listed and old.content_key and old.rows
     }
     for shard in shards:
-        # Another root, or other roots before it: row ids begin with the path, so all its rows would be fused and stored again.
+        # The input root changed, or the order of several roots did. Row ids begin with the path, so the same rows would be
+        # fused and stored a second time.
         if shard.path not in known and shard.content_key in gone:
             raise PlanChanged(
-                f"{shard.path}: this output was planned with the same file as {gone[shard.content_key]}; give input.path as it was then, "
-                "with more behind it, or choose a new output.path"
+                f"{shard.path}: this output was planned with the same file as {gone[shard.content_key]}; give input.path as it was then "
+                "(new paths go behind it), or choose a new output.path"
             )
 
 
@@ -273,18 +275,19 @@ def _short(value: Any) -> str:
 
 
 def refuse_lost_input(units: Sequence[WorkUnit], shards: Sequence[Shard]) -> None:
-    """Raises SourceError where a shard that holds rows of `units` is gone or no longer readable."""
+    """Raises SourceError if a shard that holds rows of `units` was deleted or can no longer be read."""
     gone = sorted({unit.path for unit in units} - {shard.path for shard in shards if not shard.error})
     if gone:
         raise SourceError(
-            f"{gone[0]}: needed for units that are not done, and no longer readable ({len(gone)} such shards); restore it"
+            f"{gone[0]}: units that are not done need this shard, and it can no longer be read ({len(gone)} such shards); restore it"
         )
 
 
-def spans(units: Iterable[WorkUnit], row_groups: dict[str, Sequence[int]]) -> list[list[WorkUnit]]:
-    """Units that must be decoded together: neighbours that share a row group (or a stream file), in plan order.
+def read_tasks(units: Iterable[WorkUnit], row_groups: dict[str, Sequence[int]]) -> list[list[WorkUnit]]:
+    """The units of each read task, in plan order. `row_groups`: path of a shard -> rows of each of its row groups.
 
-    Each span is one read task, so that no row group is decoded once a unit.
+    Neighbours that share a row group (or a text file) form one read task, so that the row group is decoded once and not
+    once per unit.
     """
     out: list[list[WorkUnit]] = []
     for unit in units:
@@ -300,104 +303,6 @@ def _share_group(a: WorkUnit, b: WorkUnit, row_groups: Sequence[int]) -> bool:
     edge = 0
     for rows in row_groups or (b.stop,):
         edge += rows
-        if a.stop <= edge:  # the group that holds a's last row
+        if a.stop <= edge:  # this row group holds the last row of a
             return b.start < edge
     return False
-
-
-# ------------------------------------------------------------------------------------------------------------ the price
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take; `captions_per_s` is of one actor."""
-
-    rows: int  # still to do
-    units: int
-    actors: int
-    captions_per_s: float
-    prompt_tokens: float  # mean, a row
-    output_tokens: float  # mean, a row
-    gpus_per_actor: float
-    price_per_gpu_hour: float
-    speed_source: str  # where captions_per_s comes from
-    errors: dict[str, str] = field(default_factory=dict)  # unreadable shards
-    rows_done: int = 0  # committed in the output already
-    preempted_every_h: float | None = None  # mean hours that an actor lives; None: to the end
-    restart_s: float = 0.0  # from an actor's death to the first caption of the one that replaces it
-    together: float = 0.0  # captions that an actor writes at a time
-
-    @property
-    def unit_s(self) -> float:
-        """Of one actor."""
-        return self.rows / self.units / self.captions_per_s if self.units else 0.0
-
-    @property
-    def lost_s(self) -> float:
-        """Work that a death destroys: of the unit whose captions begin now, a half on average, and the last one's where it drains still."""
-        return self.unit_s / 2 + self.drain_s
-
-    @property
-    def drain_s(self) -> float:
-        """From when a unit's last caption begins, and with it the next unit, to when it ends."""
-        return DRAIN * self.together / self.captions_per_s
-
-    @property
-    def seconds(self) -> float:
-        """All actors' work and waiting, and the tail, while some have nothing left to do. Checked against simulated pools in tests/rules."""
-        if not self.rows:
-            return 0.0
-        gone_s = self.lost_s + self.restart_s
-        # The chance that an actor dies while the last units are at work: they wait for its successor, and are begun anew.
-        late = 1 - math.exp(-self.actors * gone_s / (self.preempted_every_h * 3600)) if self.preempted_every_h else 0.0
-        # The last units end anywhere in one unit's time. One actor waits for nobody.
-        tail = self.drain_s + (1 - 1 / self.actors) * (
-            0.5 * self.unit_s + late * (0.6 * self.unit_s + self.drain_s + self.restart_s)
-        )
-        return self.rows / (self.captions_per_s * self.actors) / (1 - self._share(gone_s)) + tail
-
-    def _share(self, seconds: float) -> float:
-        """Of an actor's life, where each death takes so much of it; at most MOST_LOST: beyond, nothing would ever be finished."""
-        return min(seconds / (self.preempted_every_h * 3600), MOST_LOST) if self.preempted_every_h else 0.0
-
-    @property
-    def gpu_hours(self) -> float:
-        """Engines at work, on what preemption destroys too. Nodes that start, load a model or wait are not in it."""
-        return self.rows / self.captions_per_s / (1 - self._share(self.lost_s)) / 3600 * self.gpus_per_actor
-
-    @property
-    def price(self) -> float:
-        return self.gpu_hours * self.price_per_gpu_hour
-
-    @property
-    def captions_per_gpu_hour(self) -> float | None:
-        return round(self.captions_per_s * 3600 / self.gpus_per_actor, 1) if self.gpus_per_actor else None
-
-    def text(self) -> str:
-        """For people: what will happen, how long it takes and what it costs."""
-        done = f"; {self.rows_done:,} are done already" if self.rows_done else ""
-        if not self.rows and done:
-            return f"nothing is left to do: all {self.rows_done:,} planned rows are done"
-        lines = [
-            f"rows            {self.rows:,} in {self.units:,} units{done}",
-            f"tokens a row    {self.prompt_tokens:.0f} prompt, {self.output_tokens:.0f} output (sampled)",
-            f"actors          {self.actors} with {self.gpus_per_actor:g} GPU each, {self.captions_per_s:g} captions/s each ({self.speed_source})",
-            f"time            {_span_of_time(self.seconds)} from the first caption to the last",
-            f"GPU-hours       {self.gpu_hours:,.1f}, {self.price:,.2f} USD at {self.price_per_gpu_hour:g} an hour"
-            if self.gpus_per_actor
-            else "GPU-hours       none: on CPUs (cluster.gpus_per_actor=1 for a GPU's quote)",
-        ]
-        if self.preempted_every_h:
-            deaths = self.seconds * self.actors / (self.preempted_every_h * 3600)
-            lost = f"a restart of {self.restart_s:g} s and {self.lost_s:.0f} s of work each"
-            lines.append(f"preempted       {deaths:,.0f} times (an actor lives {self.preempted_every_h:g} h): {lost}")
-        lines += [f"unreadable      {path}: {error}" for path, error in self.errors.items()]
-        return "\n".join(lines)
-
-
-def _span_of_time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:,.0f} minutes"
-    return f"{seconds / 3600:,.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:,.1f} days"

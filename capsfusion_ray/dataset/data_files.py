@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS, part_schema
-from capsfusion_ray.core.plan import MAX_PARTITIONS
 from capsfusion_ray.dataset.manifest import FileEntry
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 
 ROW_GROUP_ROWS = 16_384  # about 2 MB of captions with zstd: the grain at which a file can meet target_file_mb
+MAX_PARTITIONS = 1000
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what Hive, Spark, pyarrow and DuckDB write for a null key
 
 

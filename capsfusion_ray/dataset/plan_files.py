@@ -25,4 +25,4 @@ def read_plans(store: Store) -> list[Plan]:
 
 def write_plan(store: Store, plan: Plan) -> bool:
     """False: another driver planned this revision first."""
-    return store.put_if_absent(plan_path(plan.revision), plan.to_bytes())
+    return store.put_if_absent(plan_path(plan.number), plan.to_bytes())

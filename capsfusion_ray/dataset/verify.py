@@ -79,7 +79,7 @@ def _plan_problems(plans: list[Plan], manifest: Manifest) -> Iterator[str]:
     yield from (f"unit {unit_id} stands {times} times in the manifest" for unit_id, times in held.items() if times > 1)
     for plan in plans:
         if plan.fingerprint != manifest.fingerprint:
-            yield f"plan revision {plan.revision} has fingerprint {plan.fingerprint}, the manifest {manifest.fingerprint}"
+            yield f"plan {plan.number} has fingerprint {plan.fingerprint}, the manifest {manifest.fingerprint}"
     yield from _overlaps(list(planned.values()))
 
 

@@ -43,8 +43,8 @@ class Compactor:
         self._group_of: dict[str, tuple[int, str]] = {}
         for plan in plans:
             for unit in plan.units:
-                self._units.setdefault((plan.revision, unit.group), []).append(unit)
-                self._group_of[unit.id] = (plan.revision, unit.group)
+                self._units.setdefault((plan.number, unit.group), []).append(unit)
+                self._group_of[unit.id] = (plan.number, unit.group)
         self._left = {
             key: {unit.id for unit in units} for key, units in self._units.items() if key not in self._entries
         }

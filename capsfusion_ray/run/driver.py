@@ -17,7 +17,8 @@ from capsfusion_ray import sources
 from capsfusion_ray.config import FuseConfig, as_dict, to_yaml
 from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.columns import PAIR_FIELDS, extra_fields, name_of_type
-from capsfusion_ray.core.plan import GUESSED_CAPTIONS_PER_S, Estimate, Plan, make_plan, refuse_lost_input
+from capsfusion_ray.core.cost_model import GUESSED_CAPTIONS_PER_S, Estimate
+from capsfusion_ray.core.plan import Plan, make_plan, refuse_lost_input
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import MANIFEST, GroupEntry, Manifest, assemble, read_groups, read_manifest
@@ -270,9 +271,9 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
             raise ConfigError(
                 f"{store.root}: another driver just planned this output; run the same command again to join it"
             )
-        store.put(config_path(plan.revision), to_yaml(cfg).encode())
+        store.put(config_path(plan.number), to_yaml(cfg).encode())
         plans.append(plan)
-        log.info("planned revision %d: %d rows in %d units", plan.revision, plan.rows, len(plan.units))
+        log.info("plan %d: %d rows in %d units", plan.number, plan.rows, len(plan.units))
     entries = read_groups(store)
     return Run(store, plans, entries, committed(store))
 
@@ -332,15 +333,15 @@ def _publish(
     revisions = list(before.revisions) if before else []
     planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
     for plan in run.plans[planned:]:
-        kind = "extension" if plan.revision > 1 else "base"
+        kind = "extension" if plan.number > 1 else "base"
         revision = {
-            "revision": plan.revision,
+            "revision": plan.number,
             "kind": kind,
             "units": len(plan.units),
             "rows": plan.rows,
             "seconds": seconds,
         }
-        units = [unit for entry in entries if entry.revision == plan.revision for unit in entry.units]
+        units = [unit for entry in entries if entry.revision == plan.number for unit in entry.units]
         revisions.append(revision | {"cost": cost(cfg, pool, plan, units)})
     manifest = assemble(run.plans, entries, revisions)
     current = run.store.get_with_etag(MANIFEST)

@@ -29,7 +29,7 @@ from ray.exceptions import RayTaskError
 
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesConfig
 from capsfusion_ray.core.accounting import UnitSummary
-from capsfusion_ray.core.plan import spans
+from capsfusion_ray.core.plan import read_tasks
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch, named
 from capsfusion_ray.core.unit_steps import admit, judge_unit
@@ -77,7 +77,7 @@ class Pool:
 
 def run_units(job: Job, pool: Pool, units: Sequence[WorkUnit], shards: dict[str, Shard]) -> Iterator[UnitSummary]:
     """Fuse and commit every unit; their summaries in the order of commit. Raises what a stage raised."""
-    groups = spans(units, {path: shard.row_groups for path, shard in shards.items()})
+    groups = read_tasks(units, {path: shard.row_groups for path, shard in shards.items()})
     return run_batches(job, pool, UnitSource(job, groups, shards), len(groups))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from capsfusion_ray import sources
 from capsfusion_ray.config import EngineConfig, FuseConfig, PlanConfig
 from capsfusion_ray.core.columns import RAW, ROW_ID, SYNTHETIC
-from capsfusion_ray.core.plan import GUESSED_SLOTS, Estimate
+from capsfusion_ray.core.cost_model import GUESSED_SLOTS, Estimate
 from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.dataset.manifest import read_groups
@@ -73,7 +73,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         rows_done=begun.planned_rows + plan.rows - rows,
         preempted_every_h=cfg.preempted_every_h,
         restart_s=cfg.restart_s,
-        together=together,
+        captions_in_flight=together,
     )
     print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {

@@ -1,4 +1,4 @@
-"""The estimate's hours against a simulated pool of actors, event by event: undisturbed, and on spot nodes."""
+"""Compare the estimated hours with a simulated pool of actors, event by event, with and without preemption."""
 
 import heapq
 import random
@@ -6,18 +6,18 @@ from statistics import mean
 
 import pytest
 
-from capsfusion_ray.core.plan import DRAIN, Estimate
+from capsfusion_ray.core.cost_model import DRAIN, Estimate
 
 UNIT_ROWS, SPEED = 100, 1.0
 UNIT_S = UNIT_ROWS / SPEED
-QUEUED = 4  # units that an actor of the pipeline holds: two in its engine, two that wait for them
+QUEUED = 4  # units that an actor of the pipeline holds: two in its engine, two queued
 
 
 def simulated_s(actors, units, life_s, restart_s, drain_s, seed):
-    """Seconds from the actors' first unit on average to the last unit's end.
+    """Seconds from the mean start of the actors' first units to the end of the last unit.
 
-    Units go to the living actor that holds the fewest, and stay with it: a dead one's wait for its successor, as Ray has it.
-    A unit is whole `drain_s` after the next one began.
+    A unit goes to the living actor that holds the fewest units, and stays with it: the units of a dead actor wait for its
+    successor, as in Ray. A unit ends `drain_s` after the next unit began.
     """
     chance = random.Random(seed)
     left, done = units, 0
@@ -43,13 +43,13 @@ def simulated_s(actors, units, life_s, restart_s, drain_s, seed):
             continue
         if life != lives[actor]:
             continue
-        if what == "whole":
+        if what == "ended":
             held[actor], ending[actor], done = held[actor] - 1, ending[actor] - 1, done + 1
         elif what == "end":
             ending[actor] += 1
-            heapq.heappush(events, (now + drain_s, "whole", actor, life))
+            heapq.heappush(events, (now + drain_s, "ended", actor, life))
         alive[actor] = True
-        if what != "whole" and held[actor] > ending[actor]:
+        if what != "ended" and held[actor] > ending[actor]:
             work(actor, now)
         while left and (free := [one for one in range(actors) if alive[one] and held[one] < QUEUED]):
             least = min(free, key=held.__getitem__)
@@ -74,26 +74,26 @@ def test_predicted_hours_are_those_of_a_simulated_pool(actors, units_each, life_
         simulated_s(actors, actors * units_each, life_s, restart_s, drain_units * UNIT_S, seed) for seed in range(runs)
     )
     spot = {"preempted_every_h": life_s and life_s / 3600, "restart_s": restart_s}
-    quote = predicted(actors, actors * units_each, together=drain_units * UNIT_S * SPEED / DRAIN, **spot)
+    quote = predicted(actors, actors * units_each, captions_in_flight=drain_units * UNIT_S * SPEED / DRAIN, **spot)
     print(
         f"{actors} actors, {units_each} units each, a drain of {drain_units}: {found / UNIT_S:.1f} units' time, predicted {quote.seconds / found - 1:+.1%}"
     )
     assert quote.seconds == pytest.approx(found, rel=0.10)
 
 
-def test_a_spot_market_costs_what_it_destroys_and_says_so():
+def test_preemption_adds_the_gpu_hours_that_it_destroys_and_the_text_says_so():
     calm = predicted(8, 400)
     spot = predicted(8, 400, preempted_every_h=20 * UNIT_S / 3600, restart_s=60.0)
     assert spot.gpu_hours == pytest.approx(calm.gpu_hours / (1 - 0.5 / 20))
     assert "preempted" not in calm.text()
     line = next(line for line in spot.text().splitlines() if line.startswith("preempted"))
     assert "an actor lives 0.555556 h" in line
-    assert line.endswith("a restart of 60 s and 50 s of work each")
+    assert line.endswith("each costs a restart of 60 s and 50 s of work")
 
 
-def test_where_nothing_is_left_to_do_nothing_is_waited_for():
+def test_an_estimate_without_rows_takes_no_time():
     assert Estimate(0, 0, 8, SPEED, 0, 0, 1.0, 2.5, "", preempted_every_h=1.0, restart_s=300.0).seconds == 0
 
 
-def test_where_actors_die_faster_than_they_work_the_estimate_stays_finite():
+def test_the_estimate_is_finite_if_actors_die_faster_than_they_finish_a_unit():
     assert predicted(8, 400, preempted_every_h=UNIT_S / 7200, restart_s=300.0).seconds < 20 * predicted(8, 400).seconds

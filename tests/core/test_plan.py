@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsfusion_ray.core.plan import Plan, cut_range, make_plan, spans, wanted_ranges
+from capsfusion_ray.core.plan import Plan, cut_range, make_plan, read_tasks, wanted_ranges
 from capsfusion_ray.errors import PlanChanged
 
 
@@ -69,11 +69,11 @@ def test_units_that_share_a_row_group_are_read_together(shards, unit_rows):
     plan = make_plan(shards, {}, unit_rows)
     row_groups = {s.path: s.row_groups for s in shards}
     decoded = []
-    for span in spans(plan.units, row_groups):
+    for task in read_tasks(plan.units, row_groups):
         edge, touched = 0, set()
-        for i, rows in enumerate(row_groups[span[0].path]):
-            if any(u.start < edge + rows and u.stop > edge for u in span):
-                touched.add((span[0].path, i))
+        for i, rows in enumerate(row_groups[task[0].path]):
+            if any(u.start < edge + rows and u.stop > edge for u in task):
+                touched.add((task[0].path, i))
             edge += rows
         decoded += sorted(touched)
     assert len(decoded) == len(set(decoded)), "a row group would be decoded by two read tasks"
@@ -81,7 +81,7 @@ def test_units_that_share_a_row_group_are_read_together(shards, unit_rows):
 
 @settings(max_examples=30)
 @given(shard_lists, st.integers(1, 40), st.integers(1, 4))
-def test_a_plan_survives_its_file(shards, unit_rows, max_groups):
+def test_a_plan_read_from_its_bytes_is_the_same_plan(shards, unit_rows, max_groups):
     plan = make_plan(shards, {"prompt": "p", "n": 3}, unit_rows, (("w", "double"),), max_groups=max_groups)
     assert Plan.from_bytes(plan.to_bytes()) == plan
     assert len({unit.group for unit in plan.units}) <= max_groups
@@ -108,14 +108,14 @@ def test_a_changed_shard_is_refused_by_name():
         make_plan([replace(shard, content_key="other")], {}, 5, before=[first])
 
 
-def test_unreadable_and_empty_shards_have_no_units_but_stand_in_the_plan():
+def test_unreadable_and_empty_shards_have_no_units_but_the_plan_names_them():
     plan = make_plan([FakeShard("bad", None, error="torn"), FakeShard("none", 0), FakeShard("ok", 2)], {}, 5)
     assert {u.path for u in plan.units} == {"ok"}
     assert {s.path: s.error for s in plan.shards} == {"bad": "torn", "none": "", "ok": ""}
 
 
 def test_the_same_files_under_another_root_are_not_planned_again():
-    """input.path=/d/a at first and /d later, or two roots in another order: row ids begin with the path."""
+    """input.path=/d/a first and /d later, or two roots in another order: row ids begin with the path, so all rows would be new."""
     first = make_plan([FakeShard("a.parquet", 9, content_key="x"), FakeShard("b.parquet", 9, content_key="y")], {}, 5)
     moved = [FakeShard("a/a.parquet", 9, content_key="x"), FakeShard("b.parquet", 9, content_key="y")]
     with pytest.raises(PlanChanged, match=r"a/a\.parquet: .* the same file as a\.parquet; give input\.path as it was"):
@@ -125,7 +125,7 @@ def test_the_same_files_under_another_root_are_not_planned_again():
         FakeShard("copy.parquet", 9, content_key="x"),
     ]
     assert {unit.path for unit in make_plan(copy, {}, 5, before=[first]).units} == {"copy.parquet"}, (
-        "a copy beside it is the user's"
+        "a copy beside the original is planned, because the user put it there"
     )
     gone = make_plan([FakeShard("b.parquet", 9, content_key="y")], {}, 5, before=[first])
-    assert not gone.units, "a shard that is done may go"
+    assert not gone.units, "a shard whose rows are planned may be deleted"

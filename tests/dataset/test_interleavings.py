@@ -127,7 +127,7 @@ class OneOutput(RuleBasedStateMachine):
                 units = [unit for unit in plan.units if unit.group == group]
                 if all(unit.id in parts and unit.id not in compacted for unit in units):
                     try:
-                        compact_group(DiesAt(self.store, dies_at), group, plan.revision, units, FIELDS, self.output)
+                        compact_group(DiesAt(self.store, dies_at), group, plan.number, units, FIELDS, self.output)
                     except KeyboardInterrupt:
                         return
 
