@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 
 from capsfusion_ray.config import OutputConfig, load, usage
 from capsfusion_ray.errors import CapsFusionError, UsageError
-from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.reports.job import ReportConfig, report
 
 T = TypeVar("T")
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE = 0, 1, 2

@@ -15,8 +15,8 @@ from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, default_
 from capsfusion_ray.dataset.export import ExportConfig
 from capsfusion_ray.dataset.takedown import TakedownConfig
 from capsfusion_ray.pairing.job import PairConfig
-from capsfusion_ray.report.job import ReportConfig
-from capsfusion_ray.report.terminal import ShowConfig
+from capsfusion_ray.reports.job import ReportConfig
+from capsfusion_ray.reports.terminal import ShowConfig
 from capsfusion_ray.training.average import AverageConfig
 from capsfusion_ray.training.config import TrainConfig
 from capsfusion_ray.training.evaluate import EvaluateConfig

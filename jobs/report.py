@@ -3,7 +3,7 @@
 import sys
 
 from capsfusion_ray.cli import run_job
-from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.reports.job import ReportConfig, report
 
 if __name__ == "__main__":
     sys.exit(run_job(ReportConfig, report))

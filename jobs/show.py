@@ -7,7 +7,7 @@ import sys
 from capsfusion_ray.cli import helped
 from capsfusion_ray.config import load
 from capsfusion_ray.errors import CapsFusionError, UsageError
-from capsfusion_ray.report.terminal import ShowConfig, show
+from capsfusion_ray.reports.terminal import ShowConfig, show
 
 
 def main(argv: list[str]) -> int:

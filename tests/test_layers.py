@@ -24,7 +24,7 @@ FLOORS = (
     ("dataset", "engines"),
     ("run",),
     ("pairing", "training"),
-    ("report",),
+    ("reports",),
     ("cli", "__init__"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

@@ -23,7 +23,7 @@ from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
 from capsfusion_ray.dataset.unit_files import PARTS_DIR
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
-from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.reports.job import ReportConfig, report
 from capsfusion_ray.storage import Store
 
 OUTCOMES = ["fused", "rejected", "kept", "fused", "fused"]

@@ -33,8 +33,8 @@ from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, SourceError, UsageError
 from capsfusion_ray.pairing.job import TableConfig, survey
-from capsfusion_ray.report.job import ReportConfig, report
-from capsfusion_ray.report.terminal import show
+from capsfusion_ray.reports.job import ReportConfig, report
+from capsfusion_ray.reports.terminal import show
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.evaluate import _from_output
 from capsfusion_ray.training.triples import read_all

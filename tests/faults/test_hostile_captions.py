@@ -30,8 +30,8 @@ from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import UsageError
-from capsfusion_ray.report.job import ReportConfig, report
-from capsfusion_ray.report.terminal import show
+from capsfusion_ray.reports.job import ReportConfig, report
+from capsfusion_ray.reports.terminal import show
 from capsfusion_ray.storage import Store
 
 COLUMN = (

@@ -12,7 +12,7 @@ from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import MANIFEST, assemble
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.dataset.unit_files import commit
-from capsfusion_ray.report.job import ReportConfig
+from capsfusion_ray.reports.job import ReportConfig
 from capsfusion_ray.storage import Store
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(1)> & Nürnberg 2019 \u2028 東京"

@@ -12,7 +12,7 @@ from playwright.sync_api import sync_playwright
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.dataset.layout import COMPARISON, REPORT
-from capsfusion_ray.report.job import ReportConfig, report
+from capsfusion_ray.reports.job import ReportConfig, report
 from capsfusion_ray.training.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 
 CHROMIUM = "/usr/bin/chromium"

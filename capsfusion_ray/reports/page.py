@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from capsfusion_ray.core.word_alignment import align
-from capsfusion_ray.report.sample import Row
+from capsfusion_ray.reports.sample import Row
 
 _TOKEN = re.compile(r"\w+|[^\w\s]|\s+")
 LONGEST = 1_200  # characters of a caption on the page

@@ -16,9 +16,9 @@ from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.layout import COMPARISON, REPORT
 from capsfusion_ray.dataset.manifest import MANIFEST, read_manifest
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.report import sample
-from capsfusion_ray.report.job import ReportConfig, report
-from capsfusion_ray.report.sample import ORDINARY_SHARE
+from capsfusion_ray.reports import sample
+from capsfusion_ray.reports.job import ReportConfig, report
+from capsfusion_ray.reports.sample import ORDINARY_SHARE
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.evaluate import EvaluateConfig, EvaluateOutputConfig, ReferenceConfig, evaluate
 
@@ -274,7 +274,7 @@ def test_a_running_outputs_price_is_of_what_its_engines_did_and_not_of_what_was_
     state = dataclasses.replace(
         state, finished=False, devices={"host:NVIDIA H100": 1}, busy_s=30.0, base=state.base | base
     )
-    monkeypatch.setattr("capsfusion_ray.report.job.state_of", lambda store: state)
+    monkeypatch.setattr("capsfusion_ray.reports.job.state_of", lambda store: state)
     report(cfg)
     speed = data_of(tmp_path)[1]["figures"]["speed"]
     assert (speed["captions_per_s"], speed["unit"]) == (2.0, "captions/s"), "of the last minutes"

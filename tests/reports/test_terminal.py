@@ -17,7 +17,7 @@ from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.columns import DATA_FIELDS, REJECT_FIELDS
 from capsfusion_ray.dataset.manifest import Manifest
 from capsfusion_ray.errors import SourceError
-from capsfusion_ray.report.terminal import plain, show
+from capsfusion_ray.reports.terminal import plain, show
 
 ROOT = Path(__file__).parents[2]
 EVIL = "[bold red]HOT[/] \x1b[31mred\x1b[0m \x1b]8;;https://images.example.com/\x07link\x1b]8;;\x07\x1b[2J \u202etxt\u202c\x9b31m"

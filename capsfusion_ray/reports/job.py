@@ -18,9 +18,9 @@ from typing import Any
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.dataset.layout import COMPARISON, REPORT
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.report.figures import figures
-from capsfusion_ray.report.page import render
-from capsfusion_ray.report.sample import State, draw, state_of
+from capsfusion_ray.reports.figures import figures
+from capsfusion_ray.reports.page import render
+from capsfusion_ray.reports.sample import State, draw, state_of
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.metrics import FIGURES
 
