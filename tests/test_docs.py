@@ -46,8 +46,11 @@ def test_every_file_and_target_that_a_page_names_exists(page):
 
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 JOBS = dict(runpy.run_path(str(ROOT / "docs/make_configuration.py"))["JOBS"])
-MAKES = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # other targets are named as their job
-JOB = re.compile(r"""\b(jobs/\w+\.py)((?: +(?:[^\s`#|<>&;"']|"[^"]*"|'[^']*')+)+)""")
+SAME_KEYS = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # each other command and target has its job's name
+WORDS = r"""((?: +(?:[^\s`#|<>&;"']|"[^"]*"|'[^']*')+)+)"""
+JOB = re.compile(r"\b(jobs/\w+\.py)" + WORDS)
+COMMAND = re.compile(r"(?<![\w-])capsfusion (\w+)" + WORDS)
+NAMED_COMMAND = re.compile(r"(?:^|`|/bin/)capsfusion (\w+)", re.MULTILINE)  # at the start of a line or of a code span
 MAKE = re.compile(r"""\bmake ([a-z-]+)(?: [A-Z_]+=[^\s"'`]+)* ARGS=(?:"([^"]*)"|'([^']*)')""")
 OPTION = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-z_]+)+)=")
 SPAN = re.compile(r"`([a-z_]+)=[^`]*`")
@@ -70,17 +73,24 @@ def known(key, schema):
     return any(key == k.rstrip(".") or (k.endswith(".") and key.startswith(k)) for k in keys(schema))
 
 
+def job_of(name):
+    """The job behind `capsfusion <name>` and `make <name>`."""
+    return SAME_KEYS.get(name, f"jobs/{name}.py")
+
+
 def commands(text):
     """(job, its words) of each command in a page, lines that end in a backslash joined."""
     text = text.replace("\\\n", " ")
-    for job, rest in JOB.findall(text):
+    typed = [*JOB.findall(text), *((job_of(name), rest) for name, rest in COMMAND.findall(text))]
+    for job, rest in typed:
         words = shlex.split(rest)
-        if all("=" in word or word.endswith(".yaml") for word in words):  # else it is a sentence
+        if job in JOBS and all(
+            "=" in word or word.endswith(".yaml") or word == "…" for word in words
+        ):  # else: a sentence
             yield job, words
     for target, double, single in MAKE.findall(text):
-        job = MAKES.get(target, f"jobs/{target}.py")
-        if job in JOBS:
-            yield job, shlex.split(double or single)
+        if job_of(target) in JOBS:
+            yield job_of(target), shlex.split(double or single)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -96,6 +106,12 @@ def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_a_page_names_is_a_job(page):
+    named = set(NAMED_COMMAND.findall((ROOT / page).read_text("utf-8")))
+    assert not [name for name in named if job_of(name) not in JOBS]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_option_that_a_page_names_is_one_of_a_job(page):
     text = (ROOT / page).read_text("utf-8")
     named = {*OPTION.findall(text), *SPAN.findall(text)} - {"key"}
@@ -107,10 +123,14 @@ def test_a_wrong_command_is_found():
         'make fuse ARGS="input.pat=x"',
         "python jobs/verify.py output.path=o deep=perhaps",
         "make takedown ARGS='above={punsafe: 0.3}'",
+        "capsfusion fuse conf/demo.yaml input.pat=x",
+        "an output.path: `.venv/bin/capsfusion verify output.path=o deep=perhaps`",
+        "capsfusion submit conf/demo.yaml \\\n  engine.kindd=beam",
     ]
     for text in wrong:
         ((job, words),) = commands(text)
         with pytest.raises(ConfigError):
             load(JOBS[job], words)
+    assert NAMED_COMMAND.findall("```sh\ncapsfusion fusee input.path=x\n```") == ["fusee"]
     assert not known("input.pat", JOBS["jobs/fuse.py"])
     assert known("output.storage.endpoint_url", JOBS["jobs/verify.py"])
