@@ -16,8 +16,9 @@ from capsfusion_ray.core.columns import OUTCOME
 from capsfusion_ray.core.repeated_captions import Tally
 from capsfusion_ray.core.types import Outcome, WorkUnit
 from capsfusion_ray.dataset.data_files import FileSet
-from capsfusion_ray.dataset.manifest import GroupEntry, group_path
-from capsfusion_ray.dataset.unit_files import part_path, read_part
+from capsfusion_ray.dataset.layout import group_path, of_plan, part_path
+from capsfusion_ray.dataset.manifest import GroupEntry
+from capsfusion_ray.dataset.unit_files import read_part
 from capsfusion_ray.storage import Store
 
 
@@ -38,7 +39,7 @@ def compact_group(
         entry = GroupEntry.from_bytes(store.get(entry_path))
         remove_parts(store, units)
         return entry
-    files = FileSet(store, group, f"r{revision:03d}", fields, output)
+    files = FileSet(store, group, of_plan(revision), fields, output)
     summaries, tally = [], Tally()
     for unit in units:
         try:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS, part_schema
+from capsfusion_ray.dataset.layout import data_file_path, data_file_prefix
 from capsfusion_ray.dataset.manifest import FileEntry
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
@@ -38,9 +39,8 @@ class _Writer:
     """Cuts one stream of rows into files of the size asked for."""
 
     store: Store
-    folder: str
+    prefix: str
     kind: str
-    basename: str
     schema: pa.Schema
     output: OutputConfig
 
@@ -86,7 +86,7 @@ class _Writer:
             return
         self._parquet.close()
         data = self._sink.getvalue()
-        path = f"{self.folder}/{self.basename}-{len(self.files):05d}.parquet"
+        path = data_file_path(self.prefix, len(self.files))
         self.store.put(path, data)
         units = tuple(self._units.items())
         self.files.append(FileEntry(path, self.kind, self._rows, len(data), hashlib.sha256(data).hexdigest(), units))
@@ -100,8 +100,7 @@ class FileSet:
         self, store: Store, group: str, stamp: str, fields: Sequence[tuple[str, str]], output: OutputConfig
     ) -> None:
         self._store, self._group, self._fields, self._output = store, group, fields, output
-        # The group's name keeps files of different groups apart inside one partition.
-        self._basename = f"part-{stamp}" if output.partition_by == "shard" else f"part-{stamp}-{group}"
+        self._stamp = stamp
         self._writers: dict[tuple[str, str], _Writer] = {}
 
     def write(self, kind: str, unit_id: str, rows: pa.Table) -> None:
@@ -116,7 +115,7 @@ class FileSet:
                     )
                 schema = data_schema(self._fields, kind, self._output.partition_by)
                 self._writers[key] = _Writer(
-                    self._store, f"{kind}/{partition}", kind, self._basename, schema, self._output
+                    self._store, data_file_prefix(kind, partition, self._stamp, self._group), kind, schema, self._output
                 )
             writer = self._writers[key]
             writer.write(unit_id, slice_.select(writer.schema.names).cast(writer.schema))

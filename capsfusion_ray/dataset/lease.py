@@ -18,12 +18,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from capsfusion_ray.dataset.plan_files import RUN_DIR
+from capsfusion_ray.dataset.layout import LEASE
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.storage import Store, StoreRefused
 
 log = logging.getLogger(__name__)
-LEASE = f"{RUN_DIR}/lease.json"
 TTL_S = 60.0
 OUTAGE_S = 900.0  # without a heartbeat: then the run stops; until then whoever would compact waits
 BEATS_PER_TTL = 4

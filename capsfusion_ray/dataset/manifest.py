@@ -15,12 +15,11 @@ from typing import Any
 
 from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.plan import Plan
+from capsfusion_ray.dataset.layout import GROUPS_DIR, MANIFEST, group_path
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.storage import Store
 
 MANIFEST_VERSION = 1
-MANIFEST = "manifest.json"
-GROUPS_DIR = "_run/groups"
 _GROUP_NAME = len("r001-g00000")
 WAY_OUT = "the fuse command with repair=true recomputes its units"
 
@@ -83,11 +82,6 @@ class GroupEntry:
         units = tuple(UnitSummary.parse(unit) for unit in raw["units"])
         files = tuple(FileEntry.parse(file) for file in raw["files"])
         return cls(raw["group"], raw["revision"], units, files, raw["edition"], raw["repeats"])
-
-
-def group_path(group: str, revision: int, edition: int = 0) -> str:
-    name = f"r{revision:03d}-{group}"
-    return f"{GROUPS_DIR}/{name}-e{edition:03d}.json" if edition else f"{GROUPS_DIR}/{name}.json"
 
 
 @dataclass(frozen=True)

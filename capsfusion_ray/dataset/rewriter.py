@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import logging
-import re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,26 +27,16 @@ from capsfusion_ray.core.repeated_captions import REPEATED, Repeated, Tally, aft
 from capsfusion_ray.core.types import Outcome, WorkUnit
 from capsfusion_ray.dataset.compaction import check_group
 from capsfusion_ray.dataset.data_files import NULL_PARTITION, FileSet
-from capsfusion_ray.dataset.manifest import (
-    MANIFEST,
-    FileEntry,
-    GroupEntry,
-    Manifest,
-    assemble,
-    read_groups,
-    read_intact,
-)
-from capsfusion_ray.dataset.plan_files import RUN_DIR, read_plans
-from capsfusion_ray.dataset.unit_files import PARTS_DIR, parts_of, read_part
+from capsfusion_ray.dataset.layout import DATA_FILE, DATA_FOLDERS, MANIFEST, RETRY_DIR, of_edition, record_path
+from capsfusion_ray.dataset.manifest import FileEntry, GroupEntry, Manifest, assemble, read_groups, read_intact
+from capsfusion_ray.dataset.plan_files import read_plans
+from capsfusion_ray.dataset.unit_files import parts_of, read_part
 from capsfusion_ray.dataset.verify import refuse_damage
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 THREADS = 4  # each holds one file in memory
-_OURS = re.compile(
-    r"(?:data|rejected)/(?:shard=(?P<shard>g\d+)|[^/]+)/part-(?P<kind>[re])(?P<number>\d{3})(?:-r\d{3})?(?:-(?P<group>g\d+))?-\d{5}\.parquet"
-)
 
 Change = tuple[dict[str, pa.Table], UnitSummary]  # the rows by kind of file, and the unit's new summary
 
@@ -62,8 +51,7 @@ class Rewriter:
     output: OutputConfig
 
     def _files_of(self, entry: GroupEntry) -> FileSet:
-        # With the plan's revision: a pilot and the full run after it have two entries of each group, in one folder.
-        return FileSet(self.store, entry.group, f"e{self.edition:03d}-r{entry.revision:03d}", self.fields, self.output)
+        return FileSet(self.store, entry.group, of_edition(self.edition, entry.revision), self.fields, self.output)
 
     def retried_repeats(
         self, entry: GroupEntry, retried: Store, units: Sequence[WorkUnit], reasons: Collection[str]
@@ -301,8 +289,8 @@ def sweep(store: Store, manifest: Manifest) -> int:
     held = {file.path for file in manifest.files} | {file.path for entry in entries for file in entry.files}
     compacted = {(entry.revision, entry.group) for entry in entries}
     stale = []
-    for path in (file.path for folder in ("data", "rejected") for file in store.list(folder) if file.path not in held):
-        name = _OURS.fullmatch(path)
+    for path in (file.path for folder in DATA_FOLDERS for file in store.list(folder) if file.path not in held):
+        name = DATA_FILE.fullmatch(path)
         if name is None:
             continue
         number, group = int(name["number"]), name["group"] or name["shard"]
@@ -316,7 +304,7 @@ def clean(store: Store, manifest: Manifest) -> int:
     """Remove earlier editions' files, merged parts and what killed writers left; how many files of the dataset. As for sweep."""
     swept = sweep(store, manifest)
     store.delete_leftovers()
-    store.delete([file.path for file in store.list(PARTS_DIR)])
+    store.delete([file.path for file in store.list(RETRY_DIR)])
     return swept
 
 
@@ -327,10 +315,6 @@ def as_begun(output: OutputConfig, manifest: Manifest) -> OutputConfig:
     """How the output was cut into files when it was begun: a rewrite must not cut it otherwise."""
     cut = {key.partition(".")[2]: value for key, value in manifest.base.items() if key.startswith("output.")}
     return OutputConfig(output.path, storage=output.storage, **cut)
-
-
-def record_path(edition: int) -> str:
-    return f"{RUN_DIR}/revision-e{edition:03d}.json"
 
 
 def begin(store: Store, manifest: Manifest, record: dict[str, Any], rewritten: Sequence[FileEntry] = ()) -> int:

@@ -21,12 +21,12 @@ import pyarrow.compute as pc
 
 from capsfusion_ray.config import FilterConfig, OutputConfig
 from capsfusion_ray.core.columns import INVALID, ROW_ID, URL
-from capsfusion_ray.dataset.layout import COMPARISON, REPORT
+from capsfusion_ray.dataset.layout import COMPARISON, REPORT, part_path
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import read_finished, read_groups
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.rewriter import Rewriter, as_begun, begin, clean, publish, sweep_if_idle
-from capsfusion_ray.dataset.unit_files import committed, part_path
+from capsfusion_ray.dataset.unit_files import committed
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.presets import FILTER_COLUMNS

@@ -17,21 +17,16 @@ import pyarrow.parquet as pq
 from capsfusion_ray.core.accounting import UnitSummary, check_belongs
 from capsfusion_ray.core.parquet import open_parquet, read_schema
 from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.dataset.layout import UNITS_DIR, part_path, retry_parts_dir
 from capsfusion_ray.storage import Store
 
-PARTS_DIR = "_retry"  # of a retry or a repair
-UNITS_DIR = "_units"
 _SUMMARY_KEY = b"capsfusion_unit"
 _READERS = 16  # footers are a few kB each: latency, not bandwidth
 
 
 def parts_of(store: Store, edition: int) -> Store:
     """Where the parts of one revision of the dataset lie, apart, until they are merged."""
-    return Store(f"{store.root}/{PARTS_DIR}/e{edition:03d}", store.options)
-
-
-def part_path(unit_id: str) -> str:
-    return f"{UNITS_DIR}/{unit_id}.parquet"
+    return Store(f"{store.root}/{retry_parts_dir(edition)}", store.options)
 
 
 def commit(store: Store, table: pa.Table, summary: UnitSummary) -> bool:

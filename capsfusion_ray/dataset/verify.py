@@ -22,6 +22,7 @@ from capsfusion_ray.core.parquet import open_parquet, read_footer, read_schema
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.compaction import check_group
+from capsfusion_ray.dataset.layout import DATA_FOLDERS
 from capsfusion_ray.dataset.manifest import WAY_OUT, FileEntry, GroupEntry, Manifest, checksum_problem, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.errors import AccountingError, CapsFusionError, ConfigError
@@ -136,7 +137,7 @@ def refuse_damage(store: Store, files: Sequence[FileEntry], what: str) -> None:
 
 
 def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
-    listed = {file.path: file.size for folder in ("data", "rejected") for file in store.list(folder)}
+    listed = {file.path: file.size for folder in DATA_FOLDERS for file in store.list(folder)}
     for file in manifest.files:
         size = listed.pop(file.path, None)
         if size is None:

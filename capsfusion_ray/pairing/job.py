@@ -26,7 +26,8 @@ import pyarrow as pa
 
 from capsfusion_ray.config import ClusterConfig, ColumnsConfig, FilterConfig, InputConfig, SourceConfig, fingerprint
 from capsfusion_ray.core.columns import RESERVED, URL
-from capsfusion_ray.dataset.lease import LEASE, Lease
+from capsfusion_ray.dataset.layout import LEASE
+from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.pairing.ray_join import Join, run_join, sweep
 from capsfusion_ray.pairing.rules import RAW_SIDE, SIDES, SYNTHETIC_SIDE, Audit, SideAudit

@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.core.parquet import open_parquet
+from capsfusion_ray.dataset.layout import DATA_FOLDERS, PROGRESS, UNITS_DIR, config_path, part_path
 from capsfusion_ray.dataset.manifest import FileEntry, read_groups, read_manifest
-from capsfusion_ray.dataset.plan_files import config_path, read_plans
-from capsfusion_ray.dataset.unit_files import UNITS_DIR, committed, part_path, read_summaries
-from capsfusion_ray.run.progress import PROGRESS
+from capsfusion_ray.dataset.plan_files import read_plans
+from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.storage import Store
 
 FILES_READ = 48  # of each folder, spread over all its files
@@ -32,7 +32,6 @@ MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
 ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
 DIFFERENT, EQUAL = "different", "equal"  # the strata of rows of two outputs, beside those of either
 ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
-FOLDERS: tuple[str, ...] = ("data", "rejected")
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def state_of(store: Store) -> State | None:
     manifest = read_manifest(store)
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
         counts, units, files, shards = manifest.counts, manifest.units, manifest.files, manifest.unreadable_shards
-        revisions, folders = manifest.revisions, FOLDERS
+        revisions, folders = manifest.revisions, DATA_FOLDERS
         cost: dict[str, Any] = next((revision["cost"] for revision in reversed(revisions) if "cost" in revision), {})
         told = {key: cost.get(key) for key in ("gpus_per_actor", "usd_per_gpu_hour")}
     else:
@@ -96,7 +95,7 @@ def state_of(store: Store) -> State | None:
         files = tuple(file for entry in entries for file in entry.files)
         counts = Counts.of(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
-        revisions, told, folders = (), _told(store, len(plans)), (*FOLDERS, UNITS_DIR)
+        revisions, told, folders = (), _told(store, len(plans)), (*DATA_FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
     return State(
         counts,

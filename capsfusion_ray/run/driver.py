@@ -20,9 +20,10 @@ from capsfusion_ray.core.columns import PAIR_FIELDS, extra_fields, name_of_type
 from capsfusion_ray.core.cost_model import GUESSED_CAPTIONS_PER_S, Estimate
 from capsfusion_ray.core.plan import Plan, make_plan, refuse_lost_input
 from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.dataset.layout import MANIFEST, RUN_DIR, config_path
 from capsfusion_ray.dataset.lease import Lease
-from capsfusion_ray.dataset.manifest import MANIFEST, GroupEntry, Manifest, assemble, read_groups, read_manifest
-from capsfusion_ray.dataset.plan_files import RUN_DIR, config_path, read_plans, write_plan
+from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, clean, judge_repeats, refuse_unfinished
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError

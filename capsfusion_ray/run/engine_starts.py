@@ -15,13 +15,11 @@ from typing import Any
 
 import ray
 
-from capsfusion_ray.dataset.plan_files import RUN_DIR
+from capsfusion_ray.dataset.layout import ENGINE_IS_UP, PROGRESS, start_path
 from capsfusion_ray.errors import EngineError
-from capsfusion_ray.run.progress import PROGRESS
 from capsfusion_ray.storage import Store, patiently
 
 MOST_DEATHS = 4  # of processes in a row, each while its engine started, and none of the run is up
-_UP = f"{RUN_DIR}/starts/up.json"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class StartLog:
     def succeeded(self) -> None:
         """This actor's engine is up, and with it one of the run's."""
         if not self._up:
-            self._put(_UP, {"run": self._run})
+            self._put(ENGINE_IS_UP, {"run": self._run})
         patiently(lambda: self._store.delete([_path()]))
 
     def failed(self, error: str) -> bool:
@@ -74,7 +72,7 @@ class StartLog:
 
     @property
     def _up(self) -> bool:
-        return self._get(_UP).get("run") == self._run
+        return self._get(ENGINE_IS_UP).get("run") == self._run
 
     def _mine(self) -> Start:
         """This actor's last start as it was noted, looked at now; number 0 where there is none of this run."""
@@ -98,4 +96,4 @@ class StartLog:
 def _path() -> str:
     """Of this actor: Ray keeps its id when it starts its process anew."""
     actor = ray.get_runtime_context().get_actor_id() if ray.is_initialized() else None
-    return f"{RUN_DIR}/starts/{actor or socket.gethostname()}.json"
+    return start_path(actor or socket.gethostname())

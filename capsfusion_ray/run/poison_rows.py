@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from capsfusion_ray.dataset.plan_files import RUN_DIR
+from capsfusion_ray.dataset.layout import attempt_path
 from capsfusion_ray.storage import Store, patiently
 
 SHARED_DEATHS = 2
@@ -68,14 +68,14 @@ class AttemptLog:
 
     def begin(self, unit_id: str, rows: int) -> Attempt:
         """Note, and return, the attempt that starts now."""
-        found = patiently(lambda: self._store.get_with_etag(_path(unit_id)))
+        found = patiently(lambda: self._store.get_with_etag(attempt_path(unit_id)))
         attempt = following(_parse(found[0]) if found else None, self._run, rows)
         self.note(unit_id, attempt)
         return attempt
 
     def note(self, unit_id: str, attempt: Attempt) -> None:
         data = json.dumps(dataclasses.asdict(attempt)).encode()
-        patiently(lambda: self._store.put(_path(unit_id), data))
+        patiently(lambda: self._store.put(attempt_path(unit_id), data))
 
     def abandon(self, unit_id: str, attempt: Attempt) -> None:
         """The attempt was broken off, and nobody died: the next one stands where it stood."""
@@ -86,11 +86,7 @@ class AttemptLog:
 
     def end(self, unit_id: str) -> None:
         """The unit came through."""
-        patiently(lambda: self._store.delete([_path(unit_id)]))
-
-
-def _path(unit_id: str) -> str:
-    return f"{RUN_DIR}/attempts/{unit_id}.json"
+        patiently(lambda: self._store.delete([attempt_path(unit_id)]))
 
 
 def _parse(data: bytes) -> Attempt:

@@ -15,11 +15,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from capsfusion_ray.core.accounting import UnitSummary
+from capsfusion_ray.dataset.layout import PROGRESS
 from capsfusion_ray.errors import StorageError
 from capsfusion_ray.storage import Store, StoreRefused
 
 log = logging.getLogger(__name__)
-PROGRESS = "progress.json"
 LOG_EVERY_S = 10.0
 STORE_EVERY_S = 10.0
 BAR_WIDTH = 28

@@ -19,9 +19,10 @@ from capsfusion_ray.config import (
     UnitConfig,
 )
 from capsfusion_ray.core.prompt import TEMPLATE
+from capsfusion_ray.dataset.layout import RETRY_DIR
 from capsfusion_ray.dataset.manifest import read_groups
 from capsfusion_ray.dataset.plan_files import read_plans
-from capsfusion_ray.dataset.unit_files import PARTS_DIR, committed, parts_of, read_summaries
+from capsfusion_ray.dataset.unit_files import committed, parts_of, read_summaries
 from capsfusion_ray.engines.api.engine import check
 from capsfusion_ray.errors import ConfigError, CostCapReached
 from capsfusion_ray.storage import Store
@@ -92,7 +93,7 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
     planned = [unit for plan in read_plans(store) for unit in plan.units]
     summaries += read_summaries(store, [unit for unit in planned if unit.id in waiting])
     for edition in sorted(
-        {file.path.split("/")[1] for file in store.list(PARTS_DIR)}
+        {file.path.split("/")[1] for file in store.list(RETRY_DIR)}
     ):  # of a retry that is not merged yet
         retried = parts_of(store, int(edition.removeprefix("e")))
         done = committed(retried)

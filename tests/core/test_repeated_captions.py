@@ -18,7 +18,8 @@ from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.repeated_captions import MIN_PAIRS, RECORDED, Tally, after_retry, caption_key, repeated
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
-from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, sweep
 from capsfusion_ray.dataset.unit_files import commit

@@ -17,7 +17,8 @@ from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group, remove_parts
-from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, begin, begun, publish, refuse_unfinished, sweep
 from capsfusion_ray.dataset.unit_files import commit, committed

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from capsfusion_ray.dataset import lease as lease_module
-from capsfusion_ray.dataset.lease import LEASE, Holder, Lease
+from capsfusion_ray.dataset.layout import LEASE
+from capsfusion_ray.dataset.lease import Holder, Lease
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.storage import Store, StoreRefused
 

@@ -16,11 +16,10 @@ from outputs import DiesAt, flip_a_bit, run_of, units_of
 
 from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
 from capsfusion_ray.dataset import takedown as takedown_module
-from capsfusion_ray.dataset.layout import COMPARISON, REPORT
+from capsfusion_ray.dataset.layout import COMPARISON, REPORT, RETRY_DIR
 from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.dataset.rewriter import refuse_unfinished, sweep
 from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
-from capsfusion_ray.dataset.unit_files import PARTS_DIR
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.reports.job import ReportConfig, report
@@ -204,7 +203,7 @@ def with_copies(path):
     report(ReportConfig(output, beside=OutputConfig(str(path / "other" / "out"))))
     for file in [*(out / "data").rglob("*.parquet"), *(out / "rejected").rglob("*.parquet")]:
         late = f"_units/{file.parent.parent.name}-{file.parent.name}-{file.name}"  # a second attempt, after its group was compacted
-        merged = f"{PARTS_DIR}/e002/{late}"  # a retry killed after its manifest
+        merged = f"{RETRY_DIR}/e002/{late}"  # a retry killed after its manifest
         old = f"{file.relative_to(out).parent}/part-r001-9{file.stem[-4:]}.parquet"  # an earlier edition, not swept yet
         torn = f"{file.relative_to(out).parent}/.{file.name}.0123.tmp"  # of a writer killed before its rename
         for name in (late, merged, old, torn):
@@ -234,7 +233,7 @@ def test_no_text_of_a_removed_row_is_left_anywhere_wherever_it_was_killed(tmp_pa
         out = tmp_path / str(at)
         shutil.copytree(prepared, out)
         output = OutputConfig(str(out))
-        assert traces(out) == {"data", "rejected", "_units", PARTS_DIR, REPORT, COMPARISON}
+        assert traces(out) == {"data", "rejected", "_units", RETRY_DIR, REPORT, COMPARISON}
         monkeypatch.setattr(takedown_module, "Store", lambda root, options, at=at: DiesAt(Store(root, options), at))
         try:
             takedown(TakedownConfig(output, urls=urls))

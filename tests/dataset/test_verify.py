@@ -17,7 +17,7 @@ from capsfusion_ray.core.accounting import summarise
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.unit_batch import UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
-from capsfusion_ray.dataset.manifest import MANIFEST
+from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries
 from capsfusion_ray.dataset.verify import verify

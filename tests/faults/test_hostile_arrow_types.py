@@ -28,7 +28,8 @@ from capsfusion_ray.core.columns import type_of_name
 from capsfusion_ray.core.parquet import ForeignType, open_parquet, read_footer, read_ipc_schema, read_schema
 from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.dataset.export import ExportConfig, export
-from capsfusion_ray.dataset.manifest import MANIFEST, Manifest
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import Manifest
 from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, SourceError, UsageError

@@ -27,8 +27,9 @@ from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
 from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.lease import Lease
-from capsfusion_ray.dataset.manifest import MANIFEST, Manifest, assemble, read_groups
+from capsfusion_ray.dataset.manifest import Manifest, assemble, read_groups
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries
 from capsfusion_ray.dataset.verify import verify

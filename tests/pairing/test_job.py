@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from capsfusion_ray.config import FilterConfig, InputConfig, SourceConfig, load
-from capsfusion_ray.dataset.lease import LEASE, Lease
+from capsfusion_ray.dataset.layout import LEASE
+from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.pairing import job as pair_module
 from capsfusion_ray.pairing import ray_join as join_module

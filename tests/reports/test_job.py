@@ -13,8 +13,8 @@ from report_runs import HOSTILE, PER_REASON, run_of, unit
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.types import WorkUnit
-from capsfusion_ray.dataset.layout import COMPARISON, REPORT
-from capsfusion_ray.dataset.manifest import MANIFEST, read_manifest
+from capsfusion_ray.dataset.layout import COMPARISON, MANIFEST, REPORT
+from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.reports import sample
 from capsfusion_ray.reports.job import ReportConfig, report

@@ -18,12 +18,12 @@ from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
+from capsfusion_ray.dataset.layout import PROGRESS
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.errors import EngineError
 from capsfusion_ray.run import actor as actors
 from capsfusion_ray.run.engine_starts import MOST_DEATHS, Start, StartLog
 from capsfusion_ray.run.poison_rows import AttemptLog
-from capsfusion_ray.run.progress import PROGRESS
 from capsfusion_ray.storage import Store
 
 PATIENCE_S = 0.3  # a thirtieth of it between two starts

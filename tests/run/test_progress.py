@@ -10,7 +10,8 @@ import pytest
 
 from capsfusion_ray.cli import _Stderr
 from capsfusion_ray.core.accounting import UnitSummary
-from capsfusion_ray.run.progress import PROGRESS, Progress
+from capsfusion_ray.dataset.layout import PROGRESS
+from capsfusion_ray.run.progress import Progress
 from capsfusion_ray.storage import Store
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from capsfusion_ray.config import PlanConfig, load
+from capsfusion_ray.dataset.layout import part_path
 from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.dataset.unit_files import part_path
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.driver import next_plan
 from capsfusion_ray.run.quote import estimate, expected_pool

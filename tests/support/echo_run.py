@@ -14,7 +14,8 @@ from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
 from capsfusion_ray.dataset.compaction import compact_group
-from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import assemble
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify

@@ -10,7 +10,8 @@ from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
-from capsfusion_ray.dataset.manifest import MANIFEST, assemble
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import assemble
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.dataset.unit_files import commit, committed
 

@@ -9,7 +9,8 @@ from capsfusion_ray.core import repeated_captions as repeats
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
-from capsfusion_ray.dataset.manifest import MANIFEST, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.layout import MANIFEST
+from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, refuse_unfinished, sweep
 from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
