@@ -7,184 +7,32 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
-
-from capsfusion_ray import sources
-from capsfusion_ray.config import FuseConfig, as_dict, to_yaml
-from capsfusion_ray.core.accounting import Counts, UnitSummary
-from capsfusion_ray.core.columns import PAIR_FIELDS, extra_fields, name_of_type
-from capsfusion_ray.core.cost_model import GUESSED_CAPTIONS_PER_S, Estimate
-from capsfusion_ray.core.plan import Plan, make_plan, refuse_lost_input
-from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.config import FuseConfig, to_yaml
+from capsfusion_ray.core.accounting import Counts
+from capsfusion_ray.core.plan import Plan, refuse_lost_input
 from capsfusion_ray.dataset.layout import MANIFEST, RUN_DIR, config_path
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, assemble, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, clean, judge_repeats, refuse_unfinished
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
-from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
+from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.models import inspect as models
-from capsfusion_ray.models.inspect import ModelInfo
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.compactor import Compactor
+from capsfusion_ray.run.cost import cost
 from capsfusion_ray.run.edits.base import Revision, run_revision
 from capsfusion_ray.run.edits.repair_files import open_repair
 from capsfusion_ray.run.edits.retry_rejected import open_retry, reasons_of
 from capsfusion_ray.run.pipeline import Job, Pool, run_units
 from capsfusion_ray.run.progress import Progress
 from capsfusion_ray.run.prometheus import RunMonitor
-from capsfusion_ray.sources import ReadSpec, Shard
+from capsfusion_ray.run.survey import OutputState, Survey, base_of, next_plan, read_spec, survey
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
-DEMO_MODEL_ROWS = 100_000
-MOST_UNIT_ROWS = (
-    50_000  # a unit's rows are in an actor's memory together, at some 5 kB each; no GPU is so quick, echo is
-)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What is known before any cluster: the model, the shards, the columns. Any error here costs seconds."""
-
-    model: ModelInfo
-    shards: tuple[Shard, ...]
-    fields: tuple[tuple[str, str], ...]
-
-
-def survey(cfg: FuseConfig) -> Survey:
-    """Raises ConfigError or SourceError for whatever can be known to be wrong without a cluster."""
-    for key, value in (("input.path", cfg.input.path), ("output.path", cfg.output.path)):
-        if not value:
-            raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
-    if cfg.engine.kind == "api":
-        from capsfusion_ray.engines.api.engine import check
-
-        check(cfg.engine.api, cfg.decode)
-    model = models.inspect(cfg.engine)
-    shards = sources.without_foreign(sources.discover(cfg.input, cfg.source), cfg.source, cfg.filter)
-    for shard in shards:
-        if shard.error:
-            log.warning("unreadable shard %s: %s; its rows are missing from this run", shard.path, shard.error)
-    if all(shard.error for shard in shards):
-        found = "; ".join(f"{shard.path}: {shard.error}" for shard in shards[:3]) or "no files"
-        raise SourceError(f"input.path={cfg.input.path}: nothing readable ({found})")
-    schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
-    pair_columns = {field.name for field in PAIR_FIELDS}
-    fields = tuple((field.name, name_of_type(field.type)) for field in schema if field.name not in pair_columns)
-    _check_partition(cfg.output.partition_by, {name: schema.field(name).type for name, _ in fields})
-    return Survey(model, shards, fields)
-
-
-def _check_partition(by: str, extra: dict[str, pa.DataType]) -> None:
-    """Raises ConfigError for a column that cannot name the output's folders. `extra`: those carried along."""
-    if by == "shard" and "shard" in extra:
-        raise ConfigError(
-            "source.passthrough: the output's folders are called shard=…, and a reader would find two columns of that name; rename it in the "
-            "input, leave it out, or partition the output by another column (output.partition_by)"
-        )
-    if by != "shard" and by not in extra:
-        raise ConfigError(f"output.partition_by={by}: not a passthrough column; have {list(extra)} or shard")
-    if by != "shard" and pa.types.is_nested(extra[by]):
-        raise ConfigError(
-            f"output.partition_by={by}: a column of {extra[by]}, which makes no folder's name; partition by another"
-        )
-
-
-def read_spec(cfg: FuseConfig, fields: Sequence[tuple[str, str]]) -> ReadSpec:
-    """How every shard is read: the pair's columns, then the frozen extra ones."""
-    return ReadSpec(pa.schema([*PAIR_FIELDS, *extra_fields(fields)]), cfg.source, cfg.filter, cfg.input.storage)
-
-
-def base_of(cfg: FuseConfig, model: ModelInfo) -> dict[str, Any]:
-    """Everything that decides the output, under the key that a user would change. Engine and decode must be settled."""
-    plain = as_dict(cfg)
-    base: dict[str, Any] = {"prompt": model.template, "engine.model": model.content}
-    keep = {
-        "source": plain["source"],
-        "filter": plain["filter"],
-        "gates": plain["gates"],
-        "decode": plain["decode"],
-        "engine": {key: plain["engine"][key] for key in ("kind", "dtype", "max_prompt_tokens")},
-        "output": {key: plain["output"][key] for key in ("target_file_mb", "target_file_rows", "partition_by")},
-    }
-    if cfg.engine.kind == "api":
-        keep["engine.api"] = {key: plain["engine"]["api"][key] for key in ("model", "chat", "temperature", "request")}
-    if cfg.engine.kind == "vllm":
-        keep["engine.vllm"] = {key: plain["engine"]["vllm"][key] for key in ("temperature", "sampling", "options")}
-    for section, values in keep.items():
-        base |= {f"{section}.{key}": value for key, value in values.items()}
-    return base
-
-
-def unit_rows(cfg: FuseConfig, device: str, before: Sequence[Plan]) -> int:
-    """Asked for, or as the output was begun, or target_s times the speed of one actor."""
-    if cfg.unit.rows:
-        return cfg.unit.rows
-    if before:
-        return before[0].unit_rows
-    return min(max(int(cfg.unit.target_s * speed(cfg, device)), 1), MOST_UNIT_ROWS)
-
-
-def speed(cfg: FuseConfig, device: str) -> float:
-    return cfg.unit.captions_per_s or GUESSED_CAPTIONS_PER_S[cfg.engine.kind, device]
-
-
-def next_plan(cfg: FuseConfig, found: Survey, device: str, before: Sequence[Plan]) -> Plan:
-    """The plan of what this output does not hold yet; without units where nothing is left to plan."""
-    rows = unit_rows(cfg, device, before)
-    base = base_of(cfg, found.model) | {"unit.rows": rows}
-    fields = before[0].fields if before else found.fields
-    missing = [name for name, _ in fields if name not in dict(found.fields)]
-    if missing:
-        raise SourceError(f"columns {missing} stood in the input when this output was begun and are gone; restore them")
-    plan = make_plan(found.shards, base, rows, fields, cfg.input.limit, cfg.output.max_shard_groups, before)
-    total = plan.rows + sum(earlier.rows for earlier in before)
-    if (
-        found.model.embedded
-        and cfg.engine.kind != "echo"
-        and total > DEMO_MODEL_ROWS
-        and not cfg.engine.allow_demo_model
-    ):
-        raise ConfigError(
-            f"{total:,} rows with the embedded demo model, which is made for demos and tests (limit {DEMO_MODEL_ROWS:,}); give "
-            "engine.model=<your model>, or input.limit=…, or engine.allow_demo_model=true"
-        )
-    return plan
-
-
-# -------------------------------------------------------------------------------------------------------------- the run
-
-
-@dataclass
-class Run:
-    """What is planned, what is done, and what is left of one output."""
-
-    store: Store
-    plans: list[Plan]
-    entries: list[GroupEntry]
-    in_parts: set[str] = field(default_factory=set)
-
-    @property
-    def units(self) -> list[WorkUnit]:
-        return [unit for plan in self.plans for unit in plan.units]
-
-    @property
-    def compacted(self) -> set[str]:
-        return {unit.id for entry in self.entries for unit in entry.units}
-
-    @property
-    def pending(self) -> list[WorkUnit]:
-        done = self.compacted | self.in_parts
-        return [unit for unit in self.units if unit.id not in done]
-
-    @property
-    def planned_rows(self) -> int:
-        return sum(plan.rows for plan in self.plans)
 
 
 def fuse(cfg: FuseConfig) -> dict[str, Any]:
@@ -264,7 +112,7 @@ def _job(cfg: FuseConfig, found: Survey, fields: tuple[tuple[str, str], ...], st
     return Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, store, lease.id)
 
 
-def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
+def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> OutputState:
     plans = read_plans(store)
     plan = next_plan(cfg, found, device, plans)
     if plan.units or not plans:
@@ -276,10 +124,12 @@ def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> Run:
         plans.append(plan)
         log.info("plan %d: %d rows in %d units", plan.number, plan.rows, len(plan.units))
     entries = read_groups(store)
-    return Run(store, plans, entries, committed(store))
+    return OutputState(store, plans, entries, committed(store))
 
 
-def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, pool: Pool, lease: Lease) -> Manifest:
+def _work(
+    cfg: FuseConfig, found: Survey, run: OutputState, before: Manifest | None, pool: Pool, lease: Lease
+) -> Manifest:
     pending = run.pending
     began = time.monotonic()
     if before and not pending and len(before.units) == len(run.units):
@@ -328,7 +178,7 @@ def _work(cfg: FuseConfig, found: Survey, run: Run, before: Manifest | None, poo
 
 
 def _publish(
-    run: Run, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool
+    run: OutputState, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool
 ) -> Manifest:
     """Assemble the manifest and swap it in, last."""
     revisions = list(before.revisions) if before else []
@@ -351,32 +201,6 @@ def _publish(
             f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again"
         )
     return manifest
-
-
-def cost(cfg: FuseConfig, pool: Pool, plan: Plan, units: Sequence[UnitSummary]) -> dict[str, Any]:
-    """What the GPUs of a plan were expected to take, and what its units took: the engines at work, over all processes of the run.
-
-    Loading a model and waiting for rows are in neither figure: a cloud's bill is larger by them.
-    """
-    gpus, usd = pool.gpus_per_actor, cfg.cluster.price_per_gpu_hour
-    device = "cuda" if gpus else "cpu"
-    quote = Estimate(plan.rows, len(plan.units), pool.max_actors, speed(cfg, device), 0.0, 0.0, gpus, usd, "")
-    gpu_hours = sum(unit.busy_s for unit in units) * gpus / 3600
-    rows = sum(unit.fused + unit.kept + unit.rejected for unit in units)
-
-    def figures(hours: float, captions_per_gpu_hour: float | None) -> dict[str, Any]:
-        return {
-            "gpu_s": round(hours * 3600, 1),
-            "usd": round(hours * usd, 4),
-            "captions_per_gpu_hour": captions_per_gpu_hour,
-        }
-
-    return {
-        "gpus_per_actor": gpus,
-        "usd_per_gpu_hour": usd,
-        "estimate": figures(quote.gpu_hours, quote.captions_per_gpu_hour),
-        "actual": figures(gpu_hours, round(rows / gpu_hours, 1) if gpu_hours else None),
-    }
 
 
 def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.cache import folder_of
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.calibrate import calibrate
-from capsfusion_ray.run.driver import Run, Survey, next_plan, read_spec, speed, survey
+from capsfusion_ray.run.survey import OutputState, Survey, next_plan, read_spec, speed, survey
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
     before = read_plans(store)
     plan = next_plan(cfg, found, device, before)
-    begun = Run(store, before, read_groups(store), committed(store)) if before else Run(store, [], [])
+    begun = OutputState(store, before, read_groups(store), committed(store)) if before else OutputState(store, [], [])
     left = [*begun.pending, *plan.units]
     rows = sum(unit.rows for unit in left)
     if cfg.calibrate:

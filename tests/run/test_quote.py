@@ -10,8 +10,8 @@ from capsfusion_ray.config import PlanConfig, load
 from capsfusion_ray.dataset.layout import part_path
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.run import cluster
-from capsfusion_ray.run.driver import next_plan
 from capsfusion_ray.run.quote import estimate, expected_pool
+from capsfusion_ray.run.survey import next_plan
 from capsfusion_ray.storage import Store
 
 

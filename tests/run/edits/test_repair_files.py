@@ -17,12 +17,12 @@ from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
-from capsfusion_ray.run.driver import read_spec
 from capsfusion_ray.run.edits import base as revision_module
 from capsfusion_ray.run.edits import repair_files as repair_module
 from capsfusion_ray.run.edits.base import run_revision
 from capsfusion_ray.run.edits.repair_files import open_repair
 from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.run.survey import read_spec
 from capsfusion_ray.storage import Store
 
 

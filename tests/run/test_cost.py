@@ -16,9 +16,10 @@ from capsfusion_ray.core.unit_steps import admit
 from capsfusion_ray.engines.base import Load
 from capsfusion_ray.models.inspect import ModelInfo, settle
 from capsfusion_ray.run import actor as actors
-from capsfusion_ray.run.driver import base_of, cost, speed
+from capsfusion_ray.run.cost import cost
 from capsfusion_ray.run.pipeline import Pool
 from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.survey import base_of, speed
 from capsfusion_ray.storage import Store
 
 STEP_S = 0.02
