@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from capsfusion_ray.config import load, unwrap_optional, usage
+from capsfusion_ray.core.types import Reason
 from capsfusion_ray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +110,11 @@ def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
 def test_every_command_that_a_page_names_is_a_job(page):
     named = set(NAMED_COMMAND.findall((ROOT / page).read_text("utf-8")))
     assert not [name for name in named if job_of(name) not in JOBS]
+
+
+def test_the_page_on_gates_explains_every_reason():
+    named = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/gates.md").read_text("utf-8"), re.MULTILINE))
+    assert named == {reason.value for reason in Reason}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -174,7 +174,7 @@ def test_the_table_of_the_gates_is_what_they_find(captions, verdicts, matched, l
     assert f"of {len(faulty)} rejected rows read, {sum(faulty)} were faulty" in text
     assert f"of {len(faultless)} faultless rows read, {sum(map(bool, faultless))} was rejected" in text
     strict = judge_table(*captions, load(FuseConfig, [str(STRICT)]).gates)
-    assert f"`strict` rejects {share(sum(bool(v.reason) for v in strict), captions):.1f}%" in text
+    assert f"`conf/gates/strict.yaml` rejects {share(sum(bool(v.reason) for v in strict), captions):.1f}%" in text
 
 
 def test_the_table_of_the_blind_reading_is_what_the_gates_find_there(matched, blind):
