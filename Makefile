@@ -31,9 +31,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup ## fuse the bundled captions on this machine, verify the result, and show some
 	@rm -rf $(DEMO_OUT)
-	$(BIN)/python jobs/fuse.py conf/demo.yaml output.path=$(DEMO_OUT)
-	$(BIN)/python jobs/verify.py output.path=$(DEMO_OUT) deep=true
-	$(BIN)/python jobs/show.py output.path=$(DEMO_OUT)
+	$(BIN)/capsfusion fuse conf/demo.yaml output.path=$(DEMO_OUT)
+	$(BIN)/capsfusion verify output.path=$(DEMO_OUT) deep=true
+	$(BIN)/capsfusion show output.path=$(DEMO_OUT)
 
 test: setup ## the tests that need nothing but pip
 	$(BIN)/python -m pytest -m 'not gpu' -n logical --maxprocesses 4 --dist loadfile --durations 15 --ignore tests/system --ignore tests/ceph $(ARGS)
@@ -64,20 +64,20 @@ chaos: setup ## faults at random on a local cluster of three nodes, each output 
 # The published example triples; they are not part of the project.
 TRIPLES ?= ../shared/data/capsfusion_pairs_8000.json
 train-tiny: setup ## train the embedded model anew into out/capsfusion-tiny: make train-tiny TRIPLES=…json; hours on a CPU, resumes
-	$(BIN)/python jobs/train.py conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
-	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-a $(ARGS)
-	$(BIN)/python jobs/train.py conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) optim.seed=2 optim.steps=570 optim.decay_steps=70 \
+	$(BIN)/capsfusion train conf/train/tiny.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-supervised $(ARGS)
+	$(BIN)/capsfusion train conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) output.path=out/capsfusion-tiny-a $(ARGS)
+	$(BIN)/capsfusion train conf/train/tiny_reinforce.yaml data.path=$(TRIPLES) optim.seed=2 optim.steps=570 optim.decay_steps=70 \
 	  reinforce.drift=0.5 output.path=out/capsfusion-tiny-b $(ARGS)
-	$(BIN)/python jobs/average.py models=[out/capsfusion-tiny-a,out/capsfusion-tiny-b] shares=[0.6,0.4] output.path=out/capsfusion-tiny
+	$(BIN)/capsfusion average models=[out/capsfusion-tiny-a,out/capsfusion-tiny-b] shares=[0.6,0.4] output.path=out/capsfusion-tiny
 
 train: setup ## train or fine-tune a fusion model: make train ARGS="conf/train/….yaml data.path=… output.path=…"
-	$(BIN)/python jobs/train.py $(ARGS)
+	$(BIN)/capsfusion train $(ARGS)
 
 average: setup ## one model out of several trained from one start: make average ARGS="models=[a,b] shares=[0.7,0.3] output.path=…"
-	$(BIN)/python jobs/average.py $(ARGS)
+	$(BIN)/capsfusion average $(ARGS)
 
 evaluate: setup ## figures of a model or an output beside the baselines: make evaluate ARGS="data.path=… engine.model=…"
-	$(BIN)/python jobs/evaluate.py $(ARGS)
+	$(BIN)/capsfusion evaluate $(ARGS)
 
 lint: setup ## formatter, ruff and mypy: nothing is changed, what is wrong is named
 	$(BIN)/ruff format --check .
@@ -85,37 +85,37 @@ lint: setup ## formatter, ruff and mypy: nothing is changed, what is wrong is na
 	$(BIN)/mypy
 
 fuse: setup ## run the job here: make fuse ARGS="input.path=… output.path=…"
-	$(BIN)/python jobs/fuse.py $(ARGS)
+	$(BIN)/capsfusion fuse $(ARGS)
 
 plan: setup ## what it would take and cost, nothing written: make plan ARGS="…"
-	$(BIN)/python jobs/plan.py $(ARGS)
+	$(BIN)/capsfusion plan $(ARGS)
 
 pair: setup ## join raw and synthetic captions of two tables: make pair ARGS="raw.path=… synthetic.path=… output.path=…"
-	$(BIN)/python jobs/pair.py $(ARGS)
+	$(BIN)/capsfusion pair $(ARGS)
 
 label: setup ## teacher labels through an API: make label ARGS="input.path=… output.path=… engine.api.url=… engine.api.model=…"
-	$(BIN)/python jobs/label.py $(ARGS)
+	$(BIN)/capsfusion label $(ARGS)
 
 verify: setup ## prove that no row was lost: make verify ARGS="output.path=…"
-	$(BIN)/python jobs/verify.py $(ARGS)
+	$(BIN)/capsfusion verify $(ARGS)
 
 show: setup ## fused captions in colour, in the terminal: make show ARGS="output.path=…"
-	$(BIN)/python jobs/show.py $(ARGS)
+	$(BIN)/capsfusion show $(ARGS)
 
 report: setup ## the page on an output, finished or running: make report ARGS="output.path=…"
-	$(BIN)/python jobs/report.py $(ARGS)
+	$(BIN)/capsfusion report $(ARGS)
 
 export: setup ## a folder for the Hugging Face hub and img2dataset: make export ARGS="output.path=… to=…"
-	$(BIN)/python jobs/export.py $(ARGS)
+	$(BIN)/capsfusion export $(ARGS)
 
 takedown: setup ## take rows out of an output: make takedown ARGS="output.path=… urls=gone.txt"
-	$(BIN)/python jobs/takedown.py $(ARGS)
+	$(BIN)/capsfusion takedown $(ARGS)
 
 # A Ray cluster's dashboard; for KubeRay: kubectl port-forward service/<cluster>-head-svc 8265
 RAY_ADDRESS ?= http://127.0.0.1:8265
 RUNTIME_ENV ?= deploy/runtime_env.yaml
 submit: setup ## run the job on a Ray cluster: make submit RAY_ADDRESS=http://head:8265 ARGS="input.path=… output.path=…"
-	env -u RAY_ADDRESS $(BIN)/python deploy/submit.py $(RAY_ADDRESS) $(RUNTIME_ENV) jobs/fuse.py $(ARGS)
+	env -u RAY_ADDRESS $(BIN)/capsfusion submit address=$(RAY_ADDRESS) runtime_env=$(RUNTIME_ENV) fuse $(ARGS)
 
 resume: submit ## the same as submit: what is committed is not done again
 

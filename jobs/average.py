@@ -1,9 +1,8 @@
-"""Average models trained from one start: python jobs/average.py models=[a,b] shares=[0.7,0.3] output.path=…"""
+"""`python jobs/average.py …` is `capsfusion average …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.training.average import AverageConfig, average
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(AverageConfig, average))
+    sys.exit(main(["average", *sys.argv[1:]]))

@@ -1,9 +1,8 @@
-"""Figures of a model or an output beside the baselines: python jobs/evaluate.py data.path=… [engine.model=… | fused=…]"""
+"""`python jobs/evaluate.py …` is `capsfusion evaluate …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.training.evaluate import EvaluateConfig, evaluate
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(EvaluateConfig, evaluate))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,9 +1,8 @@
-"""A finished output as a folder for the Hugging Face hub and img2dataset: python jobs/export.py output.path=… to=…"""
+"""`python jobs/export.py …` is `capsfusion export …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.dataset.export import ExportConfig, export
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(ExportConfig, export))
+    sys.exit(main(["export", *sys.argv[1:]]))

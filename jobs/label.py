@@ -1,16 +1,8 @@
-"""Label caption pairs with a teacher: python jobs/label.py input.path=… output.path=… engine.api.url=… engine.api.model=…"""
+"""`python jobs/label.py …` is `capsfusion label …`: the file that `ray job submit` starts."""
 
 import sys
-from typing import Any
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.run.driver import fuse
-from capsfusion_ray.training.label import LabelConfig, prepare, train_command
-
-
-def label(cfg: LabelConfig) -> dict[str, Any]:
-    return fuse(prepare(cfg)) | {"train": train_command(cfg)}
-
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(LabelConfig, label))
+    sys.exit(main(["label", *sys.argv[1:]]))

@@ -1,9 +1,8 @@
-"""Join raw and synthetic captions of two tables: python jobs/pair.py raw.path=… synthetic.path=… output.path=… [normalise=url]"""
+"""`python jobs/pair.py …` is `capsfusion pair …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.pairing.job import PairConfig, pair
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(PairConfig, pair))
+    sys.exit(main(["pair", *sys.argv[1:]]))

@@ -1,10 +1,8 @@
-"""What a fuse run would do, take and cost; writes nothing: python jobs/plan.py [conf/….yaml …] input.path=… output.path=…"""
+"""`python jobs/plan.py …` is `capsfusion plan …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.config import PlanConfig
-from capsfusion_ray.run.quote import estimate
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(PlanConfig, estimate))
+    sys.exit(main(["plan", *sys.argv[1:]]))

@@ -1,9 +1,8 @@
-"""Write one self-contained HTML page on an output, finished or running: python jobs/report.py output.path=…"""
+"""`python jobs/report.py …` is `capsfusion report …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.reports.job import ReportConfig, report
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(ReportConfig, report))
+    sys.exit(main(["report", *sys.argv[1:]]))

@@ -1,10 +1,8 @@
-"""Train a fusion model on caption triples: python jobs/train.py conf/train/….yaml data.path=… output.path=…"""
+"""`python jobs/train.py …` is `capsfusion train …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.training.config import TrainConfig
-from capsfusion_ray.training.job import train
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(TrainConfig, train))
+    sys.exit(main(["train", *sys.argv[1:]]))

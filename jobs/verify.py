@@ -1,10 +1,8 @@
-"""Exit 0 only if every planned row of a finished output is accounted for: python jobs/verify.py output.path=… [deep=true]"""
+"""`python jobs/verify.py …` is `capsfusion verify …`: the file that `ray job submit` starts."""
 
 import sys
 
-from capsfusion_ray.cli import run_job
-from capsfusion_ray.config import VerifyConfig
-from capsfusion_ray.dataset.verify import verify
+from capsfusion_ray.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(VerifyConfig, verify))
+    sys.exit(main(["verify", *sys.argv[1:]]))

@@ -25,7 +25,9 @@ FLOORS = (
     ("run",),
     ("pairing", "training"),
     ("reports",),
+    ("api",),
     ("cli", "__init__"),
+    ("__main__",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # The folders and files that may import a heavy library; a name stands for all that is below it.

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from capsfusion_ray.config.bundled import bundled
 from capsfusion_ray.errors import ConfigError
 
 T = TypeVar("T")
@@ -75,17 +76,32 @@ def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
         ) from None
 
 
+# In a YAML file: "${bundled:examples/captions}" is the path of a file or folder that comes with the package.
+OmegaConf.register_new_resolver("bundled", lambda name: str(bundled(name)), replace=True)
+
+
 def _read_yaml(path: str) -> DictConfig:
-    if not Path(path).is_file():
-        near = difflib.get_close_matches(path, [str(p) for p in Path("conf").rglob("*.yaml")], n=1, cutoff=0.4)
-        raise ConfigError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
+    """A YAML fragment. A file conf/… that is not in the current folder is taken from the package."""
+    file = Path(path)
+    if not file.is_file():
+        file = _packaged(path)
     try:
-        part = OmegaConf.load(path)
+        part = OmegaConf.load(file)
     except Exception as error:  # YAML's own exceptions
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: the top level must be key: value pairs")
     return part
+
+
+def _packaged(path: str) -> Path:
+    """The package's own conf/….yaml of that name. Raises ConfigError with the nearest name where there is none."""
+    conf = bundled("conf")
+    if path.startswith("conf/") and (file := conf.parent / path).is_file():
+        return file
+    have = [str(p.relative_to(conf.parent)) for p in conf.rglob("*.yaml")]
+    near = difflib.get_close_matches(path, [*(str(p) for p in Path("conf").rglob("*.yaml")), *have], n=1, cutoff=0.4)
+    raise ConfigError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 def unwrap_optional(hint: Any) -> Any:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig, SettledDecode
+from capsfusion_ray.config.bundled import bundled
 from capsfusion_ray.core.prompt import TEMPLATE, Template
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store, StoredFile
@@ -68,15 +69,8 @@ class ModelInfo:
 
 
 def embedded_path() -> Path:
-    """The demo model: beside the package in a checkout or a `ray job submit` upload, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for place in (package.parent / "models" / EMBEDDED, package / "_models" / EMBEDDED):
-        if (place / "config.json").is_file():
-            return place
-    raise ConfigError(
-        f"engine.model is empty and the embedded model {EMBEDDED} is neither in {package.parent / 'models'} nor in the "
-        "installed package; give engine.model=<folder or hub id>"
-    )
+    """The folder of the demo model that comes with the package."""
+    return bundled(f"models/{EMBEDDED}")
 
 
 def locate(model: str) -> str:

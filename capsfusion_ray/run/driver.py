@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import signal
 import sys
 import time
 from typing import Any
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 def fuse(cfg: FuseConfig) -> dict[str, Any]:
     """jobs/fuse.py: plan, or pick up the plan; fuse what is pending; compact; verify the sums; write the manifest."""
     began = time.monotonic()
-    _exit_on_sigterm()
     found = survey(cfg)
     if cfg.retry:
         reasons_of(cfg.retry)  # a wrong name is said here, before any cluster
@@ -216,12 +214,3 @@ def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: f
         "captions_per_s": round(fresh / seconds, 3),
         "output": cfg.output.path,
     }
-
-
-def _exit_on_sigterm() -> None:
-    """SIGTERM ends the driver as Ctrl-C does: what is committed is kept, actors and cluster are shut down."""
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)

@@ -75,7 +75,6 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         restart_s=cfg.restart_s,
         captions_in_flight=together,
     )
-    print(quote.text(), file=sys.stderr)
     return dataclasses.asdict(quote) | {
         "seconds": round(quote.seconds, 1),
         "gpu_hours": round(quote.gpu_hours, 3),
@@ -84,6 +83,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
         "shards": len(found.shards),
         "unit_rows": plan.unit_rows,
         "fingerprint": plan.fingerprint,
+        "text": quote.text(),  # for people
     }
 
 

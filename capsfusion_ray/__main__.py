@@ -1,0 +1,7 @@
+"""`python -m capsfusion_ray <job> …`: the command, where its script is not on the PATH."""
+
+import sys
+
+from capsfusion_ray.cli import main
+
+sys.exit(main())
