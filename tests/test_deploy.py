@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -16,6 +15,7 @@ from ray.dashboard.modules.job import cli
 from ray.job_submission import JobStatus
 
 from capsfusion_ray.run import prometheus as monitor
+from capsfusion_ray.run.submit import SubmitConfig, command, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,14 +48,14 @@ def test_all_environments_upload_the_job_and_leave_the_rest_at_home():
 
 
 def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole(monkeypatch):
-    command = runpy.run_path(str(ROOT / "deploy/submit.py"))["command"]
     words = [
         "jobs/fuse.py",
         "filter={max_punsafe: 0.5}",
         "input.path=s3://b/in/*.parquet",
         "output.path=it's größe $HOME",
     ]
-    line = command("http://head:8265", str(ROOT / "deploy/runtime_env.yaml"), "fuse-1", words)
+    cfg = SubmitConfig("http://head:8265", str(ROOT / "deploy/runtime_env.yaml"))
+    line = command(cfg, ROOT, "fuse-1", words)
     assert line[1:5] == ["job", "submit", "--address", "http://head:8265"]
     sent = {}
     client = SimpleNamespace(
@@ -83,8 +83,8 @@ def test_submit_is_one_ray_job_line_that_keeps_odd_arguments_whole(monkeypatch):
     ],
 )
 def test_submit_ends_as_the_job_did(status, driver, code):
-    """RUNNING: the line that followed it was cut off; nobody may take that for done."""
-    assert runpy.run_path(str(ROOT / "deploy/submit.py"))["exit_code"](JobStatus(status), driver) == code
+    """RUNNING: the connection that followed the log was cut off; the job must not count as done."""
+    assert exit_code(JobStatus(status), driver) == code
 
 
 def test_dashboard_alerts_and_docs_name_the_metrics_that_exist_and_no_others():

@@ -77,7 +77,11 @@ def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
 
 
 # In a YAML file: "${bundled:examples/captions}" is the path of a file or folder that comes with the package.
-OmegaConf.register_new_resolver("bundled", lambda name: str(bundled(name)), replace=True)
+def _bundled_path(name: str) -> str:
+    return str(bundled(name))
+
+
+OmegaConf.register_resolver("bundled", _bundled_path, replace=True)
 
 
 def _read_yaml(path: str) -> DictConfig:

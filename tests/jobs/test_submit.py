@@ -74,7 +74,7 @@ class Submission:
     """`make submit`, as a process."""
 
     def __init__(self, nodes, *args):
-        line = [sys.executable, "deploy/submit.py", nodes.dashboard, "deploy/runtime_env.yaml", "jobs/fuse.py", *args]
+        line = [sys.executable, "-m", "capsfusion_ray", "submit", f"address={nodes.dashboard}", "fuse", *args]
         env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
         self.process = subprocess.Popen(
             line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

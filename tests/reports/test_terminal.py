@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from capsfusion_ray.cli import main
 from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.columns import DATA_FIELDS, REJECT_FIELDS
 from capsfusion_ray.dataset.manifest import Manifest
@@ -160,9 +161,9 @@ def test_plain_keeps_the_joiners_that_scripts_need() -> None:
 )
 def test_doorway(tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str] | None, code: int) -> None:
     argv = [f"output.path={write_output(tmp_path)}", "count=2"] if argv is None else argv
-    assert load_script("jobs/show.py").main(argv) == code
+    assert main(["show", *argv]) == code
     out, err = capsys.readouterr()
-    assert ("show: " in err) == (code == 2)
+    assert ("error: " in err) == (code == 2)
     assert ("Rows by outcome" in out) == (code == 0)
 
 

@@ -48,7 +48,7 @@ def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog)
     assert "RAY_ADDRESS=head:6379: what GPUs it has is not asked" in caplog.text
 
 
-def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_path, monkeypatch):
     pq.write_table(
         pa.table({"raw": [f"Cape No. {i}" for i in range(40)], "synthetic": ["a lighthouse"] * 40}),
         tmp_path / "a.parquet",
@@ -69,4 +69,4 @@ def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_pat
         store.put(part_path(unit.id), b"")
         quote = estimate(cfg)
         assert (quote["rows"], quote["units"], quote["rows_done"]) == (40 - 10 * number, 4 - number, 10 * number)
-    assert "nothing is left to do: all 40 planned rows are done" in capsys.readouterr().err
+    assert quote["text"] == "nothing is left to do: all 40 planned rows are done"
