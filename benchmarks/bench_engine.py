@@ -40,7 +40,8 @@ from capsfusion_ray.engines.beam.cpu_threads import side_by_side
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
-from capsfusion_ray.models import inspect, locate, settle
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
+from capsfusion_ray.models.location import locate
 
 SHAPES = {  # hidden, layers, heads, intermediate, vocabulary (None: the tokenizer's)
     "llama2-13b-random": (5120, 40, 40, 13824, 32000),
@@ -112,8 +113,8 @@ def prepare(args: argparse.Namespace) -> Bench:
         loaded = LoadedModel(model, tokenizer, (model.config.vocab_size - 1,), args.model)
         template = TEMPLATE
     else:
-        info = inspect(engine)
-        engine, _ = settle(engine, DecodeConfig(), info)
+        info = inspect_model(engine)
+        engine, _ = resolve_with_model(engine, DecodeConfig(), info)
         loaded, template = load_model(engine), info.template
     prompts = build_prompts(loaded, read_pairs(args.pairs, args.rows), template, engine.max_prompt_tokens)
     rng = random.Random(0)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from capsfusion_ray import sources
-from capsfusion_ray.config import FuseConfig, load
+from capsfusion_ray.config import FuseConfig, parse_config
 from capsfusion_ray.core.columns import PAIR_FIELDS
 from capsfusion_ray.core.plan import make_plan, read_tasks
 from capsfusion_ray.core.prompt import TEMPLATE
@@ -53,7 +53,7 @@ class Clock(Counter[str]):
 
 
 def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int]:
-    cfg = load(
+    cfg = parse_config(
         FuseConfig, ["source.preset=laion_coco", f"input.path={corpus}", f"output.path={output}", "engine.kind=echo"]
     )
     shards = sources.discover(cfg.input, cfg.source)

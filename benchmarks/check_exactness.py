@@ -25,7 +25,7 @@ from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import Prompt
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.loading import LoadedModel, load_model
-from capsfusion_ray.models.inspect import inspect, settle
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 
 MAX_NEW_TOKENS = 80
 Written = Iterator[tuple[str, list[int]]]  # a prompt's id and its generated ids, without the EOS
@@ -127,8 +127,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     engine = EngineConfig(model=args.model, dtype="float32")
-    info = inspect(engine)
-    engine, _ = settle(engine, DecodeConfig(), info)
+    info = inspect_model(engine)
+    engine, _ = resolve_with_model(engine, DecodeConfig(), info)
     prompts = build_prompts(
         load_model(engine), read_pairs(args.pairs, args.rows), info.template, engine.max_prompt_tokens
     )

@@ -20,7 +20,7 @@ from hf import Ids, build_prompts, read_pairs
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.loading import load_model
-from capsfusion_ray.models.inspect import inspect, settle
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 
 RECORDER = Path(__file__).resolve().parents[1] / "tests/fixtures/record_4_28_1.py"
 
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=300)
     args = parser.parse_args()
     engine = EngineConfig(device="cpu", dtype="float32")
-    info = inspect(engine)
-    engine, _ = settle(engine, DecodeConfig(), info)
+    info = inspect_model(engine)
+    engine, _ = resolve_with_model(engine, DecodeConfig(), info)
     loaded = load_model(engine)
     prompts = build_prompts(loaded, read_pairs(args.pairs, args.rows), info.template, engine.max_prompt_tokens)
     with tempfile.TemporaryDirectory() as folder:

@@ -187,7 +187,7 @@ def run_job(schema: type[T], call: Callable[[T], Any], argv: Sequence[str], abou
     Logs go to stderr. A result that is a dict is printed on stdout as one line of JSON, the last one; an int is the exit
     code; None means that the job has printed what it found. --help prints `about` and the keys instead.
     """
-    from capsfusion_ray.config import load, usage
+    from capsfusion_ray.config import parse_config, usage
 
     if {"-h", "--help"} & set(argv):
         print(f"{about}\n\n{usage(schema)}".strip())
@@ -195,7 +195,7 @@ def run_job(schema: type[T], call: Callable[[T], Any], argv: Sequence[str], abou
     _log_to_stderr()
     try:
         with _sigterm_interrupts():
-            result = call(load(schema, argv))
+            result = call(parse_config(schema, argv))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

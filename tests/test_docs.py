@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from capsfusion_ray.config import load, unwrap_optional, usage
+from capsfusion_ray.config import parse_config, unwrap_optional, usage
 from capsfusion_ray.core.types import Reason
 from capsfusion_ray.errors import ConfigError
 
@@ -103,7 +103,7 @@ def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
         for key in (word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)):
             assert known(key, JOBS[job]), f"{page}: {job} has no key {key}"
         if not LEFT_TO_THE_READER.search(" ".join(words)):
-            load(JOBS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words])
+            parse_config(JOBS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words])
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -136,7 +136,7 @@ def test_a_wrong_command_is_found():
     for text in wrong:
         ((job, words),) = commands(text)
         with pytest.raises(ConfigError):
-            load(JOBS[job], words)
+            parse_config(JOBS[job], words)
     assert NAMED_COMMAND.findall("```sh\ncapsfusion fusee input.path=x\n```") == ["fusee"]
     assert not known("input.pat", JOBS["jobs/fuse.py"])
     assert known("output.storage.endpoint_url", JOBS["jobs/verify.py"])

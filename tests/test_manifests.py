@@ -21,7 +21,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from capsfusion_ray import __version__
-from capsfusion_ray.config import FuseConfig, load
+from capsfusion_ray.config import FuseConfig, parse_config
 from capsfusion_ray.dataset.lease import TTL_S
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -335,7 +335,7 @@ def test_the_entrypoint_is_a_command_of_this_repository_for_the_cluster_it_runs_
     python, script, *arguments = shlex.split(entrypoint)
     assert (python, script) == ("python", "jobs/fuse.py")
     assert (ROOT / script).is_file()
-    cfg = load(FuseConfig, arguments)  # raises for a config file, a key or a value that is not there
+    cfg = parse_config(FuseConfig, arguments)  # raises for a config file, a key or a value that is not there
     assert cfg.input.path
     assert cfg.output.path
     assert cfg.lease_wait_s >= 300, "an attempt may overlap with the one before: it waits for its lease"

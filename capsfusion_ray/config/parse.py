@@ -21,7 +21,7 @@ T = TypeVar("T")
 _SECRET = ("secret", "key", "token", "password", "credential", "connection_string")
 
 
-def load(schema: type[T], argv: typing.Sequence[str]) -> T:
+def parse_config(schema: type[T], argv: typing.Sequence[str]) -> T:
     """Merge YAML fragments left to right, then `key=value` overrides, wherever they stand, into one frozen config.
 
     Raises ConfigError for a missing file, an unknown key (naming the nearest valid one), a value of the wrong type, or one

@@ -242,10 +242,10 @@ class DecodeConfig:
             "0 (off) or more",
         )
 
-    def settled(self, wish: Mapping[str, Any] = MappingProxyType({})) -> SettledDecode:
-        """With nothing left open: what was asked, else `wish`, else the reference's."""
-        asked = {name: value for name, value in vars(self).items() if value is not None}
-        return SettledDecode(**(dict(wish) | asked))
+    def resolved(self, of_model: Mapping[str, Any] = MappingProxyType({})) -> ResolvedDecode:
+        """Nothing left null: what the config sets, else the model folder's setting in `of_model`, else the reference's."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return ResolvedDecode(**(dict(of_model) | given))
 
     def refuse_beams(self, kind: str) -> None:
         """For an engine that only decodes greedily or samples. Raises ConfigError."""
@@ -257,7 +257,7 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
-class SettledDecode(DecodeConfig):
+class ResolvedDecode(DecodeConfig):
     """A DecodeConfig that engines can follow. The defaults are the reference's."""
 
     scoring: Literal["reference", "transformers"] = "reference"

@@ -40,7 +40,7 @@ class TransformersEngine:
     def _start(self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> None:
         self._loaded = loaded
         self._engine = engine
-        self._decode = decode.settled()
+        self._decode = decode.resolved()
         pad, rows = loaded.tokenizer.pad_token_id, loaded.model.get_input_embeddings().weight.shape[0]
         # Masked, so any will do that the model has a row for: many a LLaMA's pad token was added, and its weights were not.
         self._pad_id = loaded.eos_ids[0] if pad is None or pad >= rows else pad
@@ -139,7 +139,7 @@ class _Watch:
 
 
 def _refuse_reference_beams(decode: DecodeConfig) -> None:
-    if decode.settled().scoring == "reference" and decode.num_beams > 1:
+    if decode.resolved().scoring == "reference" and decode.num_beams > 1:
         raise ConfigError(
             f"decode.scoring='reference' with decode.num_beams={decode.num_beams}: engine.kind=transformers cannot score as "
             "transformers 4.28.1 did; use engine.kind=beam, or decode.scoring=transformers, or decode.num_beams=1"

@@ -20,7 +20,9 @@ from pathlib import Path
 
 from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.models.inspect import check_folder, content_files, content_hash, locate, store_of
+from capsfusion_ray.models.content import content_files, content_hash
+from capsfusion_ray.models.folder_checks import check_folder
+from capsfusion_ray.models.location import locate, store_of
 from capsfusion_ray.storage import Store, StoredFile, patiently
 
 log = logging.getLogger(__name__)

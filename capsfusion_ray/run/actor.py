@@ -25,7 +25,7 @@ from capsfusion_ray.core.unit_batch import BUSY_S, DEVICE, ENGINE_S, UnitBatch, 
 from capsfusion_ray.core.unit_steps import waiting_pairs, with_generations
 from capsfusion_ray.engines.base import Engine, build_engine, device_name
 from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
-from capsfusion_ray.models.inspect import locate
+from capsfusion_ray.models.location import locate
 from capsfusion_ray.run.engine_starts import StartLog
 from capsfusion_ray.run.poison_rows import Attempt, AttemptLog
 

@@ -37,8 +37,8 @@ def calibrate(cfg: FuseConfig, template: str, pairs: Sequence[CaptionPair]) -> M
     """Run one actor's engine, with the share of the cluster that a fuse run would give it, over the pairs."""
     resources = cluster.connect(cfg.cluster)
     try:
-        pool = cluster.settle_pool(cfg.cluster, cfg.engine, resources, units=sys.maxsize)
-        engine = cluster.settle_engine(cfg.engine, pool, resources)
+        pool = cluster.resolve_pool(cfg.cluster, cfg.engine, resources, units=sys.maxsize)
+        engine = cluster.resolve_engine(cfg.engine, pool, resources)
         task = ray.remote(_measure).options(num_cpus=pool.cpus_per_actor, num_gpus=pool.gpus_per_actor, max_retries=0)
         measured: Measured = ray.get(task.remote(engine, cfg.decode, template, list(pairs)))
         return measured

@@ -1,4 +1,4 @@
-"""The Ray cluster at hand: connect or start, and settle the actor pool for what it has."""
+"""The Ray cluster at hand: connect or start, and resolve the actor pool for what it has."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from capsfusion_ray.config import ClusterConfig, EngineConfig, without_secrets
 from capsfusion_ray.errors import ClusterError, ConfigError
 from capsfusion_ray.models.cache import folder_of
-from capsfusion_ray.models.inspect import locate, store_of
+from capsfusion_ray.models.location import locate, store_of
 from capsfusion_ray.run.pipeline import READ_CPUS, Pool, as_raised
 
 log = logging.getLogger(__name__)
@@ -290,7 +290,7 @@ def disconnect() -> None:
     atexit.unregister(disconnect)
 
 
-def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resources, units: int) -> Pool:
+def resolve_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resources, units: int) -> Pool:
     """How many actors, and what each asks for. Raises ConfigError for a pool that this cluster cannot hold."""
     gpus, split = cluster.gpus_per_actor, engine.vllm.tensor_parallel
     if gpus is None:
@@ -320,7 +320,7 @@ def settle_pool(cluster: ClusterConfig, engine: EngineConfig, resources: Resourc
     return Pool(min(cluster.min_actors, wanted), wanted, round(cpus, 3), gpus, cluster.units_in_flight)
 
 
-def settle_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:
+def resolve_engine(engine: EngineConfig, pool: Pool, resources: Resources) -> EngineConfig:
     """Fill in what depends on the machine: dtype and device by GPU, CPU threads by the actor's share of the cores.
 
     The model is fetched on every node that may hold an actor now; one that comes later fetches it when its first actor starts.

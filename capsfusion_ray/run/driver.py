@@ -18,7 +18,7 @@ from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter, clean, judge_repeats, refuse_unfinished
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.errors import AccountingError, ConfigError
-from capsfusion_ray.models import inspect as models
+from capsfusion_ray.models.inspect import resolve_with_model
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.compactor import Compactor
 from capsfusion_ray.run.cost import cost
@@ -53,9 +53,9 @@ def fuse(cfg: FuseConfig) -> dict[str, Any]:
 def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: float) -> dict[str, Any]:
     resources = cluster.connect(cfg.cluster)
     try:
-        engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
-        pool = cluster.settle_pool(cfg.cluster, engine, resources, units=sys.maxsize)
-        engine = cluster.settle_engine(engine, pool, resources)
+        engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)
+        pool = cluster.resolve_pool(cfg.cluster, engine, resources, units=sys.maxsize)
+        engine = cluster.resolve_engine(engine, pool, resources)
         cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
         if cfg.retry or cfg.repair:
             return _revise(cfg, found, store, pool, lease, began)
@@ -63,7 +63,7 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         if before:
             clean(store, before)  # what a retry that was killed after its manifest left
         run = _open_run(cfg, found, store, engine.device)
-        pool = cluster.settle_pool(cfg.cluster, engine, resources, units=len(run.pending))
+        pool = cluster.resolve_pool(cfg.cluster, engine, resources, units=len(run.pending))
         resumed = len(run.units) - len(run.pending)
         refuse_lost_input(run.pending, found.shards)
         manifest = _work(cfg, found, run, before, pool, lease)

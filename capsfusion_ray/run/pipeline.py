@@ -66,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pool:
-    """The actor pool, settled for the cluster at hand."""
+    """The actor pool, resolved for the cluster at hand."""
 
     min_actors: int
     max_actors: int

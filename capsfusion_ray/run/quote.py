@@ -17,8 +17,8 @@ from capsfusion_ray.dataset.manifest import read_groups
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.unit_files import committed
 from capsfusion_ray.errors import SourceError
-from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.cache import folder_of
+from capsfusion_ray.models.inspect import resolve_with_model
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.calibrate import calibrate
 from capsfusion_ray.run.survey import OutputState, Survey, next_plan, read_spec, speed, survey
@@ -35,7 +35,7 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     store = Store(cfg.output.path, cfg.output.storage)
     gpus, actors = expected_pool(cfg)
     device: Literal["cuda", "cpu"] = "cuda" if gpus else "cpu"
-    engine, decode = models.settle(cfg.engine, cfg.decode, found.model)
+    engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)
     if cfg.calibrate:
         if not (pairs := sample(cfg, found)):
             raise SourceError(
@@ -97,7 +97,7 @@ def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
         here = cluster.this_machine()
         wanted = (asked.gpus_per_actor or 0.0) * asked.min_actors or float(cfg.engine.device == "cuda")
         if here.gpus >= wanted:  # else it is a cluster that is planned for here
-            pool = cluster.settle_pool(asked, cfg.engine, here, units=sys.maxsize)
+            pool = cluster.resolve_pool(asked, cfg.engine, here, units=sys.maxsize)
             return pool.gpus_per_actor, pool.max_actors
     if asked.gpus_per_actor is not None:
         return asked.gpus_per_actor, asked.max_actors or asked.min_actors

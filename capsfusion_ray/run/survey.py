@@ -20,8 +20,7 @@ from capsfusion_ray.core.plan import Plan, make_plan
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.manifest import GroupEntry
 from capsfusion_ray.errors import ConfigError, SourceError
-from capsfusion_ray.models import inspect as models
-from capsfusion_ray.models.inspect import ModelInfo
+from capsfusion_ray.models.inspect import ModelInfo, inspect_model
 from capsfusion_ray.sources import ReadSpec, Shard
 from capsfusion_ray.storage import Store
 
@@ -52,7 +51,7 @@ def survey(cfg: FuseConfig) -> Survey:
         from capsfusion_ray.engines.api.engine import check
 
         check(cfg.engine.api, cfg.decode)
-    model = models.inspect(cfg.engine)
+    model = inspect_model(cfg.engine)
     shards = _readable_shards(cfg)
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
     pair_columns = {field.name for field in PAIR_FIELDS}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capsfusion_ray.engines.loading import load_to_train
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models.inspect import FUSION_FILE
+from capsfusion_ray.models.fusion_file import FUSION_FILE
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError
-from capsfusion_ray.models import inspect as models
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 from capsfusion_ray.training.metrics import FIGURES, Example, measure, words_of
 from capsfusion_ray.training.triples import Triple, read_all
 
@@ -113,8 +113,8 @@ def read_references(cfg: ReferenceConfig) -> list[Triple]:
 
 def generate(engine_config: EngineConfig, decode: DecodeConfig, pairs: Sequence[CaptionPair]) -> dict[str, str]:
     """The engine's own text for each pair, by row id; a pair that cannot be fused is absent."""
-    info = models.inspect(engine_config)
-    engine_config, decode = models.settle(engine_config, decode, info)
+    info = inspect_model(engine_config)
+    engine_config, decode = resolve_with_model(engine_config, decode, info)
     engine = build_engine(engine_config, decode)
     built = PromptBuilder(info.template, engine.encode, engine_config.max_prompt_tokens).build(pairs)
     engine.submit([prompt for prompt in built if not isinstance(prompt, RowError)])

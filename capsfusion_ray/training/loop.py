@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from capsfusion_ray.core import prompt
 from capsfusion_ray.engines.loading import load_to_train, one_line
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models.inspect import FUSION_FILE, WISHES, wishes_of
+from capsfusion_ray.models.fusion_file import DECODE_KEYS, FUSION_FILE, read_fusion_file
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.augment import Banks
 from capsfusion_ray.training.batches import (
@@ -142,7 +142,7 @@ def template_text(cfg: TrainConfig) -> str:
     """The prompt of the model: as configured, or as the model to start from wishes, or the one for its kind."""
     if cfg.prompt_template or not cfg.model.path:
         return cfg.prompt_template or SHORT_TEMPLATE
-    return wishes_of(Store(cfg.model.path)).get("prompt_template") or prompt.TEMPLATE
+    return read_fusion_file(Store(cfg.model.path)).get("prompt_template") or prompt.TEMPLATE
 
 
 def build_encoder(tokenizer: Any, template: str, source_weight: float, ours: bool) -> Encoder:
@@ -216,7 +216,7 @@ def save_model(model: Any, tokenizer: Any, cfg: TrainConfig, folder: Path) -> No
     wish = {
         "prompt_template": template_text(cfg),
         "max_prompt_tokens": cfg.output.max_prompt_tokens,
-        "decode": {name: value for name in WISHES if (value := getattr(cfg.output, name)) is not None},
+        "decode": {name: value for name in DECODE_KEYS if (value := getattr(cfg.output, name)) is not None},
     }
     (folder / FUSION_FILE).write_text(json.dumps(wish, indent=2) + "\n", encoding="utf-8")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from capsfusion_ray.cli import EXIT_DONE, run_job
-from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, load, to_yaml, without_secrets
+from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, parse_config, to_yaml, without_secrets
 from capsfusion_ray.dataset.export import ExportConfig
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.training.config import TrainConfig
@@ -16,7 +16,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 def refused(*argv):
     with pytest.raises(ConfigError) as caught:
-        load(FuseConfig, argv)
+        parse_config(FuseConfig, argv)
     return str(caught.value)
 
 
@@ -24,7 +24,7 @@ def test_later_arguments_win_over_earlier_ones(tmp_path):
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text("decode: {num_beams: 1, max_new_tokens: 10}\nengine: {kind: echo}\n")
     b.write_text("decode: {num_beams: 2}\n")
-    cfg = load(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"])
+    cfg = parse_config(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"])
     assert (cfg.decode.num_beams, cfg.decode.max_new_tokens, cfg.engine.kind) == (2, 20, "echo")
 
 
@@ -54,7 +54,7 @@ def test_a_mistake_is_refused_with_the_way_out(argument, says):
 def test_a_file_behind_an_override_does_not_take_it_back(tmp_path):
     """As in `make … ARGS="… input.path=…" behind a preset that names one."""
     (tmp_path / "mine.yaml").write_text("input: {path: mine}\nunit: {rows: 7}\n")
-    cfg = load(FuseConfig, ["output.path=o", "input.path=given", str(tmp_path / "mine.yaml")])
+    cfg = parse_config(FuseConfig, ["output.path=o", "input.path=given", str(tmp_path / "mine.yaml")])
     assert (cfg.input.path, cfg.unit.rows) == ("given", 7)
 
 
@@ -66,31 +66,31 @@ def test_help_names_every_key_with_its_default(capsys):
 
 
 def test_a_text_value_is_taken_literally():
-    cfg = load(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"])
+    cfg = parse_config(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"])
     assert cfg.source.columns.raw == "null"
     assert cfg.output.path == "s3://b/[x]{y}"
 
 
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load(FuseConfig, []).engine.kind = "echo"
+        parse_config(FuseConfig, []).engine.kind = "echo"
 
 
 def test_saved_config_loads_again_and_hides_secrets(tmp_path):
-    cfg = load(
+    cfg = parse_config(
         FuseConfig,
         ["output.path=o", "input.path=[a,b]", "output.storage.secret=hunter2", "output.storage.endpoint_url=http://x"],
     )
     saved = tmp_path / "c.yaml"
     saved.write_text(to_yaml(cfg))
-    again = load(FuseConfig, [str(saved)])
+    again = parse_config(FuseConfig, [str(saved)])
     assert "hunter2" not in saved.read_text()
     assert again.output.storage == {"secret": "***", "endpoint_url": "http://x"}
     assert dataclasses.replace(again, output=cfg.output) == cfg
 
 
 def test_a_store_of_any_name_keeps_its_secrets(tmp_path):
-    cfg = load(ExportConfig, ["output.path=o", "to=t", "to_storage.secret=0123", "to_storage.key=1e5"])
+    cfg = parse_config(ExportConfig, ["output.path=o", "to=t", "to_storage.secret=0123", "to_storage.key=1e5"])
     assert cfg.to_storage == {"secret": "0123", "key": "1e5"}, "taken literally"
     assert without_secrets(["to_storage.secret=hunter2"]) == ["to_storage.secret=***"]
     assert "0123" not in to_yaml(cfg)
@@ -117,7 +117,7 @@ def test_a_command_line_is_shown_without_secrets():
 
 @pytest.mark.parametrize("secret", ["007", "1e5", "true", "null", "a=b", "[", "x: y #z"])
 def test_a_secret_is_taken_literally(secret):
-    cfg = load(FuseConfig, ["output.path=o", "input.path=i", f"output.storage.secret={secret}"])
+    cfg = parse_config(FuseConfig, ["output.path=o", "input.path=i", f"output.storage.secret={secret}"])
     assert cfg.output.storage == {"secret": secret}
 
 
@@ -129,7 +129,7 @@ def test_fingerprint_does_not_depend_on_key_order():
     "path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name
 )
 def test_every_fragment_of_conf_loads(path):
-    assert as_dict(load(FuseConfig, [str(path)]))
+    assert as_dict(parse_config(FuseConfig, [str(path)]))
 
 
 @pytest.mark.parametrize("name", ["finetune", "reinforce"])
@@ -137,10 +137,10 @@ def test_what_a_fragment_demands_must_be_given(name):
     """Without its model it would train a tiny one from scratch, for hours, and end well."""
     fragment = str(CONF / "train" / f"{name}.yaml")
     with pytest.raises(ConfigError, match=r"it leaves model\.path to you; give model\.path=…"):
-        load(TrainConfig, [fragment, "optim.steps=2000"])
-    assert load(TrainConfig, [fragment, "model.path=out/model"]).model.path == "out/model"
+        parse_config(TrainConfig, [fragment, "optim.steps=2000"])
+    assert parse_config(TrainConfig, [fragment, "model.path=out/model"]).model.path == "out/model"
 
 
 def test_each_job_has_its_own_schema():
     with pytest.raises(ConfigError):
-        load(VerifyConfig, ["engine.kind=echo"])
+        parse_config(VerifyConfig, ["engine.kind=echo"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from capsfusion_ray import sources
-from capsfusion_ray.config import FuseConfig, VerifyConfig, load
+from capsfusion_ray.config import FuseConfig, VerifyConfig, parse_config
 from capsfusion_ray.core.columns import PAIR_FIELDS
 from capsfusion_ray.core.plan import make_plan
 from capsfusion_ray.core.prompt import TEMPLATE
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_demo_captions_pass_through_every_stage_and_the_accounting_closes(tmp_path):
-    cfg = load(
+    cfg = parse_config(
         FuseConfig,
         [f"input.path={ROOT / 'examples/captions'}", "source.passthrough=[WIDTH]", f"output.path={tmp_path}"],
     )
@@ -36,7 +36,9 @@ def test_the_demo_captions_pass_through_every_stage_and_the_accounting_closes(tm
     plan = make_plan(shards, {}, 40, fields)
     store = Store(str(tmp_path))
     write_plan(store, plan)
-    actor = FusionActor(load(FuseConfig, ["engine.kind=echo"]).engine, cfg.decode, TEMPLATE, AttemptLog(store, "run"))
+    actor = FusionActor(
+        parse_config(FuseConfig, ["engine.kind=echo"]).engine, cfg.decode, TEMPLATE, AttemptLog(store, "run")
+    )
     for unit in plan.units:
         shard = next(shard for shard in shards if shard.path == unit.path)
         read = sources.read_rows(shard, unit.start, unit.stop, spec)

@@ -27,8 +27,11 @@ from capsfusion_ray.config import EngineConfig
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.cache import folder_of
+from capsfusion_ray.models.folder_checks import check_folder
+from capsfusion_ray.models.inspect import inspect_model
+from capsfusion_ray.models.location import embedded_path
+from capsfusion_ray.storage import Store
 from capsfusion_ray.training.average import AverageConfig, AverageOutputConfig, average
 from capsfusion_ray.training.config import ModelConfig, TrainConfig
 from capsfusion_ray.training.loop import _resume, _start, template_text
@@ -59,7 +62,7 @@ def in_vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Every way by which a folder comes to a loader.
 DOORS: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
-    "survey": lambda folder, _: models.inspect(config(folder)),
+    "survey": lambda folder, _: inspect_model(config(folder)),
     "beam": lambda folder, _: build_engine(config(folder, "beam"), DECODE),
     "transformers": lambda folder, _: build_engine(config(folder, "transformers"), DECODE),
     "vllm": in_vllm,
@@ -166,7 +169,7 @@ def test_a_pipe_does_not_hold_the_run(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
     os.mkfifo(folder / "generation_config.json")
     with pytest.raises(ConfigError, match=r"generation_config\.json: neither a file nor a folder"):
-        models.inspect(config(folder))
+        inspect_model(config(folder))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +259,7 @@ def test_a_folder_that_asks_for_code_is_refused_by_name(
     change(folder / file, **said)
     refused_at_every_door(
         folder,
-        rf"{file}: .*=.*: asks for code from elsewhere; .*engine\.trust_remote_code",
+        rf"{file}: .*=.*: would run code from outside of the folder; .*engine\.trust_remote_code",
         monkeypatch,
         tmp_path / "hub",
     )
@@ -279,7 +282,7 @@ def test_a_class_that_is_no_tokenizers_is_refused(
     change(folder / "tokenizer_config.json", tokenizer_class=said)
     refused_at_every_door(
         folder,
-        rf"tokenizer_config\.json: tokenizer_class={said!r}: no class of a tokenizer",
+        rf"tokenizer_config\.json: tokenizer_class={said!r}: not the class of a tokenizer",
         monkeypatch,
         tmp_path / "hub",
     )
@@ -334,10 +337,10 @@ def test_code_of_an_unknown_model_is_not_run_and_not_asked_about(
 
 def test_who_trusts_a_folder_is_not_asked_again(folder: Path) -> None:
     change(folder / "config.json", attn_implementation="eager", use_kernels=True)
-    models.check_folder(models.Store(str(folder)), trust_remote_code=True)
+    check_folder(Store(str(folder)), trust_remote_code=True)
     change(folder / "tokenizer_config.json", vocab_file="/etc/passwd")
     with pytest.raises(ConfigError, match="vocab_file"):
-        models.check_folder(models.Store(str(folder)), trust_remote_code=True)
+        check_folder(Store(str(folder)), trust_remote_code=True)
 
 
 # -------------------------------------------------------------------------------------- half a model
@@ -370,15 +373,15 @@ SHAPES = [
     ("config.json", "[]", "must hold a JSON object, and holds a list"),
     ("config.json", '{"model_type": ', "not JSON"),
     ("config.json", '{"model_type": "llama", "rms_norm_eps": NaN}', "it holds NaN"),
-    ("config.json", DEEP, "within each other"),
-    ("config.json", '{"a": ' * 60 + "1" + "}" * 60, "within each other"),
+    ("config.json", DEEP, "nested"),
+    ("config.json", '{"a": ' * 60 + "1" + "}" * 60, "nested"),
     ("config.json", "\udcff", "not JSON"),
     ("generation_config.json", '"greedy"', "must hold a JSON object, and holds a str"),
     ("tokenizer_config.json", "7", "must hold a JSON object, and holds a int"),
     ("special_tokens_map.json", "[1]", "must hold a JSON object, and holds a list"),
     ("tokenizer.json", "[]", "must hold a JSON object, and holds a list"),
     ("tokenizer.json", "{", "not JSON"),
-    ("tokenizer.json", DEEP, "within each other"),
+    ("tokenizer.json", DEEP, "nested"),
     ("model.safetensors.index.json", "[]", "must hold a JSON object, and holds a list"),
     ("model.safetensors.index.json", '{"metadata": {}}', "weight_map and metadata must be objects"),
     ("model.safetensors.index.json", '{"metadata": 3, "weight_map": {}}', "weight_map and metadata must be objects"),
@@ -438,7 +441,7 @@ def test_a_value_that_its_loader_does_not_take_is_said_in_one_line(
 def test_a_fusion_file_of_another_shape_is_named(folder: Path, text: str) -> None:
     (folder / "fusion.json").write_text(text)
     for door in (
-        lambda: models.inspect(config(folder)),
+        lambda: inspect_model(config(folder)),
         lambda: template_text(TrainConfig(model=ModelConfig(path=str(folder)))),
     ):
         with pytest.raises(ConfigError, match=r"fusion\.json: ") as refusal:
@@ -449,7 +452,7 @@ def test_a_fusion_file_of_another_shape_is_named(folder: Path, text: str) -> Non
 def test_a_job_ends_with_the_exit_code_of_a_usage_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "config.json").write_text("[]")
     assert (
-        run_job(EngineConfig, lambda engine: {"content": models.inspect(engine).content}, [f"model={folder}"])
+        run_job(EngineConfig, lambda engine: {"content": inspect_model(engine).content}, [f"model={folder}"])
         == EXIT_USAGE
     )
     error = capsys.readouterr().err.strip().splitlines()
@@ -489,4 +492,4 @@ def test_folders_that_are_well_pass(folder: Path, monkeypatch: pytest.MonkeyPatc
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "sharded")
     assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     assert torch.equal(load_model(config(tmp_path / "sharded")).model.lm_head.weight, loaded.lm_head.weight)
-    models.check_folder(models.Store(str(models.embedded_path())), trust_remote_code=False)
+    check_folder(Store(str(embedded_path())), trust_remote_code=False)

@@ -16,7 +16,7 @@ from capsfusion_ray.config import DecodeConfig, EngineConfig, VllmConfig
 from capsfusion_ray.core.types import FinishReason
 from capsfusion_ray.engines.base import Load, build_engine
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.models.inspect import ModelInfo, settle
+from capsfusion_ray.models.inspect import ModelInfo, resolve_with_model
 
 STAND_IN = Path(__file__).resolve().parents[1] / "support" / "stub_vllm"
 GREEDY = DecodeConfig(num_beams=1, max_new_tokens=12, scoring="transformers", length_penalty=1.0, no_repeat_ngram=0)
@@ -140,7 +140,7 @@ def test_fields_that_have_a_key_of_ours_are_refused():
 @pytest.mark.parametrize("decode", [DecodeConfig(), DecodeConfig(num_beams=1, no_repeat_ngram=5)])
 def test_beams_are_refused_in_words_instead_of_being_something_else(decode, folder):
     with pytest.raises(ConfigError, match=r"engine\.kind=vllm decodes greedily or by sampling.*engine\.kind=beam"):
-        settle(config(folder), decode, ModelInfo("{raw}{synthetic}", "0", False, None, {}))
+        resolve_with_model(config(folder), decode, ModelInfo("{raw}{synthetic}", "0", False, None, {}))
 
 
 def test_without_vllm_the_way_to_an_environment_of_its_own_is_named(folder):

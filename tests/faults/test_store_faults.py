@@ -19,7 +19,7 @@ from proxy import KINDS, FaultProxy, Faults
 
 from capsfusion_ray import sources
 from capsfusion_ray.cli import EXIT_DONE, run_job
-from capsfusion_ray.config import FuseConfig, InputConfig, VerifyConfig, load
+from capsfusion_ray.config import FuseConfig, InputConfig, VerifyConfig, parse_config
 from capsfusion_ray.core.columns import PAIR_FIELDS
 from capsfusion_ray.core.plan import make_plan
 from capsfusion_ray.core.prompt import TEMPLATE
@@ -227,7 +227,7 @@ def write_input(store: Store) -> None:
 
 def whole_run(store: Store, options: dict[str, str]) -> Manifest:
     """What the Ray graph strings together, without Ray: read, fuse (echo), judge, commit, compact, publish."""
-    cfg = load(
+    cfg = parse_config(
         FuseConfig,
         [f"input.path={store.url('in')}", f"output.path={store.url('out')}", "engine.kind=echo", "unit.rows=20"],
     )

@@ -21,14 +21,15 @@ from ray_nodes import ray_nodes
 from capsfusion_ray.cli import EXIT_FAILED, EXIT_USAGE, run_job
 from capsfusion_ray.config import ClusterConfig, EngineConfig, FuseConfig, VllmConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.cache import FOLDER
+from capsfusion_ray.models.content import content_hash
+from capsfusion_ray.models.location import EMBEDDED
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.driver import fuse
 from capsfusion_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "models" / models.EMBEDDED
+TINY = ROOT / "models" / EMBEDDED
 
 
 @pytest.fixture
@@ -135,15 +136,15 @@ def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(corpus, tm
 def test_only_vllm_takes_several_gpus_and_as_many_as_it_splits_a_model_over():
     eight = cluster.Resources(64, 8, here=False)
     two = EngineConfig(kind="vllm", vllm=VllmConfig(tensor_parallel=2))
-    pool = cluster.settle_pool(ClusterConfig(), two, eight, units=100)
+    pool = cluster.resolve_pool(ClusterConfig(), two, eight, units=100)
     assert (pool.gpus_per_actor, pool.max_actors) == (2, 4)
     with pytest.raises(ConfigError, match=r"engine\.kind=beam uses one GPU an actor.*tensor_parallel"):
-        cluster.settle_pool(ClusterConfig(gpus_per_actor=2), EngineConfig(), eight, units=100)
+        cluster.resolve_pool(ClusterConfig(gpus_per_actor=2), EngineConfig(), eight, units=100)
     with pytest.raises(ConfigError, match="give the same number"):
-        cluster.settle_pool(ClusterConfig(gpus_per_actor=1), two, eight, units=100)
+        cluster.resolve_pool(ClusterConfig(gpus_per_actor=1), two, eight, units=100)
     with pytest.raises(ConfigError, match=r"engine\.kind=beam holds a model on one GPU"):
         EngineConfig(vllm=VllmConfig(tensor_parallel=2))
-    assert cluster.settle_pool(ClusterConfig(gpus_per_actor=0.5), EngineConfig(), eight, units=100).max_actors == 16
+    assert cluster.resolve_pool(ClusterConfig(gpus_per_actor=0.5), EngineConfig(), eight, units=100).max_actors == 16
 
 
 @pytest.mark.timeout(1800)
@@ -172,7 +173,7 @@ def test_every_node_has_the_model_of_a_bucket_before_the_pool_starts(shard, tmp_
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout.splitlines()[-1])["rows"]["planned"] == 12
         assert done.stderr.index("the model is on 2 nodes") < done.stderr.index("1 of 1 units to fuse")
-        content = models.content_hash(Store(str(TINY)))
+        content = content_hash(Store(str(TINY)))
         assert json.loads((tmp_path / "out/manifest.json").read_text())["base"]["engine.model"] == content
         assert sorted(path.name for path in (home / FOLDER).iterdir()) == [content, f"{content}.lock"], (
             "one copy of it, whole"

@@ -16,8 +16,10 @@ from huggingface_hub import constants
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.models import cache as modelcache
-from capsfusion_ray.models import inspect as models
 from capsfusion_ray.models.cache import FOLDER, SUMS, folder_of
+from capsfusion_ray.models.content import content_hash
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
+from capsfusion_ray.models.location import EMBEDDED
 from capsfusion_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,14 +40,14 @@ def hf_home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def in_a_bucket(bucket, s3_client, s3_options):
-    """The engine of a model in a bucket, as the driver settles it."""
+    """The engine of a model in a bucket, as the driver resolves it."""
     for name, data in (FILES | {"README.md": b"a card", "original/model.pth": b"not for us"}).items():
         s3_client.put_object(Bucket=bucket, Key=f"models/mine/{name}", Body=data)
-    return settled(EngineConfig(model=f"s3://{bucket}/models/mine/", storage=s3_options))
+    return resolved(EngineConfig(model=f"s3://{bucket}/models/mine/", storage=s3_options))
 
 
-def settled(engine):
-    return models.settle(engine, DecodeConfig(), models.inspect(engine))[0]
+def resolved(engine):
+    return resolve_with_model(engine, DecodeConfig(), inspect_model(engine))[0]
 
 
 def held(folder):
@@ -73,7 +75,7 @@ def test_a_model_of_a_bucket_is_fetched_once_and_is_the_same_as_on_disk(
     assert Path(folder).parent == hf_home / FOLDER
     on_disk = tmp_path / "copy"
     shutil.copytree(folder, on_disk)
-    assert models.inspect(EngineConfig(model=str(on_disk))).content == in_a_bucket.revision, (
+    assert inspect_model(EngineConfig(model=str(on_disk))).content == in_a_bucket.revision, (
         "a moved model is the same model"
     )
     monkeypatch.setattr(modelcache, "_fetch", None)  # whoever calls it now fails
@@ -143,7 +145,7 @@ def test_a_model_that_changes_in_the_bucket_while_the_run_goes_on_is_refused(in_
     with pytest.raises(ConfigError, match=f"this run is of {in_a_bucket.revision}"):
         folder_of(in_a_bucket)
     with pytest.raises(ConfigError, match=r"engine\.revision="):
-        models.inspect(in_a_bucket)
+        inspect_model(in_a_bucket)
 
 
 def test_a_list_of_checksums_beside_the_weights_is_held_against_whole_files(in_a_bucket, s3_client):
@@ -164,7 +166,7 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_fetched(in_a_bucke
 def test_a_folder_that_differs_on_one_node_is_refused(tmp_path):
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
-    engine = settled(EngineConfig(model=str(tmp_path)))
+    engine = resolved(EngineConfig(model=str(tmp_path)))
     assert folder_of(engine) == str(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(WEIGHTS[::-1])
     with pytest.raises(ConfigError, match=f"this run is of {engine.revision}"):
@@ -173,16 +175,16 @@ def test_a_folder_that_differs_on_one_node_is_refused(tmp_path):
 
 def test_a_bucket_without_a_model_is_refused_by_name(bucket, s3_options):
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        models.inspect(EngineConfig(model=f"s3://{bucket}/nothing", storage=s3_options))
+        inspect_model(EngineConfig(model=f"s3://{bucket}/nothing", storage=s3_options))
 
 
 # ---------------------------------------------------------------------------------------------------------- from the hub
 
 LOOK = """
 import json, sys
-from capsfusion_ray.models import inspect as models
+from capsfusion_ray.models.inspect import inspect_model
 from capsfusion_ray.config import EngineConfig
-found = models.inspect(EngineConfig(**json.loads(sys.argv[1])))
+found = inspect_model(EngineConfig(**json.loads(sys.argv[1])))
 print(json.dumps([found.content, found.template, found.revision]))
 """
 
@@ -261,7 +263,7 @@ def test_whether_a_model_has_a_prompt_of_its_own_is_never_guessed_while_the_hub_
     )[1]
     Path(fetched, "fusion.json").unlink()
     gone = environment(hub, hf_home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert "the hub cannot be asked whether the model has a fusion.json" in look(
+    assert "the hub does not answer whether the model has a fusion.json" in look(
         EngineConfig(model="me/fusion", revision=commit), **gone
     )
     offline = look(EngineConfig(model="me/fusion", revision=commit), **gone | {"HF_HUB_OFFLINE": "1"})
@@ -274,10 +276,10 @@ def test_whether_a_model_has_a_prompt_of_its_own_is_never_guessed_while_the_hub_
 def test_a_model_of_a_bucket_loads_and_its_actors_need_no_folder_of_it(bucket, s3_client, s3_options):
     from capsfusion_ray.engines.loading import load_model
 
-    for path in (ROOT / "models" / models.EMBEDDED).iterdir():
+    for path in (ROOT / "models" / EMBEDDED).iterdir():
         s3_client.put_object(Bucket=bucket, Key=f"tiny/{path.name}", Body=path.read_bytes())
-    engine = settled(EngineConfig(model=f"s3://{bucket}/tiny", storage=s3_options, device="cpu"))
-    assert engine.revision == models.content_hash(Store(str(ROOT / "models" / models.EMBEDDED)))
+    engine = resolved(EngineConfig(model=f"s3://{bucket}/tiny", storage=s3_options, device="cpu"))
+    assert engine.revision == content_hash(Store(str(ROOT / "models" / EMBEDDED)))
     assert load_model(engine).encode(["a red car"]) == load_model(dataclasses.replace(engine, model="")).encode(
         ["a red car"]
     )

@@ -6,7 +6,8 @@ import pytest
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models.inspect import FUSION_FILE, inspect, settle
+from capsfusion_ray.models.fusion_file import FUSION_FILE
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 
 
 @pytest.fixture
@@ -15,25 +16,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def settled(folder, wish, decode=None):
+def resolved(folder, wish, decode=None):
     (folder / FUSION_FILE).write_text(json.dumps(wish))
     engine = EngineConfig(model=str(folder))
-    return settle(engine, decode or DecodeConfig(), inspect(engine))
+    return resolve_with_model(engine, decode or DecodeConfig(), inspect_model(engine))
 
 
 def test_the_user_wins_over_the_model_and_the_model_over_the_reference(folder):
     wish = {"decode": {"scoring": "transformers", "length_penalty": 1.5}, "max_prompt_tokens": 99}
-    engine, decode = settled(folder, wish)
+    engine, decode = resolved(folder, wish)
     assert (decode.scoring, decode.length_penalty, decode.no_repeat_ngram) == ("transformers", 1.5, 0)
     assert engine.max_prompt_tokens == 99
-    _, decode = settled(folder, wish, DecodeConfig(scoring="reference", length_penalty=0.0, no_repeat_ngram=4))
+    _, decode = resolved(folder, wish, DecodeConfig(scoring="reference", length_penalty=0.0, no_repeat_ngram=4))
     assert (decode.scoring, decode.length_penalty, decode.no_repeat_ngram) == ("reference", 0.0, 4)
 
 
 def test_without_a_wish_it_is_the_reference(folder):
-    _, decode = settled(folder, {})
+    _, decode = resolved(folder, {})
     assert (decode.scoring, decode.length_penalty, decode.no_repeat_ngram) == ("reference", 1.0, 0)
-    assert decode == decode.settled()
+    assert decode == decode.resolved()
 
 
 @pytest.mark.parametrize(
@@ -48,5 +49,5 @@ def test_without_a_wish_it_is_the_reference(folder):
 )
 def test_a_wish_that_cannot_be_followed_names_the_file_and_the_key(folder, wish, named):
     with pytest.raises(ConfigError, match=named) as raised:
-        settled(folder, wish)
+        resolved(folder, wish)
     assert str(folder / FUSION_FILE) in str(raised.value)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capsfusion_ray.config import FilterConfig, InputConfig, SourceConfig, load
+from capsfusion_ray.config import FilterConfig, InputConfig, SourceConfig, parse_config
 from capsfusion_ray.dataset.layout import LEASE
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
@@ -274,7 +274,7 @@ def test_what_cannot_be_a_key_or_a_caption_is_said_before_anything_starts(tmp_pa
 
 
 def test_the_command_line_is_parsed_into_the_two_tables():
-    cfg = load(
+    cfg = parse_config(
         PairConfig,
         [
             "raw.path=a",
@@ -298,7 +298,7 @@ def test_the_command_line_is_parsed_into_the_two_tables():
         ("duplicates=all", "duplicates"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load(PairConfig, [wrong])
+            parse_config(PairConfig, [wrong])
 
 
 def test_on_any_store(store, tables, without_ray):

@@ -6,7 +6,7 @@ import time
 import pyarrow as pa
 import pytest
 
-from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig, PlanConfig, load
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig, PlanConfig, parse_config
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.prompt import TEMPLATE
@@ -14,7 +14,7 @@ from capsfusion_ray.core.types import FinishReason, Generation, WorkUnit
 from capsfusion_ray.core.unit_batch import BUSY_S, ENGINE_S, Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
 from capsfusion_ray.engines.base import Load
-from capsfusion_ray.models.inspect import ModelInfo, settle
+from capsfusion_ray.models.inspect import ModelInfo, resolve_with_model
 from capsfusion_ray.run import actor as actors
 from capsfusion_ray.run.cost import cost
 from capsfusion_ray.run.pipeline import Pool
@@ -42,7 +42,7 @@ class OneARound:
         return len(self.queue)
 
     @property
-    def load(self):
+    def parse_config(self):
         return Load(len(self.queue), 1)
 
     def step(self):
@@ -91,7 +91,7 @@ def with_invalid(table):
 
 
 def figures(gpus):
-    cfg = load(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"])
+    cfg = parse_config(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"])
     units = tuple(WorkUnit(name, "p", start, start + 900, "g") for name, start in (("a", 0), ("b", 900)))
     plan = Plan(1, {}, 900, (), units, ())
     done = [
@@ -116,8 +116,8 @@ def test_vllm_can_be_planned_and_its_sampling_is_part_of_what_decides_the_output
     model = ModelInfo("{raw}{synthetic}", "0", False, None, {})
 
     def base(*words):
-        cfg = load(PlanConfig, ["engine.kind=vllm", "decode.num_beams=1", *words])
-        settle(cfg.engine, cfg.decode, model)
+        cfg = parse_config(PlanConfig, ["engine.kind=vllm", "decode.num_beams=1", *words])
+        resolve_with_model(cfg.engine, cfg.decode, model)
         assert speed(cfg, device) > 0
         return base_of(cfg, model)
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capsfusion_ray.config import PlanConfig, load
+from capsfusion_ray.config import PlanConfig, parse_config
 from capsfusion_ray.dataset.layout import part_path
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.run import cluster
@@ -18,7 +18,7 @@ from capsfusion_ray.storage import Store
 def pool(monkeypatch, *words, gpus_here=0, ray_address=""):
     monkeypatch.setattr(cluster, "this_machine", lambda: cluster.Resources(17, gpus_here, here=True))
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
-    return expected_pool(load(PlanConfig, ["input.path=in", "output.path=out", *words]))
+    return expected_pool(parse_config(PlanConfig, ["input.path=in", "output.path=out", *words]))
 
 
 def test_a_box_with_gpus_is_quoted_with_them(monkeypatch):
@@ -53,7 +53,7 @@ def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_pat
         pa.table({"raw": [f"Cape No. {i}" for i in range(40)], "synthetic": ["a lighthouse"] * 40}),
         tmp_path / "a.parquet",
     )
-    cfg = load(
+    cfg = parse_config(
         PlanConfig,
         [f"input.path={tmp_path}/a.parquet", f"output.path={tmp_path}/out", "engine.kind=echo", "unit.rows=10"],
     )

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from capsfusion_ray import sources
-from capsfusion_ray.config import DecodeConfig, EngineConfig, FuseConfig, load
+from capsfusion_ray.config import DecodeConfig, EngineConfig, FuseConfig, parse_config
 from capsfusion_ray.core.columns import RAW, ROW_ID, SYNTHETIC
 from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair, Prompt
 from capsfusion_ray.engines.loading import LoadedModel, load_model
-from capsfusion_ray.models.inspect import inspect, settle
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def demo_pairs() -> list[CaptionPair]:
     """Those of examples/captions that have both captions."""
-    cfg = load(
+    cfg = parse_config(
         FuseConfig, [str(ROOT / "conf/demo.yaml"), f"input.path={ROOT / 'examples/captions'}", "output.path=unused"]
     )
     shards = [shard for shard in sources.discover(cfg.input, cfg.source) if not shard.error]
@@ -39,13 +39,15 @@ def demo_pairs() -> list[CaptionPair]:
 def embedded() -> tuple[LoadedModel, EngineConfig]:
     """The embedded model on the CPU in float32, and how it is asked."""
     engine = EngineConfig(device="cpu", dtype="float32")
-    settled, _ = settle(engine, DecodeConfig(), inspect(engine))
-    return load_model(settled), settled
+    resolved, _ = resolve_with_model(engine, DecodeConfig(), inspect_model(engine))
+    return load_model(resolved), resolved
 
 
 def prompts_of(pairs: Sequence[CaptionPair], model: LoadedModel, engine: EngineConfig) -> list[Prompt]:
     """In order, without those that no truncation fits."""
-    builder = PromptBuilder(inspect(engine).template, lambda texts: model.encode(list(texts)), engine.max_prompt_tokens)
+    builder = PromptBuilder(
+        inspect_model(engine).template, lambda texts: model.encode(list(texts)), engine.max_prompt_tokens
+    )
     return [prompt for prompt in builder.build(pairs) if isinstance(prompt, Prompt)]
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from outputs import DiesAt
 
 from capsfusion_ray import sources
-from capsfusion_ray.config import FuseConfig, VerifyConfig, load
+from capsfusion_ray.config import FuseConfig, VerifyConfig, parse_config
 from capsfusion_ray.core.columns import PAIR_FIELDS
 from capsfusion_ray.core.plan import make_plan
 from capsfusion_ray.core.prompt import TEMPLATE
@@ -29,7 +29,7 @@ POOL = Pool(1, 1, 1.0, 0.0, 1)
 
 
 def config(path, *more):
-    return load(
+    return parse_config(
         FuseConfig,
         [
             f"input.path={path / 'in'}",

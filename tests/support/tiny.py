@@ -112,7 +112,7 @@ def hf_texts(
         attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device),
         num_beams=decode.num_beams,
         max_new_tokens=decode.max_new_tokens,
-        length_penalty=decode.settled().length_penalty,
+        length_penalty=decode.resolved().length_penalty,
         do_sample=False,
         eos_token_id=list(eos_ids),
         **more,

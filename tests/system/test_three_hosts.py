@@ -23,7 +23,7 @@ from lighthouses import captions
 from moto_server import KEYS, client, moto_server
 from proxy import FaultProxy, Faults
 
-from capsfusion_ray.config import FuseConfig, load
+from capsfusion_ray.config import FuseConfig, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "captions"
@@ -112,7 +112,9 @@ def undisturbed(shards, tmp_path_factory):
     (folder / "in").mkdir()
     for name, table in shards.items():
         pq.write_table(table, folder / "in" / name)
-    fuse_here(load(FuseConfig, [f"input.path={folder / 'in'}", f"output.path={folder / 'out'}", *SETTINGS]), UNIT_ROWS)
+    fuse_here(
+        parse_config(FuseConfig, [f"input.path={folder / 'in'}", f"output.path={folder / 'out'}", *SETTINGS]), UNIT_ROWS
+    )
     files = [path for kind in ("data", "rejected") for path in (folder / "out" / kind).rglob("*.parquet")]
     return by_id(pq.ParquetFile(path).read() for path in files)
 

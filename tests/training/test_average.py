@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.models.inspect import FUSION_FILE, embedded_path
+from capsfusion_ray.models.fusion_file import FUSION_FILE
+from capsfusion_ray.models.location import embedded_path
 from capsfusion_ray.training.average import AverageConfig, AverageOutputConfig, average
 
 CONTENT = {

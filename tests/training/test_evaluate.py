@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from capsfusion_ray.config import load
+from capsfusion_ray.config import parse_config
 from capsfusion_ray.core.columns import FUSED, RAW, ROW_ID, SYNTHETIC
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.training.evaluate import EvaluateConfig, evaluate, extractive_oracle
@@ -35,7 +35,7 @@ def output(rows, tmp_path):
 def test_a_finished_output_is_matched_by_its_sources_and_a_missing_caption_counts_as_the_raw_one(
     triples_file, output, tmp_path, rows
 ):
-    cfg = load(
+    cfg = parse_config(
         EvaluateConfig,
         [f"data.path={triples_file}", "data.rows=20", f"fused={output}", f"output.path={tmp_path / 'figures'}"],
     )
@@ -61,14 +61,16 @@ def test_sources_with_white_space_around_them_are_the_same_and_a_null_is_no_capt
     pq.write_table(table, file)
     given = [*rows[-20:-1], rows[-1] | {"capsfuion_official": None}]
     (tmp_path / "references.json").write_text(json.dumps(given), "utf-8")
-    done = evaluate(load(EvaluateConfig, [f"data.path={tmp_path}/references.json", "data.rows=20", f"fused={output}"]))
+    done = evaluate(
+        parse_config(EvaluateConfig, [f"data.path={tmp_path}/references.json", "data.rows=20", f"fused={output}"])
+    )
     assert done["rows"] == 19
     assert "1 of 20 rows have a null caption" in caplog.text
     assert done["figures"]["output"]["rouge_l"] == pytest.approx(1)
 
 
 def test_an_engine_writes_the_captions_where_no_output_is_given(triples_file):
-    cfg = load(EvaluateConfig, [f"data.path={triples_file}", "data.rows=10", "engine.kind=echo"])
+    cfg = parse_config(EvaluateConfig, [f"data.path={triples_file}", "data.rows=10", "engine.kind=echo"])
     result = evaluate(cfg)
     assert result["rows"] == 10
     assert result["figures"]["model"]["words"] > 0
@@ -85,11 +87,13 @@ def test_the_extractive_oracle_leaves_out_what_the_reference_lacks_and_reorders_
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
-        evaluate(load(EvaluateConfig, [f"data.path={tmp_path / 'absent.json'}"]))
+        evaluate(parse_config(EvaluateConfig, [f"data.path={tmp_path / 'absent.json'}"]))
 
 
 def test_the_output_of_a_job_serves_as_references_too(output):
-    cfg = load(EvaluateConfig, [f"data.path={output}", "data.reference=capsfusion", "data.rows=10", f"fused={output}"])
+    cfg = parse_config(
+        EvaluateConfig, [f"data.path={output}", "data.reference=capsfusion", "data.rows=10", f"fused={output}"]
+    )
     result = evaluate(cfg)
     assert result["rows"] == 10
     assert result["figures"]["output"]["rouge_l"] == pytest.approx(1)

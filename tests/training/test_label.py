@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from capsfusion_ray.cli import run_job
-from capsfusion_ray.config import FuseConfig, GatesConfig, as_dict, load, to_yaml
+from capsfusion_ray.config import FuseConfig, GatesConfig, as_dict, parse_config, to_yaml
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.prompt import Template
@@ -59,7 +59,7 @@ def commit_units(root, units):
 
 
 def test_the_defaults_are_a_teachers(argv):
-    cfg = load(LabelConfig, argv)
+    cfg = parse_config(LabelConfig, argv)
     assert (cfg.engine.kind, cfg.decode.num_beams, cfg.cluster.gpus_per_actor) == ("api", 1, 0)
     assert cfg.gates.boilerplate == "reject", "no kept source among the labels"
     assert cfg.gates.unsupported_name.action == "reject"
@@ -69,8 +69,10 @@ def test_the_defaults_are_a_teachers(argv):
 
 def test_the_saved_config_is_one_of_the_fuse_job(argv, tmp_path):
     saved = tmp_path / "saved.yaml"
-    saved.write_text(to_yaml(load(LabelConfig, argv)))
-    assert dataclasses.asdict(load(FuseConfig, [str(saved)])) == dataclasses.asdict(load(LabelConfig, argv))
+    saved.write_text(to_yaml(parse_config(LabelConfig, argv)))
+    assert dataclasses.asdict(parse_config(FuseConfig, [str(saved)])) == dataclasses.asdict(
+        parse_config(LabelConfig, argv)
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_a_mistake_is_refused_before_anything_starts(argv, more, says, capsys, t
 
 def test_the_cap_holds_for_all_runs_together_and_is_shared_among_the_actors(argv, tmp_path):
     store = commit_units(str(tmp_path / "out"), 3)
-    cfg = load(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=1", "cluster.max_actors=2"])
+    cfg = parse_config(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=1", "cluster.max_actors=2"])
     assert dollars_spent(store, cfg.engine.api) == pytest.approx(0.06)
     assert prepare(cfg).engine.api.max_dollars == pytest.approx(0.47)
 
@@ -103,12 +105,12 @@ def test_what_a_retry_paid_and_did_not_merge_counts_too(argv, tmp_path):
     root = tmp_path / "out"
     store = commit_units(str(root), 3)
     shutil.copytree(root / "_units", root / "_retry" / "e002" / "_units")
-    assert dollars_spent(store, load(LabelConfig, [*argv, *PRICES]).engine.api) == pytest.approx(0.12)
+    assert dollars_spent(store, parse_config(LabelConfig, [*argv, *PRICES]).engine.api) == pytest.approx(0.12)
 
 
 def test_actors_that_are_started_anew_do_not_spend_the_cap_again(argv):
     """Each counts from its own start; the driver counts what all of them committed."""
-    api = load(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=0.05"]).engine.api
+    api = parse_config(LabelConfig, [*argv, *PRICES, "engine.api.max_dollars=0.05"]).engine.api
     units = [
         UnitSummary(f"u{i}", "a", 0, 10, prompt_tokens=1000, output_tokens=100) for i in range(9)
     ]  # 0.02 dollars each
@@ -125,5 +127,5 @@ def test_a_cap_that_is_used_up_stops_with_exit_code_1_and_says_how_to_go_on(argv
 
 
 def test_a_teacher_is_judged_as_strictly_as_the_fragment_says():
-    strict = as_dict(load(FuseConfig, ["conf/gates/strict.yaml"]).gates)
-    assert as_dict(load(LabelConfig, []).gates) == strict | {"boilerplate": "reject"}
+    strict = as_dict(parse_config(FuseConfig, ["conf/gates/strict.yaml"]).gates)
+    assert as_dict(parse_config(LabelConfig, []).gates) == strict | {"boilerplate": "reject"}

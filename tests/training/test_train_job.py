@@ -83,14 +83,14 @@ def test_a_run_killed_without_warning_resumes_and_a_second_stage_starts_from_its
 
 
 def test_another_recipe_does_not_continue_a_run(triples_file, tmp_path):
-    from capsfusion_ray.config import load
+    from capsfusion_ray.config import parse_config
     from capsfusion_ray.errors import ConfigError
     from capsfusion_ray.training.config import TrainConfig
     from capsfusion_ray.training.job import _refuse_another_run
 
     path = tmp_path / "config.json"
     base = [f"data.path={triples_file}", f"output.path={tmp_path / 'm'}"]
-    _refuse_another_run(load(TrainConfig, base), path)
-    _refuse_another_run(load(TrainConfig, [*base, "optim.steps=9000", "cluster.threads=1"]), path)
+    _refuse_another_run(parse_config(TrainConfig, base), path)
+    _refuse_another_run(parse_config(TrainConfig, [*base, "optim.steps=9000", "cluster.threads=1"]), path)
     with pytest.raises(ConfigError, match="another recipe"):
-        _refuse_another_run(load(TrainConfig, [*base, "model.hidden=64"]), path)
+        _refuse_another_run(parse_config(TrainConfig, [*base, "model.hidden=64"]), path)

@@ -46,7 +46,7 @@ class BeamEngine:
 
         `weights`: those that `take_weights` took from this model before; engines may share them.
         """
-        asked = decode.settled()
+        asked = decode.resolved()
         self._loaded = loaded
         self._asked_slots = engine.slots
         self._max_prompt_tokens = engine.max_prompt_tokens

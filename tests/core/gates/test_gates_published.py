@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from capsfusion_ray.config import FuseConfig, GatesConfig, load
+from capsfusion_ray.config import FuseConfig, GatesConfig, parse_config
 from capsfusion_ray.core.gates import GATES, is_boilerplate, judge_sources, judge_table
 from capsfusion_ray.core.types import Reason
 
@@ -173,7 +173,7 @@ def test_the_table_of_the_gates_is_what_they_find(captions, verdicts, matched, l
     faultless = [verdicts[row].reason for row, faults in labels.items() if not faults]
     assert f"of {len(faulty)} rejected rows read, {sum(faulty)} were faulty" in text
     assert f"of {len(faultless)} faultless rows read, {sum(map(bool, faultless))} was rejected" in text
-    strict = judge_table(*captions, load(FuseConfig, [str(STRICT)]).gates)
+    strict = judge_table(*captions, parse_config(FuseConfig, [str(STRICT)]).gates)
     assert f"`conf/gates/strict.yaml` rejects {share(sum(bool(v.reason) for v in strict), captions):.1f}%" in text
 
 
