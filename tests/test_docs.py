@@ -43,6 +43,21 @@ def test_every_file_and_target_that_a_page_names_exists(page):
     assert not missing
 
 
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+)
+def test_every_heading_that_a_page_links_to_exists(page):
+    text, folder = (ROOT / page).read_text("utf-8"), (ROOT / page).parent
+    links = re.findall(r"\]\(([\w./-]*\.md)?#([^)]+)\)", text)
+    assert not [link for link in links if link[1] not in anchors(folder / link[0] if link[0] else ROOT / page)]
+
+
 # ---------------------------------------------------------------------------------- commands and options, as they are typed
 
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
