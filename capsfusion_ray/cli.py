@@ -107,7 +107,7 @@ JOBS = {
         "remove rows from a finished output",
         "output.path=… urls=<file> | row_ids=<file> | above={punsafe: 0.3}",
         "capsfusion_ray.api.jobs:takedown",
-        "capsfusion_ray.dataset.takedown:TakedownConfig",
+        "capsfusion_ray.dataset.takedown_criteria:TakedownConfig",
     ),
     "submit": Job(
         "run one of these jobs on a Ray cluster, through its dashboard",

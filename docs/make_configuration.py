@@ -13,7 +13,7 @@ from typing import Any
 
 from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, default_of, describe, unwrap_optional
 from capsfusion_ray.dataset.export import ExportConfig
-from capsfusion_ray.dataset.takedown import TakedownConfig
+from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.pairing.job import PairConfig
 from capsfusion_ray.reports.job import ReportConfig
 from capsfusion_ray.reports.terminal import ShowConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from capsfusion_ray.config import FuseConfig, OutputConfig, PlanConfig
 
 if TYPE_CHECKING:
-    from capsfusion_ray.dataset.takedown import TakedownConfig
+    from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
     from capsfusion_ray.reports.terminal import ShowConfig
     from capsfusion_ray.training.label import LabelConfig
 

@@ -1,4 +1,4 @@
-"""Rows -> the dataset's files: one frozen schema a kind, partitions, and files of the size asked for.
+"""Write rows into data files: one frozen schema per kind of file, partition folders, and files of the configured size.
 
 Every name and every byte follows from the rows and their order alone. Knows the store; no Ray.
 """
@@ -9,34 +9,37 @@ import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.columns import OUTCOME, OUTPUT_TOKENS, PROMPT_TOKENS, REJECT_FIELDS, part_schema
-from capsfusion_ray.dataset.layout import data_file_path, data_file_prefix
+from capsfusion_ray.dataset.layout import DATA_DIR, DATA_FOLDERS, data_file_path, data_file_prefix
 from capsfusion_ray.dataset.manifest import FileEntry
+from capsfusion_ray.dataset.partitions import split_by_partition
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 
-ROW_GROUP_ROWS = 16_384  # about 2 MB of captions with zstd: the grain at which a file can meet target_file_mb
+ROW_GROUP_ROWS = (
+    16_384  # about 2 MB of captions with zstd; a file ends at a row group, so this is how exact its size is
+)
 MAX_PARTITIONS = 1000
-NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"  # what Hive, Spark, pyarrow and DuckDB write for a null key
 
 
 def data_schema(fields: Sequence[tuple[str, str]], kind: str, partition_by: str) -> pa.Schema:
-    """The one frozen schema of all files of a kind. The partition column is in the path alone: pyarrow refuses both."""
+    """The schema of all data files of a kind (one of layout.DATA_FOLDERS). `fields`: the plan's extra columns.
+
+    It lacks the partition's column, which is in the path: pyarrow refuses a dataset that has it in both.
+    """
     reject_names = {field.name for field in REJECT_FIELDS}
-    dropped = {OUTCOME, PROMPT_TOKENS, OUTPUT_TOKENS, partition_by} | (reject_names if kind == "data" else set())
+    dropped = {OUTCOME, PROMPT_TOKENS, OUTPUT_TOKENS, partition_by} | (reject_names if kind == DATA_DIR else set())
     return pa.schema([field for field in part_schema(fields) if field.name not in dropped])
 
 
 @dataclass
 class _Writer:
-    """Cuts one stream of rows into files of the size asked for."""
+    """Cuts one stream of rows into files of the configured size. `prefix`: of their names (layout.data_file_prefix)."""
 
     store: Store
     prefix: str
@@ -80,6 +83,7 @@ class _Writer:
         self._buffered, self._buffered_rows = [], 0
 
     def close(self) -> None:
+        """Write the file that is open, if it has rows; a later write() opens the next one."""
         if self._buffered_rows:
             self._flush_row_group()
         if self._parquet is None:
@@ -94,51 +98,38 @@ class _Writer:
 
 
 class FileSet:
-    """The files of one group that are written together. `stamp` tells those of different revisions apart, e.g. r001."""
+    """The data files of one group that are written together. `stamp`: layout.of_plan or layout.of_edition."""
 
     def __init__(
         self, store: Store, group: str, stamp: str, fields: Sequence[tuple[str, str]], output: OutputConfig
     ) -> None:
-        self._store, self._group, self._fields, self._output = store, group, fields, output
-        self._stamp = stamp
+        self._store, self._group, self._stamp, self._fields, self._output = store, group, stamp, fields, output
         self._writers: dict[tuple[str, str], _Writer] = {}
 
     def write(self, kind: str, unit_id: str, rows: pa.Table) -> None:
         """Append a unit's rows of a kind. Raises ConfigError for more than MAX_PARTITIONS partition values."""
-        for partition, slice_ in _partitions(rows, self._output.partition_by, self._group):
-            key = (kind, partition)
-            if key not in self._writers:
-                if len(self._writers) >= 2 * MAX_PARTITIONS:
-                    raise ConfigError(
-                        f"output.partition_by={self._output.partition_by}: more than {MAX_PARTITIONS} values in group "
-                        f"{self._group} alone; partition by a coarser column, or by shard"
-                    )
-                schema = data_schema(self._fields, kind, self._output.partition_by)
-                self._writers[key] = _Writer(
-                    self._store, data_file_prefix(kind, partition, self._stamp, self._group), kind, schema, self._output
-                )
-            writer = self._writers[key]
+        for partition, slice_ in split_by_partition(rows, self._output.partition_by, self._group):
+            writer = self._writer(kind, partition)
             writer.write(unit_id, slice_.select(writer.schema.names).cast(writer.schema))
 
+    def _writer(self, kind: str, partition: str) -> _Writer:
+        by = self._output.partition_by
+        if (kind, partition) not in self._writers:
+            if len(self._writers) >= len(DATA_FOLDERS) * MAX_PARTITIONS:
+                raise ConfigError(
+                    f"output.partition_by={by}: more than {MAX_PARTITIONS} values in group {self._group} alone; partition by a "
+                    "column with fewer values, or by shard"
+                )
+            prefix = data_file_prefix(kind, partition, self._stamp, self._group)
+            self._writers[kind, partition] = _Writer(
+                self._store, prefix, kind, data_schema(self._fields, kind, by), self._output
+            )
+        return self._writers[kind, partition]
+
     def close(self) -> tuple[FileEntry, ...]:
-        """Write what is buffered; all files, in order of kind and partition."""
+        """Write the rows that are still in memory; the entries of all files, in order of kind and partition."""
         files: list[FileEntry] = []
         for key in sorted(self._writers):
             self._writers[key].close()
             files.extend(self._writers[key].files)
         return tuple(files)
-
-
-def _partitions(rows: pa.Table, partition_by: str, group: str) -> list[tuple[str, pa.Table]]:
-    if rows.num_rows == 0:
-        return []
-    if partition_by == "shard":
-        return [(f"shard={group}", rows)]
-    keys = pc.cast(rows[partition_by], pa.string())
-    out = []
-    for value in sorted(pc.unique(keys).to_pylist(), key=lambda v: (v is None, v)):
-        mask = pc.is_null(keys) if value is None else pc.fill_null(pc.equal(keys, value), False)
-        # quote: a value is data; a slash or `..` in it must not become a path.
-        name = NULL_PARTITION if not value else quote(value, safe=" ").replace(".", "%2E")
-        out.append((f"{partition_by}={name}", rows.filter(mask)))
-    return out

@@ -21,9 +21,12 @@ import pyarrow.parquet as pq
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.columns import FUSED, RAW, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.core.parquet import read_schema
-from capsfusion_ray.dataset.manifest import FileEntry, Manifest, read_finished, read_intact
+from capsfusion_ray.dataset.damage import read_intact
+from capsfusion_ray.dataset.layout import DATA_DIR
+from capsfusion_ray.dataset.manifest import FileEntry, Manifest, read_finished
+from capsfusion_ray.dataset.partitions import BY_SHARD
 from capsfusion_ray.dataset.plan_files import read_plans
-from capsfusion_ray.dataset.rewriter import Rewriter
+from capsfusion_ray.dataset.read_rows import RowReader
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 
@@ -59,8 +62,8 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
         if not value:
             raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
     source, target = Store(cfg.output.path, cfg.output.storage), Store(cfg.to, cfg.to_storage)
-    manifest, _ = read_finished(source, "an export")
-    files = [file for file in manifest.files if file.kind == "data"]
+    manifest = read_finished(source, "an export")
+    files = [file for file in manifest.files if file.kind == DATA_DIR]
     if not files:
         raise ConfigError(f"output.path={cfg.output.path}: no row was fused or kept, so there is nothing to export")
     names = [f"data/train-{number:05d}-of-{len(files):05d}.parquet" for number in range(len(files))]
@@ -69,15 +72,13 @@ def export(cfg: ExportConfig) -> dict[str, Any]:
         raise ConfigError(
             f"to={cfg.to}: holds files that are not of this export, such as {min(foreign)}; choose an empty folder"
         )
-    partition_by = str(manifest.base.get("output.partition_by", "shard"))
-    rewriter = Rewriter(
-        source, 0, read_plans(source)[0].fields, OutputConfig(cfg.output.path, partition_by=partition_by)
-    )
+    partition_by = str(manifest.base.get("output.partition_by", BY_SHARD))
+    reader = RowReader(source, read_plans(source)[0].fields, partition_by)
 
     def copy(file: FileEntry, name: str) -> None:
         data = read_intact(source, file)
         read_schema(io.BytesIO(data), source.url(file.path))  # a column that may run code is not passed on
-        target.put(name, data if partition_by == "shard" else _with_column(rewriter.rows_in(file, data)))
+        target.put(name, data if partition_by == BY_SHARD else _with_column(reader.rows_in(file, data)))
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(copy, files, names))

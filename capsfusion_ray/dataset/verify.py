@@ -1,6 +1,6 @@
-"""The accounting, read back: is every planned row exactly one fused, kept, rejected, filtered, removed or unreadable row?
+"""Check a finished output: each planned row is exactly one fused, kept, rejected, filtered, removed or unreadable row.
 
-Knows the store, the plans and the manifest; no Ray, no engine. Nothing is repaired here.
+Reads the plans, the manifest and the data files, and repairs nothing. Knows the store; no Ray, no engine.
 """
 
 from __future__ import annotations
@@ -22,26 +22,30 @@ from capsfusion_ray.core.parquet import open_parquet, read_footer, read_schema
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.dataset.compaction import check_group
-from capsfusion_ray.dataset.layout import DATA_FOLDERS
-from capsfusion_ray.dataset.manifest import WAY_OUT, FileEntry, GroupEntry, Manifest, checksum_problem, read_manifest
+from capsfusion_ray.dataset.damage import WAY_OUT, checksum_problem, read_if_there
+from capsfusion_ray.dataset.layout import DATA_FOLDERS, MANIFEST
+from capsfusion_ray.dataset.manifest import FileEntry, GroupEntry, Manifest, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.errors import AccountingError, CapsFusionError, ConfigError
 from capsfusion_ray.storage import Store
 
 _READERS = 8
-_MAX_PROBLEMS = 50  # named one by one; a broken disk would name every file
+_MAX_PROBLEMS = 50  # shown one by one: with a broken disk every file would be one
 
 
 def verify(cfg: VerifyConfig) -> dict[str, Any]:
-    """jobs/verify.py. Raises AccountingError naming what does not close; returns the totals where all does."""
+    """Check `cfg.output`; `cfg.deep` also reads every row. Returns verified, deep, rows, files, bytes, units and output.
+
+    Raises AccountingError, which lists the problems found, and ConfigError for an output that is not finished.
+    """
     if not cfg.output.path:
         raise ConfigError("output.path: missing; give output.path=<a finished output>")
     store = Store(cfg.output.path, cfg.output.storage)
     manifest = read_manifest(store)
     if manifest is None:
         plans = read_plans(store)
-        state = "a run that has not finished; run the fuse command again" if plans else "no output of this program"
-        raise ConfigError(f"output.path={cfg.output.path}: no manifest.json, so this is {state}")
+        state = "a run that is not finished; run the fuse command again" if plans else "no output of this program"
+        raise ConfigError(f"output.path={cfg.output.path}: it has no {MANIFEST}, so it is {state}")
     problems = list(_all_problems(store, read_plans(store), manifest, cfg.deep))
     if problems:
         shown = "\n  ".join(problems[:_MAX_PROBLEMS])
@@ -77,7 +81,7 @@ def _plan_problems(plans: list[Plan], manifest: Manifest) -> Iterator[str]:
         for unit_id in planned.keys() - held.keys()
     )
     yield from (f"unit {unit_id} is in the manifest and not planned" for unit_id in held.keys() - planned.keys())
-    yield from (f"unit {unit_id} stands {times} times in the manifest" for unit_id, times in held.items() if times > 1)
+    yield from (f"unit {unit_id} is {times} times in the manifest" for unit_id, times in held.items() if times > 1)
     for plan in plans:
         if plan.fingerprint != manifest.fingerprint:
             yield f"plan {plan.number} has fingerprint {plan.fingerprint}, the manifest {manifest.fingerprint}"
@@ -101,39 +105,11 @@ def _count_problems(manifest: Manifest) -> Iterator[str]:
     if counts != manifest.counts:
         yield f"the manifest's totals {manifest.counts} are not the sum of its units {counts}"
     if counts.planned != counts.done:
-        yield f"{counts.planned} rows planned, {counts.done} accounted for"
+        yield f"{counts.planned} rows planned, {counts.done} counted"
     try:
         check_group(GroupEntry("(all)", 0, manifest.units, manifest.files))
     except CapsFusionError as error:
         yield str(error)
-
-
-def damage(store: Store, files: Sequence[FileEntry]) -> dict[str, str]:
-    """Path -> what is wrong, of every file that is missing or holds other bytes than the manifest says. Reads them all."""
-
-    def wrong(file: FileEntry) -> str:
-        data = _bytes_of(store, file)
-        return "missing" if data is None else checksum_problem(file, data)
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        return {file.path: what for file, what in zip(files, pool.map(wrong, files), strict=True) if what}
-
-
-def _bytes_of(store: Store, file: FileEntry) -> bytes | None:
-    try:
-        return store.get(file.path)
-    except FileNotFoundError:
-        return None
-
-
-def refuse_damage(store: Store, files: Sequence[FileEntry], what: str) -> None:
-    """Raises AccountingError where `what` would write damaged files' rows anew."""
-    found = damage(store, files)
-    if found:
-        path, wrong = next(iter(found.items()))
-        raise AccountingError(
-            f"{store.root}: {len(found)} files are damaged (first {path}: {wrong}), and {what} would carry that on; {WAY_OUT}"
-        )
 
 
 def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
@@ -144,11 +120,11 @@ def _listing_problems(store: Store, manifest: Manifest) -> Iterator[str]:
             yield f"{file.path}: missing; {WAY_OUT}"
         elif size != file.bytes:
             yield f"{file.path}: {size} bytes, the manifest says {file.bytes}"
-    yield from (f"{path}: not in the manifest, yet readers of the folder see it" for path in listed)
+    yield from (f"{path}: not in the manifest, but readers of the folder read it" for path in listed)
 
 
 class _Seen:
-    """Which rows of a unit were read so far: it may lie in many files, of data/ and of rejected/. Forgotten after the last one."""
+    """Which rows of each unit were read so far. A unit may be in many data files; it is forgotten after the last of them."""
 
     def __init__(self, plans: Sequence[Plan], files: Sequence[FileEntry]) -> None:
         self.units = {unit.id: unit for plan in plans for unit in plan.units}
@@ -157,7 +133,7 @@ class _Seen:
         self._lock = threading.Lock()
 
     def again(self, unit: WorkUnit, numbers: Sequence[int]) -> list[int]:
-        """Note row numbers of the unit, from one file; those that were read from another one."""
+        """Note the row numbers of a unit in one file; returns those that another file has, too."""
         at = np.array(numbers, dtype=np.int64) - unit.start
         with self._lock:
             rows = self._rows.pop(unit.id) if unit.id in self._rows else np.zeros(unit.rows, dtype=bool)
@@ -170,9 +146,9 @@ class _Seen:
 
 
 def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[str]:
-    data = _bytes_of(store, file)
+    data = read_if_there(store, file)
     if data is None:
-        return []  # named by the listing
+        return []  # _listing_problems reports it
     if wrong := checksum_problem(file, data):
         return [f"{file.path}: {wrong}; {WAY_OUT}"]
     rows = read_footer(io.BytesIO(data)).metadata.num_rows
@@ -182,7 +158,10 @@ def _file_problems(store: Store, file: FileEntry, seen: _Seen | None) -> list[st
 
 
 def _row_problems(file: FileEntry, data: bytes, seen: _Seen) -> Iterator[str]:
-    """Every row lies in its unit's range, in ascending order, and in no other file: with the units' counts, once."""
+    """Each row must be in its unit's row range, in ascending order, and in no other file.
+
+    Together with the units' counts this proves that each row is in the dataset once.
+    """
     ids = open_parquet(io.BytesIO(data), where=file.path).read(columns=[ROW_ID])[ROW_ID].to_pylist()
     at = 0
     for unit_id, rows in file.units:
@@ -191,12 +170,12 @@ def _row_problems(file: FileEntry, data: bytes, seen: _Seen) -> Iterator[str]:
         for row_id in ids[at : at + rows] if unit else ():
             path, number = re.fullmatch(r"(.*):(\d+)", row_id, re.DOTALL).groups()  # type: ignore[union-attr]
             if not (unit and path == unit.path and unit.start <= int(number) < unit.stop and int(number) > numbers[-1]):
-                yield f"{file.path}: row {row_id} is not where unit {unit_id} ({unit}) has it"
+                yield f"{file.path}: row {row_id} is not in its place in unit {unit_id} ({unit})"
                 break
             numbers.append(int(number))
         if unit:
             yield from (
-                f"{file.path}: row {unit.path}:{number} stands in another file, too"
+                f"{file.path}: row {unit.path}:{number} is in another file, too"
                 for number in seen.again(unit, numbers[1:])
             )
         at += rows

@@ -10,8 +10,9 @@ import ray
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.types import WorkUnit
-from capsfusion_ray.dataset.compaction import compact_group, remove_parts
+from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import GroupEntry
+from capsfusion_ray.dataset.unit_files import remove_parts
 from capsfusion_ray.run.pipeline import as_raised
 from capsfusion_ray.storage import Store, patiently
 
@@ -38,7 +39,7 @@ class Compactor:
     ) -> None:
         self._store, self._output, self._stale, self._may_write = store, output, stale, may_write
         self._fields = plans[0].fields
-        self._entries = {(entry.revision, entry.group): entry for entry in entries}
+        self._entries = {(entry.plan, entry.group): entry for entry in entries}
         self._units: dict[tuple[int, str], list[WorkUnit]] = {}
         self._group_of: dict[str, tuple[int, str]] = {}
         for plan in plans:

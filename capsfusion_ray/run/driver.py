@@ -11,11 +11,14 @@ from typing import Any
 from capsfusion_ray.config import FuseConfig, to_yaml
 from capsfusion_ray.core.accounting import Counts
 from capsfusion_ray.core.plan import Plan, refuse_lost_input
-from capsfusion_ray.dataset.layout import MANIFEST, RUN_DIR, config_path
+from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
+from capsfusion_ray.dataset.editions import clean
+from capsfusion_ray.dataset.layout import RUN_DIR, config_path
 from capsfusion_ray.dataset.lease import Lease
-from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, assemble, read_groups, read_manifest, swap_manifest
+from capsfusion_ray.dataset.mark_repeated import judge_repeats
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
-from capsfusion_ray.dataset.rewriter import Rewriter, clean, judge_repeats, refuse_unfinished
+from capsfusion_ray.dataset.rewriter import Rewriter
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.models.inspect import resolve_with_model
@@ -59,7 +62,7 @@ def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: flo
         cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
         if cfg.retry or cfg.repair:
             return _revise(cfg, found, store, pool, lease, began)
-        refuse_unfinished(store, before := read_manifest(store))
+        refuse_unfinished_edit(store, before := read_manifest(store))
         if before:
             clean(store, before)  # what a retry that was killed after its manifest left
         run = _open_run(cfg, found, store, engine.device)
@@ -190,14 +193,10 @@ def _publish(
             "rows": plan.rows,
             "seconds": seconds,
         }
-        units = [unit for entry in entries if entry.revision == plan.number for unit in entry.units]
+        units = [unit for entry in entries if entry.plan == plan.number for unit in entry.units]
         revisions.append(revision | {"cost": cost(cfg, pool, plan, units)})
     manifest = assemble(run.plans, entries, revisions)
-    current = run.store.get_with_etag(MANIFEST)
-    if run.store.put_if_match(MANIFEST, manifest.to_bytes(), current[1] if current else None) is None:
-        raise AccountingError(
-            f"{run.store.url(MANIFEST)}: changed under this run by another driver; run the same command again"
-        )
+    swap_manifest(run.store, before, manifest)
     return manifest
 
 

@@ -18,10 +18,12 @@ from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.repeated_captions import MIN_PAIRS, RECORDED, Tally, after_retry, caption_key, repeated
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.editions import sweep
 from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.mark_repeated import judge_repeats
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
-from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, sweep
+from capsfusion_ray.dataset.rewriter import Rewriter
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.run.edits import retry_rejected as retry_module
@@ -194,7 +196,7 @@ def retried(store, monkeypatch, caption, action, reasons="rejected"):
 
     def run_batches(job, pool, source, tasks):
         for entry, units in source._groups:
-            for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
+            for batch in rejects(source._retry.rewriter.reader, entry, units, source._retry.reasons, job.gates):
                 numbers = [int(row_id.rpartition(":")[2]) for row_id in batch.table["row_id"].to_pylist()]
                 part = part_of(batch.unit, ["fused"] * len(numbers))
                 columns = {

@@ -16,12 +16,14 @@ from capsfusion_ray.core.accounting import summarise
 from capsfusion_ray.core.plan import Plan, PlannedShard
 from capsfusion_ray.core.types import WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
-from capsfusion_ray.dataset.compaction import compact_group, remove_parts
-from capsfusion_ray.dataset.layout import MANIFEST
-from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.compaction import compact_group
+from capsfusion_ray.dataset.edit_record import begin_edit, refuse_unfinished_edit, unfinished_edit
+from capsfusion_ray.dataset.editions import publish, sweep
+from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest, swap_manifest
 from capsfusion_ray.dataset.plan_files import read_plans, write_plan
-from capsfusion_ray.dataset.rewriter import Rewriter, begin, begun, publish, refuse_unfinished, sweep
-from capsfusion_ray.dataset.unit_files import commit, committed
+from capsfusion_ray.dataset.rewriter import Rewriter
+from capsfusion_ray.dataset.takedown import remove_rows
+from capsfusion_ray.dataset.unit_files import commit, committed, remove_parts
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
@@ -47,7 +49,7 @@ class OneOutput(RuleBasedStateMachine):
             if unit.id not in self.first:
                 self.attempt(unit)
         self.end(NEVER)
-        unfinished = begun(self.store, read_manifest(self.store))
+        unfinished = unfinished_edit(self.store, read_manifest(self.store))
         if unfinished:
             self.take_down(unfinished["rows"], NEVER)
         verify(VerifyConfig(self.output, deep=True))
@@ -69,7 +71,7 @@ class OneOutput(RuleBasedStateMachine):
 
     def unfinished_takedown(self):
         manifest = read_manifest(self.store)
-        return begun(self.store, manifest) if manifest else None
+        return unfinished_edit(self.store, manifest) if manifest else None
 
     def rows(self):
         """As any reader sees them; a row that stands twice fails."""
@@ -139,7 +141,7 @@ class OneOutput(RuleBasedStateMachine):
 
     def end(self, dies_at):
         before = read_manifest(self.store)
-        if before and begun(self.store, before):
+        if before and unfinished_edit(self.store, before):
             return
         self.a_driver_starts()
         while self.compacted() != {unit.id for unit in self.units()}:
@@ -154,8 +156,7 @@ class OneOutput(RuleBasedStateMachine):
         )
         try:
             manifest = assemble(plans, entries, revisions)
-            current = self.store.get_with_etag(MANIFEST)
-            store.put_if_match(MANIFEST, manifest.to_bytes(), current[1] if current else None)
+            swap_manifest(store, before, manifest)
             sweep(store, manifest)
         except KeyboardInterrupt:
             return
@@ -176,11 +177,10 @@ class OneOutput(RuleBasedStateMachine):
 
     def take_down(self, row_ids, dies_at):
         store = DiesAt(self.store, dies_at)
-        found = self.store.get_with_etag(MANIFEST)
         manifest = read_manifest(self.store)
         try:
-            edition = begin(store, manifest, {"kind": "takedown", "rows": row_ids})
-        except ConfigError:  # what was begun goes first: another takedown, or an extension
+            edition = begin_edit(store, manifest, {"kind": "takedown", "rows": row_ids})
+        except ConfigError:  # an unfinished edit or extension comes first
             begun_before = self.unfinished_takedown()
             assert begun_before["rows"] != row_ids if begun_before else len(manifest.units) < len(self.units())
             return
@@ -191,11 +191,11 @@ class OneOutput(RuleBasedStateMachine):
         try:
             for entry in read_groups(self.store):
                 if entry.edition != edition:
-                    rewriter.remove(entry, lambda rows: pc.is_in(rows["row_id"], pa.array(row_ids)))
-            sweep(store, publish(store, manifest, found[1], {"revision": edition, "kind": "takedown"}))
+                    remove_rows(rewriter, entry, lambda rows: pc.is_in(rows["row_id"], pa.array(row_ids)))
+            sweep(store, publish(store, manifest, {"revision": edition, "kind": "takedown"}))
         except KeyboardInterrupt:
             return
-        refuse_unfinished(self.store, read_manifest(self.store))
+        refuse_unfinished_edit(self.store, read_manifest(self.store))
 
 
 TestOneOutput = OneOutput.TestCase

@@ -16,10 +16,12 @@ from outputs import DiesAt, flip_a_bit, run_of, units_of
 
 from capsfusion_ray.config import FilterConfig, OutputConfig, VerifyConfig
 from capsfusion_ray.dataset import takedown as takedown_module
+from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
+from capsfusion_ray.dataset.editions import sweep
 from capsfusion_ray.dataset.layout import COMPARISON, REPORT, RETRY_DIR
 from capsfusion_ray.dataset.manifest import read_manifest
-from capsfusion_ray.dataset.rewriter import refuse_unfinished, sweep
-from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
+from capsfusion_ray.dataset.takedown import takedown
+from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.reports.job import ReportConfig, report
@@ -97,7 +99,7 @@ def test_a_damaged_file_is_not_written_anew_as_if_it_were_whole(tmp_path):
     bad = flip_a_bit(tmp_path / "out" / "data")
     with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
         takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))
-    refuse_unfinished(Store(output.path), read_manifest(Store(output.path)))  # a repair may begin
+    refuse_unfinished_edit(Store(output.path), read_manifest(Store(output.path)))  # a repair may begin
     flip_a_bit(tmp_path / "out" / "data")
     assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4
 
@@ -106,7 +108,7 @@ def test_by_url_and_by_a_columns_value(tmp_path):
     output = finished(tmp_path / "out")
     assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4, "one of each unit"
     assert "u3" not in ds.dataset(tmp_path / "out" / "data").to_table()["image_url"].to_pylist()
-    with pytest.raises(ConfigError, match=r"punsafe is no column of this output; it has \['lang'\]"):
+    with pytest.raises(ConfigError, match=r"above: punsafe is no column of this output; its columns are \['lang'\]"):
         takedown(TakedownConfig(output, above={"punsafe": 0.5}))
     with pytest.raises(ConfigError, match="nothing to take down"):
         TakedownConfig(output)
@@ -126,7 +128,7 @@ def test_a_list_as_other_programs_save_it_finds_its_rows_and_says_what_it_does_n
     assert takedown(TakedownConfig(output, urls=str(tmp_path / "urls")))["removed"] == 8
     done = takedown(TakedownConfig(output, urls=listed(tmp_path / "more", ["u4", "u3", '"u2"'])))
     assert (done["removed"], done["not_found"]) == (4, 2)
-    assert "2 of its 3 lines are no url of this output (any more)" in caplog.text
+    assert "2 of its 3 lines match no url of this output (any more)" in caplog.text
     verify(VerifyConfig(output, deep=True))
 
 

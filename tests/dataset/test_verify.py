@@ -182,7 +182,7 @@ def test_deep_verify_finds_a_row_that_stands_in_two_files_in_another_ones_place(
     files = tuple(other if known is file else known for known in manifest.files)
     (root / MANIFEST).write_bytes(replace(manifest, files=files).to_bytes())
     verify(VerifyConfig(output))
-    with pytest.raises(AccountingError, match=r"s0\.parquet:2 stands in another file, too"):
+    with pytest.raises(AccountingError, match=r"s0\.parquet:2 is in another file, too"):
         verify(VerifyConfig(output, deep=True))
 
 

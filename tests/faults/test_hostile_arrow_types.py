@@ -30,7 +30,8 @@ from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.dataset.export import ExportConfig, export
 from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.manifest import Manifest
-from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
+from capsfusion_ray.dataset.takedown import takedown
+from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, SourceError, UsageError
 from capsfusion_ray.pairing.job import TableConfig, survey

@@ -21,9 +21,10 @@ from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.repeated_captions import REPEATED, Repeated, repeated
 from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.dataset.editions import clean, publish
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import GroupEntry, Manifest, read_groups
-from capsfusion_ray.dataset.rewriter import THREADS, Rewriter, clean, publish
+from capsfusion_ray.dataset.rewriter import THREADS, Rewriter
 from capsfusion_ray.dataset.unit_files import committed, parts_of, read_summaries
 from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.run.pipeline import Job, Pool
@@ -40,7 +41,6 @@ class Revision(ABC):
     store: Store
     plans: Sequence[Plan]
     manifest: Manifest
-    etag: str
     edition: int
     output: OutputConfig
     record: dict[str, Any]
@@ -108,7 +108,7 @@ def run_revision(revision: Revision, job: Job, pool: Pool, lease: Lease) -> Coun
     _merge(revision, entries, job.gates.repeated_caption, lease)
     lease.check()
     record = {"revision": revision.edition, **revision.record, "seconds": round(time.monotonic() - began, 1)}
-    manifest = publish(revision.store, revision.manifest, revision.etag, record)
+    manifest = publish(revision.store, revision.manifest, record)
     clean(revision.store, manifest)
     return manifest.counts
 

@@ -14,9 +14,11 @@ from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan, refuse_lost_input
 from capsfusion_ray.core.repeated_captions import Repeated
 from capsfusion_ray.core.types import WorkUnit
+from capsfusion_ray.dataset.damage import damage
+from capsfusion_ray.dataset.edit_record import begin_edit, unfinished_edit
+from capsfusion_ray.dataset.editions import clean
 from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
-from capsfusion_ray.dataset.rewriter import begin, begun, clean
-from capsfusion_ray.dataset.verify import damage
+from capsfusion_ray.dataset.replace_units import replace_units
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.run.edits.base import Revision
 from capsfusion_ray.run.pipeline import Job, Pool, run_units
@@ -44,17 +46,17 @@ class Repair(Revision):
         return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
 
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
-        return self.rewriter.replace(entry, self.parts, units, repeated)
+        return replace_units(self.rewriter, entry, self.parts, units, repeated)
 
 
 def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shards: Sequence[Shard]) -> Repair | None:
-    """The repair to do, noted as begun; None where every file is as the manifest says. Reads all files.
+    """The repair to do, with its record written; None where every file is as the manifest says. Reads all files.
 
-    Raises ConfigError for an output that is not finished, that another revision was begun on, or whose lost rows
+    Raises ConfigError for an output that is not finished, that has another unfinished edit, or whose lost rows
     include some that a takedown removed: recomputing would bring them back. Raises SourceError where the input is gone.
     """
-    manifest, etag = read_finished(store, "repair=true")
-    unfinished = begun(store, manifest)
+    manifest = read_finished(store, "repair=true")
+    unfinished = unfinished_edit(store, manifest)
     if unfinished and unfinished["kind"] == KIND:
         damaged = dict.fromkeys(unfinished["files"], "noted by the repair that was begun")
     else:
@@ -74,5 +76,5 @@ def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shard
             f"restore {sorted(damaged)[0]} from a copy, or fuse into a new output and take the rows down there"
         )
     record = {"kind": KIND, "files": sorted(damaged)}
-    edition = begin(store, manifest, record)
-    return Repair(store, plans, manifest, etag, edition, output, record, lost, shards)
+    edition = begin_edit(store, manifest, record)
+    return Repair(store, plans, manifest, edition, output, record, lost, shards)

@@ -23,8 +23,11 @@ from capsfusion_ray.core.repeated_captions import REPEATED, Repeated
 from capsfusion_ray.core.types import Reason, WorkUnit
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
+from capsfusion_ray.dataset.edit_record import begin_edit, output_as_begun
+from capsfusion_ray.dataset.editions import clean
 from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
-from capsfusion_ray.dataset.rewriter import Rewriter, as_begun, begin, clean, in_row_order
+from capsfusion_ray.dataset.merge_retried import merge_retried, repeats_after_retry
+from capsfusion_ray.dataset.read_rows import RowReader, in_row_order
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.run.edits.base import Revision
 from capsfusion_ray.run.pipeline import Job, Pool, run_batches
@@ -64,10 +67,10 @@ class Retry(Revision):
         return run_batches(job, pool, source, source.tasks)
 
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
-        return self.rewriter.merge_retried(entry, self.parts, units, self.reasons, repeated)
+        return merge_retried(self.rewriter, entry, self.parts, units, self.reasons, repeated)
 
     def repeats(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> dict[str, int]:
-        return self.rewriter.retried_repeats(entry, self.parts, units, self.reasons)
+        return repeats_after_retry(self.rewriter.reader, entry, self.parts, units, self.reasons)
 
     def fused(self, parts: Sequence[UnitSummary]) -> int:
         counts = self.manifest.counts
@@ -82,15 +85,15 @@ def open_retry(
 
     Raises ConfigError for an output that is not finished, or that another revision was begun on, AccountingError for damaged rejects.
     """
-    manifest, etag = read_finished(store, f"retry={retry}")
+    manifest = read_finished(store, f"retry={retry}")
     reasons = reasons_of(retry)
     record = {"kind": "retry", "reasons": list(reasons), "settings": settings}
     last = manifest.revisions[-1]
     if all(last.get(key) == value for key, value in record.items()):
         clean(store, manifest)  # it may have been killed after its manifest
         return None
-    edition = begin(store, manifest, record, [file for file in manifest.files if file.kind == "rejected"])
-    return Retry(store, plans, manifest, etag, edition, as_begun(output, manifest), record, reasons)
+    edition = begin_edit(store, manifest, record, [file for file in manifest.files if file.kind == "rejected"])
+    return Retry(store, plans, manifest, edition, output_as_begun(output, manifest), record, reasons)
 
 
 class RejectSource(Datasource):
@@ -119,29 +122,29 @@ class RejectSource(Datasource):
         tasks = []
         for entry, units in self._groups:
             metadata = BlockMetadata(num_rows=len(units), size_bytes=None, input_files=None, exec_stats=None)
-            read = _reader(self._retry.rewriter, entry, units, self._retry.reasons, self._job.gates)
+            read = _reader(self._retry.rewriter.reader, entry, units, self._retry.reasons, self._job.gates)
             tasks.append(ReadTask(read, metadata))
         return tasks
 
 
 def _reader(
-    rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
+    reader: RowReader, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
 ) -> Callable[[], Iterable[pa.Table]]:
-    return lambda: (batch.pack() for batch in rejects(rewriter, entry, units, reasons, gates))
+    return lambda: (batch.pack() for batch in rejects(reader, entry, units, reasons, gates))
 
 
 def rejects(
-    rewriter: Rewriter, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
+    reader: RowReader, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
 ) -> Iterable[UnitBatch]:
     """Each unit's rows that were rejected for `reasons`, admitted under the new settings; its other rows are settled."""
     wanted = {unit.id: unit for unit in units}
     found: dict[str, list[pa.Table]] = {unit.id: [] for unit in units}
     for file in entry.files:
         if file.kind == "rejected":
-            for unit_id, rows in rewriter.rows_of(file):
+            for unit_id, rows in reader.rows_of(file):
                 if unit_id in wanted:
                     found[unit_id].append(rows.filter(pc.is_in(rows[REASON], pa.array(list(reasons), pa.string()))))
-    schema = pa.schema([*PAIR_FIELDS, *extra_fields(rewriter.fields)])
+    schema = pa.schema([*PAIR_FIELDS, *extra_fields(reader.fields)])
     for unit in units:
         tables = [table.select(schema.names).cast(schema) for table in found[unit.id]]
         # Files of different partitions interleave a unit's rows: back into their order.

@@ -9,11 +9,15 @@ from capsfusion_ray.core import repeated_captions as repeats
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
+from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
+from capsfusion_ray.dataset.editions import sweep
 from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.manifest import assemble, read_groups, read_manifest
+from capsfusion_ray.dataset.mark_repeated import judge_repeats
 from capsfusion_ray.dataset.plan_files import read_plans
-from capsfusion_ray.dataset.rewriter import Rewriter, judge_repeats, refuse_unfinished, sweep
-from capsfusion_ray.dataset.takedown import TakedownConfig, takedown
+from capsfusion_ray.dataset.rewriter import Rewriter
+from capsfusion_ray.dataset.takedown import takedown
+from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
@@ -163,7 +167,7 @@ def test_lost_input_is_named_before_the_repair_is_begun(tmp_path):
     store = Store(str(tmp_path / "out"))
     with pytest.raises(SourceError, match=r"a\.parquet: needed for units that are not done"):
         repair_of(tmp_path, store)
-    refuse_unfinished(store, manifest)
+    refuse_unfinished_edit(store, manifest)
 
 
 def test_an_unfinished_output_cannot_be_repaired(tmp_path):

@@ -11,9 +11,9 @@ from capsfusion_ray.config import VerifyConfig
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.unit_batch import UnitBatch
 from capsfusion_ray.core.unit_steps import judge_unit
+from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
 from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
-from capsfusion_ray.dataset.rewriter import refuse_unfinished
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, EngineError
@@ -43,7 +43,7 @@ def without_ray(monkeypatch):
     def run_batches(job, pool, source, tasks):
         actor = actor_of(SimpleNamespace(engine=job.engine, decode=job.decode), job.output)
         for entry, units in source._groups:
-            for batch in rejects(source._retry.rewriter, entry, units, source._retry.reasons, job.gates):
+            for batch in rejects(source._retry.rewriter.reader, entry, units, source._retry.reasons, job.gates):
                 part, summary = judge_unit(UnitBatch.unpack(actor(batch.pack())), job.fields, job.gates)
                 commit(job.output, part, summary)
                 yield summary
@@ -95,7 +95,7 @@ def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
     bad = flip_a_bit(tmp_path / "out" / "rejected")
     with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
         retry_of(tmp_path, store)
-    refuse_unfinished(store, manifest)  # a repair may begin
+    refuse_unfinished_edit(store, manifest)  # a repair may begin
     flip_a_bit(tmp_path / "out" / "rejected")
     assert retry_of(tmp_path, store).fused > manifest.counts.fused
 
@@ -122,7 +122,7 @@ def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypat
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
         retry_of(tmp_path, store, *STRICT)
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
-        refuse_unfinished(store, manifest)
+        refuse_unfinished_edit(store, manifest)
 
 
 def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_pa
             retry_of(tmp_path, store, *STRICT, partition_by="lang")
     assert store.list("_retry")
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
-        refuse_unfinished(store, read_manifest(store))
+        refuse_unfinished_edit(store, read_manifest(store))
     assert retry_of(tmp_path, store).fused == want.fused, "its own partition_by would be shard"
     assert rows_of(tmp_path, "data") == rows_of(tmp_path / "calm", "data")
     verify(VerifyConfig(config(tmp_path).output, deep=True))
