@@ -36,7 +36,7 @@ from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.types import Generation, Prompt
 from capsfusion_ray.engines.base import Engine
-from capsfusion_ray.engines.beam.cpu_threads import side_by_side
+from capsfusion_ray.engines.beam.cpu_threads import engine_per_thread
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
@@ -72,13 +72,13 @@ class ForcedLengths(BeamEngine):
 
     targets: dict[str, int]
 
-    def _harvest(self) -> list[Generation]:
+    def _take_finished(self) -> list[Generation]:
         lengths = self._state.length_B.tolist()
         over = [
             i for i, prompt in enumerate(self._rows) if prompt is not None and lengths[i] >= self.targets[prompt.id]
         ]
         self._state.done_B[over] = True
-        return super()._harvest()
+        return super()._take_finished()
 
 
 def random_model(name: str, vocabulary: int, device: torch.device, dtype: torch.dtype) -> Any:
@@ -173,11 +173,11 @@ def vllm_greedy(bench: Bench, prompts: list[Prompt]) -> Captions:
 
 
 def own_engine(bench: Bench, weights: Weights, attention: str, decode: DecodeConfig) -> Engine:
-    """As the job builds it: on a CPU a lane a thread."""
+    """Build the engine as the job does: on a CPU one engine per thread."""
     ForcedLengths.targets = bench.lengths
-    torch.set_num_threads(bench.threads)  # lanes leave torch one each
+    torch.set_num_threads(bench.threads)  # engine_per_thread lowers it to 1
     engine = dataclasses.replace(bench.engine, attention=attention)
-    return side_by_side(bench.loaded, engine, decode, weights, kind=ForcedLengths if bench.forced else BeamEngine)
+    return engine_per_thread(bench.loaded, engine, decode, weights, kind=ForcedLengths if bench.forced else BeamEngine)
 
 
 def drain(engine: Engine, prompts: list[Prompt]) -> Captions:

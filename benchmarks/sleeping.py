@@ -16,7 +16,7 @@ from pathlib import Path
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import Generation, Prompt
-from capsfusion_ray.engines.base import ENGINES, Load
+from capsfusion_ray.engines.base import ENGINES, Occupancy
 from capsfusion_ray.engines.echo import EchoEngine
 
 STEP_S = 0.25  # a real step takes a tenth of it; so many processes on few cores must not be kept busy by waking up
@@ -57,8 +57,8 @@ class SleepingEngine(EchoEngine):
         return len(self._waiting) + self._busy
 
     @property
-    def load(self) -> Load:
-        return Load(self._busy, self._room)
+    def occupancy(self) -> Occupancy:
+        return Occupancy(self._busy, self._room)
 
     def step(self) -> list[Generation]:
         while self._waiting and self._busy < self._room:

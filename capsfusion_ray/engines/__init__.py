@@ -1,1 +1,1 @@
-"""Engines write fused captions. `base` has the protocol and the table of kinds; torch is imported only inside an engine."""
+"""The engines, which write fused captions. `base` has the protocol and the table of engines; only the engines import torch."""

@@ -1,4 +1,7 @@
-"""The engine protocol and the one table of engines. Knows no Ray, and imports no engine until it is chosen."""
+"""The protocol of all engines, and the table from which `engine.kind` chooses one. Knows no Ray.
+
+To add an engine, write a class that has the methods of `Engine` and add one line to `ENGINES`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Protocol
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import Generation, Prompt
 
+# engine.kind -> module:callable. The module is imported only when its engine is chosen.
 ENGINES = {
     "beam": "capsfusion_ray.engines.beam.cpu_threads:build",
     "transformers": "capsfusion_ray.engines.hf_engine:TransformersEngine",
@@ -20,51 +24,56 @@ ENGINES = {
 
 
 @dataclass(frozen=True)
-class Load:
-    """How full an engine is, for those who watch it."""
+class Occupancy:
+    """How full an engine is at one moment. Metrics and the calibration read it."""
 
-    busy: int  # captions in work
-    room: int  # the most it has in work together
-    kv_share: float = 0.0  # of the KV cache's columns, how many hold a token; 0 where there is no such cache
+    busy: int  # captions that the engine is decoding now
+    capacity: int  # the largest number of captions that it decodes together
+    kv_share: float = (
+        0.0  # share of the columns of the KV cache that hold a token; 0 for an engine without such a cache
+    )
 
 
 class Engine(Protocol):
-    """Writes captions for prompts; driven by one thread; no method blocks longer than a few decode steps or one batch.
+    """Writes captions for prompts. One thread drives it. No method blocks longer than a few decode steps or one batch.
 
-    Construction loads the model once: `Engine(engine_config, decode_config)`. It raises ConfigError for a model it
-    cannot run and EngineError for one that is damaged.
+    The constructor, `Engine(engine_config, decode_config)`, loads the model once. It raises ConfigError for a model that
+    the engine cannot run, and EngineError for a damaged model.
     """
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens (BOS) as the model's tokenizer adds them. [] per text without one."""
+        """Return the token ids of each text, with the special tokens (BOS) that the model's tokenizer adds.
+
+        An engine without a tokenizer returns [] for each text. Other threads than the one that steps may call this.
+        """
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        """Queue prompts. Ids must be unique among the unfinished ones."""
+        """Queue prompts. The id of a prompt must differ from the ids of all unfinished ones."""
 
     def step(self) -> list[Generation]:
-        """Advance; the generations that finished, in any order, each with its prompt's id.
+        """Advance, and return the generations that finished, in any order. Each carries the id of its prompt.
 
-        A row's own failure comes back as a Generation with finish=ERROR. Raises EngineError when the engine is dead.
+        When a single row fails, its Generation has finish=ERROR. Raises EngineError when the whole engine is dead.
         """
 
     @property
     def unfinished(self) -> int:
-        """Prompts submitted whose generation has not come back yet."""
+        """The number of submitted prompts whose generation `step` has not returned yet."""
 
     @property
-    def load(self) -> Load:
-        """How full the engine is now; cheap."""
+    def occupancy(self) -> Occupancy:
+        """How full the engine is now. This must be cheap."""
 
 
-def prompt_fault(prompt: Prompt, most_tokens: int) -> str:
-    """Why an engine that takes at most that many prompt tokens cannot take this one; empty where it can."""
-    if 0 < prompt.tokens <= most_tokens:
+def prompt_fault(prompt: Prompt, max_tokens: int) -> str:
+    """Return why an engine that takes 1 to `max_tokens` prompt tokens refuses this prompt, or "" if it takes it."""
+    if 0 < prompt.tokens <= max_tokens:
         return ""
-    return f"{prompt.tokens} prompt tokens; needs 1 to engine.max_prompt_tokens={most_tokens}"
+    return f"the prompt has {prompt.tokens} tokens; it must have 1 to engine.max_prompt_tokens={max_tokens}"
 
 
 def device_name(engine: EngineConfig) -> str:
-    """What the engine computes on, as a unit's summary notes it: a GPU's name, "cpu", a server's model, or "none"."""
+    """Return what the engine computes on, for the summary of a unit: the name of a GPU, "cpu", the model of a server, or "none"."""
     if not engine.loads_model:
         return engine.api.model if engine.kind == "api" else "none"
     import torch
@@ -73,7 +82,7 @@ def device_name(engine: EngineConfig) -> str:
 
 
 def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:
-    """Import and construct the engine of `engine.kind` (validated when the config was parsed)."""
+    """Import and construct the engine of `engine.kind`, which the config has checked. Raises what `Engine` says."""
     module, _, name = ENGINES[engine.kind].partition(":")
     built: Engine = getattr(importlib.import_module(module), name)(engine, decode)
     return built

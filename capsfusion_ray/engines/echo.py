@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Occupancy
 
 # Words that no gate minds: they name nothing, count nothing and say nothing of the task.
 _PADDING = """and around it there are many other things to see that are not told about here because they are small or far away
@@ -40,8 +40,8 @@ class EchoEngine:
         return len(self._queue)
 
     @property
-    def load(self) -> Load:
-        return Load(len(self._queue), len(self._queue))
+    def occupancy(self) -> Occupancy:
+        return Occupancy(len(self._queue), len(self._queue))
 
     def step(self) -> list[Generation]:
         prompts, self._queue = self._queue, []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
-from capsfusion_ray.engines.base import Load, prompt_fault
+from capsfusion_ray.engines.base import Occupancy, prompt_fault
 from capsfusion_ray.engines.beam.search import block_repeats
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 from capsfusion_ray.errors import ConfigError, EngineError
@@ -55,9 +55,9 @@ class TransformersEngine:
         return len(self._queue) + len(self._failed)
 
     @property
-    def load(self) -> Load:
+    def occupancy(self) -> Occupancy:
         """Between two batches: the next one."""
-        return Load(min(len(self._queue), self._engine.batch_size), self._engine.batch_size)
+        return Occupancy(min(len(self._queue), self._engine.batch_size), self._engine.batch_size)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

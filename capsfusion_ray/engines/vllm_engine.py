@@ -13,7 +13,7 @@ from typing import Any
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
-from capsfusion_ray.engines.base import Load, prompt_fault
+from capsfusion_ray.engines.base import Occupancy, prompt_fault
 from capsfusion_ray.engines.loading import load_tokenizer, one_line
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.models.cache import folder_of
@@ -70,8 +70,8 @@ class VllmEngine:
         return len(self._submitted) + len(self._failed)
 
     @property
-    def load(self) -> Load:
-        return Load(min(len(self._submitted), self._slots), self._slots)
+    def occupancy(self) -> Occupancy:
+        return Occupancy(min(len(self._submitted), self._slots), self._slots)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

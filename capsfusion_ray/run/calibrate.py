@@ -78,7 +78,7 @@ def steady(
                 finished += 1
                 prompt_tokens += generation.prompt_tokens
                 output_tokens += generation.output_tokens
-        room = engine.load.room
+        room = engine.occupancy.capacity
         wanted = max(wanted, ROOMS * room)
         if room <= finished and engine.unfinished >= room:
             moments.append((clock(), finished))

@@ -66,10 +66,10 @@ class EngineMonitor:
             _add("capsfusion_tokens", sum(generation.output_tokens for generation in finished), kind="generated")
         now = time.monotonic()
         if now - self._shown >= GAUGES_EVERY_S:
-            self._shown, load = now, engine.load
-            _gauge("capsfusion_busy_slots").set(load.busy)
-            _gauge("capsfusion_slots").set(load.room)
-            _gauge("capsfusion_kv_share").set(load.kv_share)
+            self._shown, occupancy = now, engine.occupancy
+            _gauge("capsfusion_busy_slots").set(occupancy.busy)
+            _gauge("capsfusion_slots").set(occupancy.capacity)
+            _gauge("capsfusion_kv_share").set(occupancy.kv_share)
             _gauge("capsfusion_gpu_memory_bytes").set(_gpu_bytes())
 
 

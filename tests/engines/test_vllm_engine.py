@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig, VllmConfig
 from capsfusion_ray.core.types import FinishReason
-from capsfusion_ray.engines.base import Load, build_engine
+from capsfusion_ray.engines.base import Occupancy, build_engine
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.models.inspect import ModelInfo, resolve_with_model
 
@@ -69,14 +69,14 @@ def test_it_is_fed_while_it_runs_and_never_drains_between_units(folder, prompts,
     stand_in.LLMEngine.most_running = 0
     engine = build_engine(config(folder, slots=5), GREEDY)
     engine.submit(prompts[:6])
-    assert engine.load == Load(5, 5)
+    assert engine.occupancy == Occupancy(5, 5)
     finished, waiting = [], prompts[6:]
     while engine.unfinished or waiting:
         if waiting and engine.unfinished < 6:
             engine.submit([waiting.pop(0)])
         finished += engine.step()
         if waiting:
-            assert engine.load.busy == 5 or engine.unfinished < 5
+            assert engine.occupancy.busy == 5 or engine.unfinished < 5
     assert sorted(g.id for g in finished) == sorted(p.id for p in prompts)
     assert stand_in.LLMEngine.most_running == 5
     alone = drain(build_engine(config(folder, slots=1), GREEDY), prompts)
@@ -92,7 +92,7 @@ def test_a_row_that_vllm_gives_up_or_that_is_too_long_is_that_rows_error(folder,
     (failed,) = drain(build_engine(config(folder), GREEDY), long).values()
     assert (failed.finish, failed.error) == (
         FinishReason.ERROR,
-        "long: 51 prompt tokens; needs 1 to engine.max_prompt_tokens=40",
+        "long: the prompt has 51 tokens; it must have 1 to engine.max_prompt_tokens=40",
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.errors import EngineError
 from capsfusion_ray.run.calibrate import ROOMS, steady
@@ -31,8 +31,8 @@ class Clocked:
         return len(self._queue) + len(self._slots)
 
     @property
-    def load(self):
-        return Load(len(self._slots), self._room if self._began else 0)
+    def occupancy(self):
+        return Occupancy(len(self._slots), self._room if self._began else 0)
 
     def step(self):
         self.now += STEP_S if self._began else LOADING_S

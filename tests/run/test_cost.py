@@ -13,7 +13,7 @@ from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.core.types import FinishReason, Generation, WorkUnit
 from capsfusion_ray.core.unit_batch import BUSY_S, ENGINE_S, Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.models.inspect import ModelInfo, resolve_with_model
 from capsfusion_ray.run import actor as actors
 from capsfusion_ray.run.cost import cost
@@ -42,8 +42,8 @@ class OneARound:
         return len(self.queue)
 
     @property
-    def parse_config(self):
-        return Load(len(self.queue), 1)
+    def occupancy(self):
+        return Occupancy(len(self.queue), 1)
 
     def step(self):
         time.sleep(STEP_S)

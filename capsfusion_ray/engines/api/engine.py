@@ -23,7 +23,7 @@ import aiohttp
 from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.api import openai
-from capsfusion_ray.engines.base import Load
+from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.errors import CapsFusionError, ConfigError, CostCapReached, EndpointDown
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,8 @@ class ApiEngine:
         return self._unfinished
 
     @property
-    def load(self) -> Load:
-        return Load(min(self._unfinished, self._api.concurrency), self._api.concurrency)
+    def occupancy(self) -> Occupancy:
+        return Occupancy(min(self._unfinished, self._api.concurrency), self._api.concurrency)
 
     @property
     def dollars(self) -> float:

@@ -1,10 +1,13 @@
-"""Beam search for Llama-shaped models, exact as HF's `generate`, with in-flight refill. Knows torch, no Ray.
+"""Beam search for models with the Llama architecture. It writes the same captions as HF's `generate`, token for token.
 
-The story, in reading order: `search` (beam arithmetic) -> `weights` (what a checkpoint becomes) -> `cache` (prefix, suffix
-and generated KV) -> `attention`, `elementwise` and what stands in for them on a device (`*_triton`, `*_numba`, `*_onednn`)
--> `network` (prefill and one decode step) -> `engine` (rows in slots, refilled as captions finish) -> `lanes` (on a CPU:
-several engines side by side).
+A finished caption's slot goes to the next prompt at once. This package uses torch and knows no Ray.
+
+Read the files in this order: `search` (the arithmetic of beam search), `architectures` (which models can run), `weights`
+(what a model becomes), `cache` (keys and values of prefix, suffix and generated tokens), `kernels/` (attention and
+elementwise operations in plain torch, and their faster versions `*_triton`, `*_numba` and `*_onednn`), `network`
+(prefill, and one decode step), `slots` (how many captions are decoded together), `engine` (prompts wait in a queue,
+captions are decoded in slots), `cpu_threads` (one engine per CPU thread).
 
 Letters of shapes: B rows (captions in slots), K beams, C candidates, V vocabulary, T max_new_tokens, P prefix tokens,
-S suffix tokens, N cache columns of a row, H key/value heads, G query heads per key/value head, D head size.
+S suffix tokens, N cache columns of a row, H key/value heads, G query heads per key/value head, D head size, E hidden size.
 """

@@ -1,8 +1,9 @@
-"""On a CPU: beam engines side by side in one process, each with a thread, a share of the rows, and the same weights.
+"""One beam engine per CPU thread, all in one process with the same weights. The rows are distributed among them.
 
-A decode step of a small model is hundreds of short operations. Torch would split each of them over its threads, which then
-meet, and spin while they wait, hundreds of times a step; lanes meet every few steps. On 2 cores that is half as many captions again
-(benchmarks/README.md). On a GPU there is one engine, and no lanes.
+A decode step of a small model is hundreds of short operations. If torch splits each operation over its threads, they
+synchronise hundreds of times per step and spin while they wait. Here each thread runs an engine of its own, and the
+threads synchronise only every few steps. On 2 cores that writes half as many captions again (benchmarks/README.md).
+On a GPU there is a single engine.
 """
 
 from __future__ import annotations
@@ -15,83 +16,87 @@ import torch
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import Generation, Prompt
-from capsfusion_ray.engines.base import Engine, Load
+from capsfusion_ray.engines.base import Engine, Occupancy
 from capsfusion_ray.engines.beam.engine import BeamEngine
 from capsfusion_ray.engines.beam.weights import Weights, take_weights
 from capsfusion_ray.engines.loading import LoadedModel, load_model
 
-STEPS = (
-    8  # of a lane between two meetings: one step takes a lane longer than another, which refills; over 8 it evens out
-)
+# Decode steps of each engine between two synchronisations. A single step takes longer in the engine that refills its
+# slots; over 8 steps these differences even out.
+STEPS_BETWEEN_SYNCS = 8
 
 
 def build(engine: EngineConfig, decode: DecodeConfig) -> Engine:
-    """What engine.kind=beam names; raises what `engines.base.Engine` says."""
+    """Load the model and build the engine of engine.kind=beam. Raises what `engines.base.Engine` says."""
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    return side_by_side(load_model(engine), engine, decode)
+    return engine_per_thread(load_model(engine), engine, decode)
 
 
-def side_by_side(
+def engine_per_thread(
     loaded: LoadedModel,
     engine: EngineConfig,
     decode: DecodeConfig,
     weights: Weights | None = None,
     kind: type[BeamEngine] = BeamEngine,
 ) -> Engine:
-    """On a CPU as many lanes as torch has threads here, which leaves torch one for each; else a single engine."""
+    """Build one engine per thread of torch on a CPU, and a single engine on a GPU.
+
+    Where it builds several, it sets torch to one thread for each of them. There are never more engines than
+    engine.slots. `weights` are those that `take_weights` took from this model before; `kind` is the engine's class.
+    """
     threads = torch.get_num_threads() if loaded.device.type == "cpu" else 1
-    lanes = min(threads, engine.slots or threads)
-    if lanes == 1:
+    number = min(threads, engine.slots or threads)
+    if number == 1:
         return kind(loaded, engine, decode, weights)
     torch.set_num_threads(1)
     if weights is None:
         with torch.inference_mode():
             weights = take_weights(loaded, engine.max_prompt_tokens + decode.max_new_tokens)
-    share = replace(engine, slots=engine.slots and -(-engine.slots // lanes))
-    return Lanes([kind(loaded, share, decode, weights) for _ in range(lanes)])
+    share = replace(engine, slots=engine.slots and -(-engine.slots // number))
+    return EnginePerThread([kind(loaded, share, decode, weights) for _ in range(number)])
 
 
-class Lanes:
-    """Implements engines.base.Engine over several; a row goes to the lane with the fewest."""
+class EnginePerThread:
+    """Implements engines.base.Engine over several engines. A prompt goes to the engine with the fewest unfinished ones."""
 
-    def __init__(self, lanes: Sequence[BeamEngine]) -> None:
-        self._lanes = lanes
-        self._threads = ThreadPoolExecutor(len(lanes), thread_name_prefix="lane")
+    def __init__(self, engines: Sequence[BeamEngine]) -> None:
+        self._engines = engines
+        self._threads = ThreadPoolExecutor(len(engines), thread_name_prefix="beam engine")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._lanes[0].encode(texts)
+        return self._engines[0].encode(texts)
 
     @property
     def unfinished(self) -> int:
-        return sum(lane.unfinished for lane in self._lanes)
+        return sum(engine.unfinished for engine in self._engines)
 
     @property
-    def load(self) -> Load:
-        loads = [lane.load for lane in self._lanes]
-        kv_share = sum(load.kv_share for load in loads) / len(loads)
-        return Load(sum(load.busy for load in loads), sum(load.room for load in loads), kv_share)
+    def occupancy(self) -> Occupancy:
+        each = [engine.occupancy for engine in self._engines]
+        kv_share = sum(one.kv_share for one in each) / len(each)
+        return Occupancy(sum(one.busy for one in each), sum(one.capacity for one in each), kv_share)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
-        rows = [lane.unfinished for lane in self._lanes]
-        shares: list[list[Prompt]] = [[] for _ in self._lanes]
+        rows = [engine.unfinished for engine in self._engines]
+        shares: list[list[Prompt]] = [[] for _ in self._engines]
         for prompt in prompts:
             fewest = rows.index(min(rows))
             shares[fewest].append(prompt)
             rows[fewest] += 1
-        for lane, share in zip(self._lanes, shares, strict=True):
-            lane.submit(share)
+        for engine, share in zip(self._engines, shares, strict=True):
+            engine.submit(share)
 
     def step(self) -> list[Generation]:
-        """Some steps of each lane that has work, at the same time."""
-        working = [lane for lane in self._lanes if lane.unfinished]
+        """Run STEPS_BETWEEN_SYNCS steps of each engine that has unfinished prompts, in parallel."""
+        working = [engine for engine in self._engines if engine.unfinished]
         return [generation for finished in self._threads.map(_steps, working) for generation in finished]
 
 
-def _steps(lane: BeamEngine) -> list[Generation]:
+def _steps(engine: BeamEngine) -> list[Generation]:
     finished: list[Generation] = []
-    for _ in range(STEPS):
-        finished += lane.step()
-        if not lane.unfinished:
+    for _ in range(STEPS_BETWEEN_SYNCS):
+        finished += engine.step()
+        if not engine.unfinished:
             break
     return finished

@@ -1,8 +1,9 @@
-"""The beam engine: prompts queue, rows live in slots, a finished row's slot goes to the next prompt. Knows no Ray.
+"""The beam engine: prompts wait in a queue, captions are decoded in slots, and a free slot goes to the next prompt.
 
-Rows 0..live-1 are the captions in work. The host looks at their stop flags, hands finished captions out and refills. Within
-float32 the batch shrinks when the queue is empty; in bfloat16 it keeps its size, because a matrix product of another size
-rounds differently, and two runs with the same slots and order must agree to the bit.
+The batch is the rows of all slots. Every few steps the host reads the rows' stop flags, returns the finished captions
+and refills their slots. In float32 the batch shrinks when the queue is empty. In bfloat16 it keeps its size, because a
+matrix product of another size rounds differently, and two runs with the same slots and the same order of prompts must
+agree to the last bit. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
-from capsfusion_ray.engines.base import Load, prompt_fault
+from capsfusion_ray.engines.base import Occupancy, prompt_fault
 from capsfusion_ray.engines.beam.cache import Cache, Prefix
 from capsfusion_ray.engines.beam.network import Network
 from capsfusion_ray.engines.beam.search import BeamState, Search, SearchPlan
@@ -27,24 +28,25 @@ from capsfusion_ray.errors import EngineError
 
 log = logging.getLogger(__name__)
 
-# Steps between two looks at the stop flags. A look waits for the device; a finished row idles 1.5 steps of about 41.
-LOOK_EVERY = {"cpu": 1, "cuda": 4}
-REHEARSED_ON = {
-    "cuda"
-}  # where memory ends with an error that can be caught, one worst-case step is tried before any caption
-SHARED_PREFIX = 16  # tokens; a shorter prefix is cheaper read with each suffix than kept apart
-REFILL_SHARE = 16  # a refill waits until 1/16 of the slots is free: one prefill of several suffixes, not several of one
+# Decode steps per read of the stop flags. Reading them waits for the device. With 4 steps a finished row waits 1.5 steps
+# on average, of about 41 that a caption takes.
+STEPS_PER_READ = {"cpu": 1, "cuda": 4}
+# Device types on which an out-of-memory error can be caught. There the engine tries a step of the largest possible size
+# before it takes the first caption.
+REHEARSED_ON = {"cuda"}
+SHARED_PREFIX = 16  # tokens; a shorter prefix is not shared, because it is cheaper to read it again with each suffix
+REFILL_SHARE = 16  # a refill waits until 1/16 of the slots are free, so that one prefill takes several suffixes
 
 
 class BeamEngine:
-    """Beam search with in-flight refill for Llama-shaped models; see `engines.base.Engine` for the protocol."""
+    """Beam search for models with the Llama architecture. Implements engines.base.Engine."""
 
     def __init__(
         self, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig, weights: Weights | None = None
     ) -> None:
-        """Takes the model's weights over and leaves it empty.
+        """Takes the weights out of the model, which is unusable afterwards.
 
-        `weights`: those that `take_weights` took from this model before; engines may share them.
+        `weights` are those that `take_weights` took from this model before. Several engines may share them.
         """
         asked = decode.resolved()
         self._loaded = loaded
@@ -64,12 +66,12 @@ class BeamEngine:
         self._network = Network(weights, engine.attention)
         self._device = self._network.weights.device
         self._search = Search(self._plan, self._device)
-        self._look_every = LOOK_EVERY[self._device.type]
+        self._steps_per_read = STEPS_PER_READ[self._device.type]
         self._shrinks = self._network.weights.dtype != torch.bfloat16
         self._queue: deque[Prompt] = deque()
-        self._rows: list[Prompt | None] = []  # the prompt in each slot of the batch; None: an idle slot
-        self._ends: list[int] = []  # columns of the cache that each slot uses, an upper bound
-        self._failed: list[Generation] = []  # prompts refused at submit
+        self._rows: list[Prompt | None] = []  # the prompt in each slot of the batch; None for an idle slot
+        self._ends: list[int] = []  # upper bound of the columns of the cache that each slot uses
+        self._failed: list[Generation] = []  # prompts that `submit` refused
         self._prefix: Prefix | None = None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -80,11 +82,11 @@ class BeamEngine:
         return len(self._queue) + len(self._failed) + sum(prompt is not None for prompt in self._rows)
 
     @property
-    def load(self) -> Load:
-        if self._prefix is None:  # nothing was submitted yet
-            return Load(0, 0)
+    def occupancy(self) -> Occupancy:
+        if self._prefix is None:  # no prompt was submitted yet
+            return Occupancy(0, 0)
         busy = sum(prompt is not None for prompt in self._rows)
-        return Load(busy, self._slots, sum(self._ends) / (self._slots * self._cache.columns))
+        return Occupancy(busy, self._slots, sum(self._ends) / (self._slots * self._cache.columns))
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -99,15 +101,15 @@ class BeamEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """Refill free slots, decode LOOK_EVERY tokens for every row, hand finished captions out."""
+        """Refill free slots, decode STEPS_PER_READ tokens for each row, and return the finished captions."""
         finished, self._failed = self._failed, []
         try:
             self._refill()
             if not any(prompt is not None for prompt in self._rows):
                 return finished
-            for _ in range(self._look_every):
+            for _ in range(self._steps_per_read):
                 self._decode()
-            finished += self._harvest()
+            finished += self._take_finished()
         except torch.OutOfMemoryError as error:
             raise EngineError(
                 f"engine.slots={self._slots}: out of memory while decoding ({error}); set a lower engine.slots"
@@ -117,26 +119,30 @@ class BeamEngine:
     # ------------------------------------------------------------------------------------------------ slots and queue
 
     def _use_prefix(self, ids: tuple[int, ...]) -> None:
-        """Compute a constant prefix and allocate the rows that read it."""
+        """Compute a constant prefix, and allocate the rows that read it."""
         if self._prefix is not None:
-            del self._cache, self._state  # else the new rows would have to fit beside the old ones
+            del self._cache, self._state  # otherwise memory would have to hold the old rows and the new ones
         self._prefix = self._network.prefix(ids)
         suffix_columns = self._max_prompt_tokens - len(ids)
         plan = plan_slots(self._asked_slots, self._network.weights, self._plan, suffix_columns, len(ids))
         self._slots = plan.slots
         while shortage := self._allocate(self._prefix, self._slots, suffix_columns):
             if self._slots == 1:
-                raise EngineError(f"engine.model={self._loaded.name!r}: no memory for a single caption: {shortage}")
+                raise EngineError(
+                    f"engine.model={self._loaded.name!r}: there is no memory for a single caption ({shortage}); use a GPU "
+                    "with more memory, or lower engine.max_prompt_tokens or decode.max_new_tokens"
+                )
             fewer = self._slots * 3 // 4
-            log.warning("out of memory for %d slots (%s); trying %d", self._slots, plan.why, fewer)
-            release_cached()  # else fewer rows are carved out of the larger pieces of the last try, and what is left of each is lost
+            log.warning("out of memory with %d slots (%s); trying %d slots", self._slots, plan.why, fewer)
+            release_cached()  # otherwise the smaller tensors would be cut out of the larger blocks of the last try
             self._slots = fewer
         log.info("%d slots (%s), %d prefix tokens, %d suffix columns", self._slots, plan.why, len(ids), suffix_columns)
 
     def _allocate(self, prefix: Prefix, slots: int, suffix_columns: int) -> str:
-        """Cache and state of `slots` rows; empty, or what the out-of-memory error said.
+        """Allocate cache and state of `slots` rows. Returns "", or the message of the out-of-memory error.
 
-        On a GPU one worst-case step is rehearsed, so that no later step needs more memory than this one found.
+        On a GPU it also runs one prefill and one decode step of the largest possible size, so that no later step needs
+        more memory than these found.
         """
         weights, plan = self._network.weights, self._plan
         try:
@@ -154,19 +160,19 @@ class BeamEngine:
                 state = BeamState.empty(slots, plan, self._device)
                 cache.clear()
         except torch.OutOfMemoryError as error:
-            return str(error)  # and the frame's tensors are freed with it, before the next try
-        state.done_B.fill_(True)  # an idle slot takes part in every step; a prefill begins its search
+            return str(error)  # this also frees the tensors of this call before the next try
+        state.done_B.fill_(True)  # an idle slot takes part in each step; its prefill starts its search
         self._cache, self._state = cache, state
         return ""
 
     def _refill(self) -> None:
-        """Give free slots to queued prompts, once enough of them are free."""
+        """Give free slots to queued prompts, as soon as enough slots are free."""
         if not self._queue:
             return
         ids = self._queue[0].prefix_ids
         if self._prefix is None or self._prefix.ids != ids:
             if any(prompt is not None for prompt in self._rows):
-                return  # the rows in work read the old prefix: they finish first
+                return  # unfinished rows read the old prefix, so they must finish first
             self._rows, self._ends = [], []
             self._use_prefix(ids)
         free = self._slots - sum(prompt is not None for prompt in self._rows)
@@ -176,7 +182,7 @@ class BeamEngine:
         while len(fresh) < free and self._queue and self._queue[0].prefix_ids == ids:
             fresh.append(self._queue.popleft())
         admitted = self._arrange(fresh)
-        admitted.sort(key=lambda pair: len(pair[1].suffix_ids))  # chunks of like lengths waste less padding
+        admitted.sort(key=lambda pair: len(pair[1].suffix_ids))  # chunks of similar lengths need less padding
         budget = PREFILL_TOKENS[self._device.type]
         chunk: list[tuple[int, Prompt]] = []
         for pair in admitted:
@@ -187,10 +193,10 @@ class BeamEngine:
         self._prefill(chunk)
 
     def _arrange(self, fresh: Sequence[Prompt]) -> list[tuple[int, Prompt]]:
-        """Give every live and fresh prompt its slot, and return those of the fresh ones.
+        """Give each live and each new prompt its slot. Returns the (slot, prompt) pairs of the new ones.
 
-        Slots are arranged so that rows of one attention product use about as many columns. A batch that may shrink holds
-        no idle slot.
+        The rows of one attention product get similar numbers of columns. A batch that may shrink has no idle slot
+        afterwards.
         """
         live = [slot for slot, prompt in enumerate(self._rows) if prompt is not None]
         ends = [self._ends[slot] for slot in live] + [len(prompt.suffix_ids) for prompt in fresh]
@@ -211,7 +217,7 @@ class BeamEngine:
         return list(zip(slots[len(live) :], fresh, strict=True))
 
     def _prefill(self, admitted: list[tuple[int, Prompt]]) -> None:
-        """Suffixes of new rows into the cache, and the first token of each of their beams."""
+        """Read the suffixes of new rows into the cache, and choose the first token of each of their beams."""
         assert self._prefix is not None
         longest = max(len(prompt.suffix_ids) for _, prompt in admitted)
         padded = [list(prompt.suffix_ids) + [0] * (longest - len(prompt.suffix_ids)) for _, prompt in admitted]
@@ -224,7 +230,7 @@ class BeamEngine:
         self._state.put(rows, fresh)
 
     def _decode(self) -> None:
-        """One token for every row of the batch."""
+        """Decode one token for each beam of each row of the batch."""
         assert self._prefix is not None
         batch = len(self._rows)
         state = self._state.rows(slice(0, batch))
@@ -235,8 +241,8 @@ class BeamEngine:
         parent_BK = self._search.advance(state, logits_BKV)
         self._cache.reorder(parent_BK, state.done_B, max(self._ends))
 
-    def _harvest(self) -> list[Generation]:
-        """Finished rows become generations; their slots become free."""
+    def _take_finished(self) -> list[Generation]:
+        """Return the generations of the rows that are done, and free their slots."""
         batch = len(self._rows)
         state = self._state.rows(slice(0, batch))
         self._ends = self._cache.ends(batch, max(self._ends)).tolist()
@@ -260,7 +266,7 @@ class BeamEngine:
         for slot, generation in zip(done, finished, strict=True):
             self._rows[slot] = None
             if generation.finish is FinishReason.ERROR:
-                self._cache.forget(slot)
+                self._cache.clear_row(slot)
         if self._shrinks and len(self._queue) == 0:
             self._arrange([])
         return finished

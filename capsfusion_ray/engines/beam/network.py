@@ -1,4 +1,4 @@
-"""The Llama forward pass, twice: suffixes into the cache, and one decode step of all beams. Knows no search and no queue."""
+"""The forward pass of Llama in two forms: the prefill of suffixes, and one decode step of all beams. Knows no search."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ from capsfusion_ray.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-ROWS_TOGETHER = {"cpu": 16, "cuda": 64}  # of one product of the plain attention; more cost width, fewer cost launches
+# Rows per product of the plain torch attention. With more rows each row is padded to a longer one; with fewer rows there
+# are more products to launch.
+ROWS_TOGETHER = {"cpu": 16, "cuda": 64}
 
 
 class Network:
-    """Runs a model's weights. Every method is driven by one thread, under inference mode.
+    """Runs the weights of a model. One thread calls its methods, in torch's inference mode.
 
-    `attention` is engine.attention; raises ConfigError where the Triton kernel is asked for and cannot run.
+    `attention` is engine.attention. Raises ConfigError for a kernel that is asked for and cannot run here.
     """
 
     def __init__(self, weights: Weights, attention: str) -> None:
         self.weights = weights
         self._kernels = _kernels(attention, weights)
-        # A kernel reads of each row what the row uses; plain torch of all rows of a product what the longest uses.
+        # A kernel reads only the columns that a row uses. Plain torch reads as many as the longest row of a product uses.
         self.rows_together = sys.maxsize if self._kernels.attend else ROWS_TOGETHER[weights.device.type]
 
     def prefix(self, ids: tuple[int, ...]) -> Prefix:
-        """Keys and values of a constant prefix, computed once."""
+        """Compute the keys and values of a constant prefix."""
         w = self.weights
         empty = [torch.empty(w.kv_heads, 0, w.head_size, dtype=w.dtype, device=w.device) for _ in w.layers]
         nothing = Prefix((), empty, empty)
@@ -56,7 +58,7 @@ class Network:
         return Prefix(ids, keys, values)
 
     def prefill(self, cache: Cache, prefix: Prefix, rows: Tensor, tokens_RS: Tensor, lengths_R: Tensor) -> Tensor:
-        """Write right-padded suffixes into the rows of the cache; the logits of their next token, [R, V]."""
+        """Write right-padded suffixes into rows of the cache. Returns the logits of their next token, [R, V]."""
         longest = tokens_RS.shape[1]
 
         def keep(layer: int, key_RHSD: Tensor, value_RHSD: Tensor) -> None:
@@ -68,10 +70,10 @@ class Network:
         return self._kernels.linear(self._norm(hidden_RE, self.weights.norm), self.weights.head)
 
     def decode(self, cache: Cache, prefix: Prefix, tokens_BK: Tensor, steps_B: Tensor, ends: Sequence[int]) -> Tensor:
-        """One step of rows 0..B-1: feed each beam its last token; the logits of the next one, [B, K, V].
+        """Feed each beam of rows 0..B-1 its last token. Returns the logits of the next token, [B, K, V].
 
-        `steps_B` is the index of the token fed among the generated ones; `ends` the columns that each of these rows
-        uses, at most, those written now included.
+        `steps_B` is the index of that last token among the generated ones. `ends` is an upper bound of the columns that
+        each of these rows uses, with the columns written in this step.
         """
         w = self.weights
         b, k = tokens_BK.shape
@@ -89,14 +91,14 @@ class Network:
         return self._kernels.linear(self._norm(x, w.norm), w.head)
 
     def _attend(self, cache: Cache, prefix: Prefix, ends: Sequence[int]) -> Callable[[int, Tensor], Tensor]:
-        """This step's attention, of a layer's index and its queries [B, H, G, K, D]; of that shape."""
+        """Return this step's attention: a function of a layer's index and its queries [B, H, G, K, D], of the same shape."""
         kernel = self._kernels.attend
         if kernel is not None:
             end_B = cache.ends(len(ends), max(ends))
             return lambda i, q: kernel(
                 q, prefix.keys[i], prefix.values[i], cache.keys[i], cache.values[i], cache.visible_BKN, end_B
             )
-        parts: list[tuple[slice, int, Tensor]] = []  # rows, columns, what is added to their scores
+        parts: list[tuple[slice, int, Tensor]] = []  # rows, number of columns, mask that is added to their scores
         for first in range(0, len(ends), self.rows_together):
             rows = slice(first, min(first + self.rows_together, len(ends)))
             width = max(ends[rows])
@@ -120,15 +122,17 @@ class Network:
     def _suffixes(
         self, prefix: Prefix, tokens_RS: Tensor, lengths_R: Tensor, keep: Callable[[int, Tensor, Tensor], None]
     ) -> Tensor:
-        """Right-padded suffixes through all layers; the last token's hidden state, [R, E].
+        """Run right-padded suffixes through all layers. Returns the hidden state of each one's last token, [R, E].
 
-        Each layer's keys and values go to `keep` at once: they are views of products 2.5 times their size, and those of all
-        layers together would be 16 GB of a 13B model's prefill.
+        Each layer hands its keys and values to `keep` at once. They are views of products 2.5 times their size, so to
+        hold those of all layers would take 16 GB in the prefill of a 13B model.
         """
         w = self.weights
         r, s = tokens_RS.shape
         p = len(prefix.ids)
-        mask_SC = torch.ones(s, p + s, dtype=torch.bool, device=w.device).tril(p)  # padding comes last: nobody sees it
+        mask_SC = torch.ones(s, p + s, dtype=torch.bool, device=w.device).tril(
+            p
+        )  # padding is on the right, where no token sees it
         cos, sin = w.cos[p : p + s].repeat(r, 1), w.sin[p : p + s].repeat(r, 1)
         x = w.embedding[tokens_RS]
         for i, layer in enumerate(w.layers):
@@ -138,14 +142,17 @@ class Network:
             q_RHGSD = q.view(r, s, w.kv_heads, w.group, w.head_size).permute(0, 2, 3, 1, 4)
             attended = prefill_attention(q_RHGSD, prefix.keys[i], prefix.values[i], key, value, mask_SC)
             attended = attended.permute(0, 3, 1, 2, 4).reshape(r, s, -1)
-            if layer is w.layers[-1]:  # of what follows its attention only the last token's is ever asked for
+            if layer is w.layers[-1]:  # after the last attention only the last token's state is needed
                 last = torch.arange(r, device=w.device), lengths_R - 1
                 x, attended = x[last], attended[last]
             x = self._rest(layer, x, attended)
         return x
 
     def _qkv(self, layer: Layer, x: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D]; angles of each of x's tokens."""
+        """Return rotated queries [.., H*G, D], rotated keys [.., H, D] and values [.., H, D].
+
+        `cos_TD` and `sin_TD` are the angles of each token of `x`.
+        """
         w = self.weights
         n_q, n_qk = w.kv_heads * w.group, w.kv_heads * (w.group + 1)
         qkv = self._kernels.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
@@ -155,7 +162,7 @@ class Network:
         return query, key, value
 
     def _rest(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
-        """Everything of a layer after its attention."""
+        """Run what follows the attention in a layer: output projection and MLP, with their residual sums."""
         linear = self._kernels.linear
         x = x + linear(attended, layer.out, layer.out_bias)
         gate, up = linear(self._norm(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
@@ -169,13 +176,13 @@ Attend = Callable[..., Tensor]
 Write = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
-Linear = Callable[..., Tensor]  # of x, weight and, where there is one, bias, as F.linear
+Linear = Callable[..., Tensor]  # as F.linear, of x, weight and an optional bias
 
 
 class Kernels(NamedTuple):
-    """What of a layer may have a kernel of its own; without one it is plain torch."""
+    """The operations of a layer that may have a kernel. The default of each is plain torch."""
 
-    attend: Attend | None = None  # None: `decode_attention`, some rows at a time
+    attend: Attend | None = None  # None: `decode_attention` for ROWS_TOGETHER rows at a time
     write: Write = write_columns
     norm: Norm = rms_norm
     rotate: Rotate = rotate
@@ -183,14 +190,14 @@ class Kernels(NamedTuple):
 
 
 def _kernels(asked: str, weights: Weights) -> Kernels:
-    """As engine.attention asks or as suits the device."""
+    """Choose the kernels that engine.attention asks for; "auto" chooses those for the device."""
     cuda = weights.device.type == "cuda"
     kind = {"auto": "triton" if cuda else "numba"}.get(asked, asked)
     problem = {"torch": lambda _: "", "triton": _no_triton, "numba": _no_numba}[kind](weights)
     if problem and asked != "auto":
         raise ConfigError(f"engine.attention={asked!r}: {problem}; use engine.attention=auto or torch")
     if problem and cuda:
-        log.warning("%s: the decode attention runs in plain torch, which is slower", problem)
+        log.warning("engine.attention=auto: %s, so the decode attention runs in plain torch, which is slower", problem)
     if kind == "triton" and not problem:
         from capsfusion_ray.engines.beam.kernels.attention_triton import decode_attention_triton  # imports triton
 
@@ -207,20 +214,20 @@ def _kernels(asked: str, weights: Weights) -> Kernels:
 
 
 def _no_triton(weights: Weights) -> str:
-    """Why the Triton kernel cannot run; empty: it can."""
+    """Return why the Triton kernel cannot run here, or "" if it can."""
     if weights.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no GPU in this process"
     if find_spec("triton") is None:
         return "triton is not installed"
     if weights.head_size < 16 or weights.head_size & (weights.head_size - 1):
-        return f"the model's heads have {weights.head_size} channels, not a power of 2 from 16 on"
+        return f"the model's heads have {weights.head_size} channels; triton needs a power of 2 that is at least 16"
     return ""
 
 
 def _no_numba(weights: Weights) -> str:
-    """Why the kernel for CPUs cannot run; empty: it can."""
+    """Return why the numba kernel cannot run here, or "" if it can."""
     if not _float32_on_cpu(weights):
-        return f"it computes in float32 on a CPU, and this is {weights.dtype} on {weights.device.type}"
+        return f"numba computes in float32 on a CPU, and this model is in {weights.dtype} on {weights.device.type}"
     return "" if find_spec("numba") else "numba is not installed"
 
 

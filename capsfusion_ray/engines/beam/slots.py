@@ -1,4 +1,4 @@
-"""How many captions are decoded together, and which of them side by side. Pure arithmetic."""
+"""How many captions are decoded together (slots), and which caption gets which slot. It decodes nothing."""
 
 from __future__ import annotations
 
@@ -10,39 +10,43 @@ import torch
 from capsfusion_ray.engines.beam.search import SearchPlan
 from capsfusion_ray.engines.beam.weights import Weights
 
-# Measured on 2 cores, float32, LLaMA 256x6 and 512x8, 3 beams: 64, 96, 128 and 192 slots, of which 96 and more are alike.
+# Measured on 2 cores in float32 with 3 beams, LLaMA 256x6 and 512x8, with 64, 96, 128 and 192 slots: from 96 on the
+# speed hardly changes.
 CPU_SLOTS = 96
-# 1,200 beams: past the ridge of an H200 (about 190 sequences) by far; more only adds latency and KV reads.
+# An H200 is limited by computation from about 190 sequences on. 1,200 beams are far above; more of them only add
+# latency and reads of keys and values.
 GPU_BEAMS = 1200
-FREE_SHARE = 0.85  # of the memory that is free once the weights are there; the rest is for the allocator's fragments
-PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # padded suffix tokens of one prefill
+FREE_SHARE = (
+    0.85  # share of the memory left by the weights that slots may use; the rest is for the allocator's fragments
+)
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}  # suffix tokens, with padding, per prefill
 
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """Rows decoded together, and why that many."""
+    """The number of rows that are decoded together, and the reason for that number (for the log)."""
 
     slots: int
     why: str
 
 
 def row_bytes(weights: Weights, columns: int) -> int:
-    """Keys and values of one row."""
+    """Bytes of the keys and values of one row."""
     element: int = torch.finfo(weights.dtype).bits // 8
     return 2 * len(weights.layers) * weights.kv_heads * weights.head_size * columns * element
 
 
 def workspace_bytes(weights: Weights, plan: SearchPlan, columns: int) -> int:
-    """What a decode step needs for one row beside its cache: three float32 tensors each of logits and of scores."""
+    """Bytes that a decode step needs for one row in addition to its cache: three float32 copies of logits and of scores."""
     heads = weights.kv_heads * weights.group
-    columns_in_all: int = weights.head.shape[0] + heads * columns
-    return 3 * 4 * plan.num_beams * columns_in_all
+    numbers_per_beam: int = weights.head.shape[0] + heads * columns
+    return 3 * 4 * plan.num_beams * numbers_per_beam
 
 
 def plan_slots(
     asked: int | None, weights: Weights, plan: SearchPlan, suffix_columns: int, prefix_tokens: int
 ) -> SlotPlan:
-    """Slots from `engine.slots`, else from free memory on a GPU, else CPU_SLOTS."""
+    """Choose the number of slots: `asked` (engine.slots) if it is set, else by the free memory of the GPU, else CPU_SLOTS."""
     if asked is not None:
         return SlotPlan(asked, "engine.slots")
     if weights.device.type != "cuda":
@@ -54,27 +58,28 @@ def plan_slots(
     fit = int(free * FREE_SHARE) // per_row
     most = max(1, GPU_BEAMS // plan.num_beams)
     return SlotPlan(
-        max(1, min(fit, most)), f"{free / 1e9:.1f} GB free, {per_row / 1e6:.0f} MB a caption, at most {most}"
+        max(1, min(fit, most)), f"{free / 1e9:.1f} GB free, {per_row / 1e6:.0f} MB per caption, at most {most}"
     )
 
 
 def release_cached() -> None:
-    """Give freed memory back to the driver: torch keeps it, and what is kept counts as used and fits nothing of another size.
+    """Give the memory that torch caches back to the GPU's driver, which otherwise counts it as used.
 
-    Of a 13B model that is 18 GB: the projections that `take_weights` joined, each in a piece of its own.
+    For a 13B model this is 18 GB: the original projections that `take_weights` joined.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-LIKE = 16  # ends that differ by less are alike: a row is not moved for them
+LIKE = 16  # columns; rows whose ends differ by less count as equally long, and no row is moved for such a difference
 
 
 def arrange(ends: Sequence[int], live: Sequence[int], slots: int, together: int) -> list[int]:
-    """A slot below `slots` for each row, so that rows side by side, `together` at a time, have like ends.
+    """Choose a slot below `slots` for each row, so that the rows of one attention product have similar ends.
 
-    `ends` are the columns of all rows: first of those that live in the slots `live`, then of fresh ones. A live row
-    stays where it is if its slot lies among its like.
+    An attention product takes `together` neighbouring slots. `ends` are the numbers of columns that rows use: first of
+    the rows that are in the slots `live` now, then of the new rows. A live row keeps its slot if that slot belongs to
+    the product which the row's length puts it in.
     """
     order = sorted(range(len(ends)), key=lambda row: -(ends[row] // LIKE))
     found = [-1] * len(ends)

@@ -1,1 +1,1 @@
-"""The numeric kernels of the beam engine, and their plain torch twins."""
+"""The numeric kernels of the beam engine, and the same operations in plain torch."""

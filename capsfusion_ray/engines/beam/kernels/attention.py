@@ -1,4 +1,4 @@
-"""Attention of one decode step, and of a prefill, in plain torch. The Triton kernel's twin and oracle. Knows no weights."""
+"""Attention of one decode step and of a prefill, in plain torch. The tests compare the kernels with it. Knows no weights."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def decode_attention(
     v_BHWD: Tensor,
     mask_BKW: Tensor,
 ) -> Tensor:
-    """Attend from K beams of each row to the shared prefix and the row's own columns; [B, H, G, K, D].
+    """Attend from K beams of each row to the shared prefix and to the row's own columns. Returns [B, H, G, K, D].
 
-    `mask_BKW` is added to the scores: 0 where a beam sees a column, -inf elsewhere. Every row shares the prefix, so its
-    product is one matrix product over all rows and beams; a row's own columns are read once for all its beams.
+    `mask_BKW` is added to the scores: 0 where a beam sees a column, -inf elsewhere. All rows share the prefix, so one
+    matrix product covers all rows and beams. A row's own columns are read once for all its beams.
     """
     b, h, g, k, d = q_BHGKD.shape
     p, w = prefix_k_HPD.shape[1], k_BHWD.shape[2]
@@ -26,7 +26,8 @@ def decode_attention(
         mask = mask_BKW[:, None] if g == 1 else mask_BKW[:, None].repeat(1, 1, g, 1)
         return F.scaled_dot_product_attention(q_BHGKD.reshape(b, h, g * k, d), k_BHWD, v_BHWD, mask).view(b, h, g, k, d)
     q = (q_BHGKD * d**-0.5).reshape(b, h, g * k, d)
-    # The softmax in at least float32, as HF has it; in bfloat16 the products are rounded before, which the kernel does not do.
+    # The softmax is computed in at least float32, as in HF. In bfloat16 the products are rounded before it; the Triton
+    # kernel does not round them.
     scores = torch.empty(b, h, g, k, p + w, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     scores[..., :p] = by_head(q, prefix_k_HPD.transpose(1, 2)).view(b, h, g, k, p)
     torch.add((q @ k_BHWD.transpose(2, 3)).view(b, h, g, k, w), mask_BKW[:, None, None], out=scores[..., p:])
@@ -35,7 +36,7 @@ def decode_attention(
 
 
 def by_head(x_BHMI: Tensor, shared_HIJ: Tensor) -> Tensor:
-    """Rows times what all of them share, one matrix product a head; [B, H, M, J], contiguous."""
+    """Multiply all rows by a matrix that they share, in one matrix product per head. Returns [B, H, M, J], contiguous."""
     b, h, m, i = x_BHMI.shape
     product_HNJ = x_BHMI.transpose(0, 1).reshape(h, b * m, i) @ shared_HIJ
     return product_HNJ.view(h, b, m, -1).transpose(0, 1).contiguous()
@@ -44,9 +45,9 @@ def by_head(x_BHMI: Tensor, shared_HIJ: Tensor) -> Tensor:
 def prefill_attention(
     q_BHGSD: Tensor, prefix_k_HPD: Tensor, prefix_v_HPD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask_SC: Tensor
 ) -> Tensor:
-    """Attend from suffixes to the prefix and, causally, to themselves; [B, H, G, S, D].
+    """Attend from suffixes to the prefix and, causally, to themselves. Returns [B, H, G, S, D].
 
-    `mask_SC` is boolean over [prefix | suffix] columns.
+    `mask_SC` is boolean, over the columns of the prefix followed by those of the suffix.
     """
     b, h, g, s, d = q_BHGSD.shape
     keys = torch.cat((prefix_k_HPD.expand(b, -1, -1, -1), k_BHSD), dim=2)

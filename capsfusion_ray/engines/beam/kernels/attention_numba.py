@@ -1,9 +1,9 @@
-"""The decode attention on a CPU, compiled by numba: what the Triton kernel is to a GPU. float32 only.
+"""The decode attention on a CPU, compiled by numba. float32 only.
 
-Its oracle is `attention.decode_attention`. Plain torch calls a matrix product for every row and head, of three queries each,
-and is held up by the calls; this reads each column once for all beams of its row, as fast as memory gives it, skips
-columns that nobody sees, and reads of each row what the row uses, not what the longest one does. It runs in the thread that
-calls it: see lanes.py.
+The tests compare it with `attention.decode_attention`. Plain torch calls one matrix product per row and head, each with
+only three queries, and the calls take most of the time. This kernel reads each column once for all beams of its row,
+skips columns that no beam sees, and reads only as many columns as the row uses. It runs in the thread that calls it;
+`cpu_threads` calls it from several.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 from capsfusion_ray.engines.beam.kernels.attention import by_head
 
-# Sums in any order, as every matrix product has it; NaN and infinity keep their meaning.
+# The compiler may sum in any order, as a matrix product does. NaN and infinity keep their meaning.
 compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz", "arcp"})
 
 
 @compiled
 def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-def]
-    """q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam sees nothing."""
+    """Multiply q [B, H, M, D] by k [B, H, N, D] into scores [B, H, M, at + W]; -inf where a beam does not see a column."""
     rows, heads, queries, size = q.shape
     beams, width = visible.shape[1], scores.shape[3] - at
     hidden = np.float32(-np.inf)
     for b in range(rows):
-        shared = 0  # the first columns, the row's suffix before all, which every beam sees: no need to ask
+        shared = 0  # number of first columns (above all the row's suffix) that all beams see; they need no test below
         while shared < end[b] and visible[b, :, shared].all():
             shared += 1
         for h in range(heads):
@@ -46,12 +46,12 @@ def _scores(q, k, visible, end, scale, at, scores):  # type: ignore[no-untyped-d
 
 @compiled
 def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
-    """weights [B, H, M, at + W] by v [B, H, N, D], added to out [B, H, M, D]."""
+    """Multiply weights [B, H, M, at + W] by v [B, H, N, D], and add the product to out [B, H, M, D]."""
     rows, heads, queries, size = out.shape
     for b in range(rows):
         whole = end[b] // 4 * 4
         for h in range(heads):
-            for w in range(0, whole, 4):  # four columns a pass over the sums: a quarter of their loads and stores
+            for w in range(0, whole, 4):  # four columns per pass over the sums need a quarter of the loads and stores
                 for m in range(queries):
                     w0, w1 = weights[b, h, m, at + w], weights[b, h, m, at + w + 1]
                     w2, w3 = weights[b, h, m, at + w + 2], weights[b, h, m, at + w + 3]
@@ -70,7 +70,7 @@ def _weighted(weights, at, v, end, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _write(key, value, column, keys, values):  # type: ignore[no-untyped-def]
-    """key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
+    """Copy key and value [B, K, H, D] into the columns [B, K] of keys and values [B, H, N, D]."""
     rows, beams, heads, size = key.shape
     for b in range(rows):
         for beam in range(beams):
@@ -84,7 +84,7 @@ def _write(key, value, column, keys, values):  # type: ignore[no-untyped-def]
 def write_columns_numba(
     key_BKHD: Tensor, value_BKHD: Tensor, column_BK: Tensor, keys_BHND: Tensor, values_BHND: Tensor
 ) -> None:
-    """Write one token's key and value of each beam into its column; the first B rows of whole cache tensors."""
+    """As cache.write_columns."""
     _write(*(t.numpy() for t in (key_BKHD, value_BKHD, column_BK, keys_BHND, values_BHND)))
 
 
@@ -97,9 +97,9 @@ def decode_attention_numba(
     visible_BKN: Tensor,
     end_B: Tensor,
 ) -> Tensor:
-    """Attend from K beams of each row to the shared prefix and the row's first columns, up to its end; [B, H, G, K, D].
+    """Attend from K beams of each row to the shared prefix and to the row's columns before its end. Returns [B, H, G, K, D].
 
-    `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous, whose first B rows are read.
+    `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous. Their first B rows are read.
     """
     b, h, g, k, d = q_BHGKD.shape
     p, m = prefix_k_HPD.shape[1], g * k

@@ -1,7 +1,8 @@
-"""The decode attention as one Triton kernel for the GPU: per-row lengths, masked columns, the prefix tile kept in L2.
+"""The decode attention on a GPU as one Triton kernel, with a length per row and masked columns.
 
-Its oracle is `attention.decode_attention`. What it saves: plain torch reads every column up to the deepest row's and writes
-the scores to memory; this reads a row's own columns only, once for all its beams, and writes nothing but the result.
+The tests compare it with `attention.decode_attention`. Plain torch reads as many columns as the longest row has, and
+writes the scores to memory. This kernel reads only the columns that a row uses, once for all its beams, and writes only
+the result. The prefix, which all rows read, stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 64  # columns a step of the loop
-MIN_QUERIES = 16  # tl.dot's smallest side
+TILE = 64  # columns per step of the loop
+MIN_QUERIES = 16  # the smallest side of a tl.dot
 
 
 @triton.jit
 def _tile(q, k, v, seen, scale, top, total, acc):  # type: ignore[no-untyped-def]
-    """Online softmax: take one tile of columns in. q [M, D], k and v [N, D], seen [M, N]; top, total [M]; acc [M, D]."""
+    """Add one tile of columns to an online softmax. q [M, D]; k and v [N, D]; seen [M, N]; top, total [M]; acc [M, D]."""
     scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: exp(-inf - 0) = 0, not NaN
+    safe_top = tl.where(
+        new_top == float("-inf"), 0.0, new_top
+    )  # before the first visible column: exp(-inf - 0) = 0, not NaN
     weights = tl.exp(scores - safe_top[:, None])
     old = tl.exp(top - safe_top)
     total = total * old + tl.sum(weights, 1)
@@ -48,7 +51,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     QUERIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program: one row, one key/value head, all its beams and query heads."""
+    """One program computes one key/value head of one row, for all its beams and query heads."""
     row, head = tl.program_id(0), tl.program_id(1)
     m = tl.arange(0, QUERIES)
     d = tl.arange(0, HEAD_SIZE)
@@ -93,9 +96,10 @@ def decode_attention_triton(
     visible_BKN: Tensor,
     end_B: Tensor,
 ) -> Tensor:
-    """Attend from K beams of each row to the shared prefix and the row's first columns, up to its end; [B, H, G, K, D].
+    """Attend from K beams of each row to the shared prefix and to the row's columns before its end. Returns [B, H, G, K, D].
 
-    `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous, whose first B rows are read. D is a power of 2.
+    `k_BHND`, `v_BHND` and `visible_BKN` are whole cache tensors, contiguous. Their first B rows are read. D must be a
+    power of 2.
     """
     b, h, g, k, d = q_BHGKD.shape
     q = q_BHGKD.contiguous()

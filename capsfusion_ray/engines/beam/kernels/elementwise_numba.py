@@ -1,6 +1,6 @@
-"""A layer's operations number by number on a CPU, compiled by numba; elementwise.py says what they are. float32 only.
+"""The operations of elementwise.py on a CPU, compiled by numba. float32 only.
 
-One pass over memory for each, where torch makes six.
+Each takes one pass over memory, where torch takes six.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from capsfusion_ray.engines.beam.kernels.attention_numba import compiled
 
 @compiled
 def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    """x [T, E] into out [T, E]."""
+    """Normalise x [T, E] into out [T, E]."""
     tokens, size = x.shape
     for t in range(tokens):
         total = np.float32(0)
@@ -27,7 +27,7 @@ def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def _rotate(heads, cos, sin):  # type: ignore[no-untyped-def]
-    """heads [T, H, D], in place."""
+    """Rotate heads [T, H, D] in place."""
     tokens, number, size = heads.shape
     half = size // 2
     for t in range(tokens):

@@ -95,7 +95,7 @@ def test_what_a_kernel_cannot_run_is_refused_by_name():
     model = tiny_llama(1, dtype=torch.float32).to(DEVICES["triton"])  # heads of 8
     with pytest.raises(ConfigError, match="heads have 8 channels"):
         beam_engine(model, DecodeConfig(), attention="triton")
-    with pytest.raises(ConfigError, match=r"float32 on a CPU, and this is torch\.bfloat16"):
+    with pytest.raises(ConfigError, match=r"float32 on a CPU, and this model is in torch\.bfloat16"):
         beam_engine(tiny_llama(1, dtype=torch.bfloat16), DecodeConfig(), attention="numba")
 
 
