@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from capsfusion_ray import cli
 from capsfusion_ray.config import parse_config, unwrap_optional, usage
 from capsfusion_ray.core.types import Reason
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.run.submit import SubmitConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,7 +64,8 @@ def test_every_heading_that_a_page_links_to_exists(page):
 
 PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 JOBS = dict(runpy.run_path(str(ROOT / "docs/make_configuration.py"))["JOBS"])
-SAME_KEYS = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # each other command and target has its job's name
+SCHEMAS = JOBS | {"capsfusion submit": SubmitConfig}  # it has no file in jobs/
+TARGETS = {"submit": "jobs/fuse.py", "resume": "jobs/fuse.py"}  # each other target of make has its job's name
 WORDS = r"""((?: +(?:[^\s`#|<>&;"']|"[^"]*"|'[^']*')+)+)"""
 JOB = re.compile(r"\b(jobs/\w+\.py)" + WORDS)
 COMMAND = re.compile(r"(?<![\w-])capsfusion (\w+)" + WORDS)
@@ -89,24 +92,29 @@ def known(key, schema):
     return any(key == k.rstrip(".") or (k.endswith(".") and key.startswith(k)) for k in keys(schema))
 
 
-def job_of(name):
-    """The job behind `capsfusion <name>` and `make <name>`."""
-    return SAME_KEYS.get(name, f"jobs/{name}.py")
+def typed(text):
+    """(name of a job, its words) of each `capsfusion …` and `python jobs/….py …`; those of submit hold two jobs."""
+    for path, rest in JOB.findall(text):
+        yield path, shlex.split(rest)
+    for name, rest in COMMAND.findall(text):
+        words = shlex.split(rest)
+        if name == "submit":
+            at = next((i for i, word in enumerate(words) if f"jobs/{word}.py" in JOBS), len(words))
+            yield "capsfusion submit", words[:at]
+            name, words = words[at] if at < len(words) else "", words[at + 1 :]
+        yield f"jobs/{name}.py", words
 
 
 def commands(text):
     """(job, its words) of each command in a page, lines that end in a backslash joined."""
     text = text.replace("\\\n", " ")
-    typed = [*JOB.findall(text), *((job_of(name), rest) for name, rest in COMMAND.findall(text))]
-    for job, rest in typed:
-        words = shlex.split(rest)
-        if job in JOBS and all(
-            "=" in word or word.endswith(".yaml") or word == "…" for word in words
-        ):  # else: a sentence
-            yield job, words
+    for job, words in typed(text):
+        if job in SCHEMAS and all("=" in word or word.endswith(".yaml") or word == "…" for word in words):
+            yield job, words  # any other line is a sentence
     for target, double, single in MAKE.findall(text):
-        if job_of(target) in JOBS:
-            yield job_of(target), shlex.split(double or single)
+        job = TARGETS.get(target, f"jobs/{target}.py")
+        if job in JOBS:
+            yield job, shlex.split(double or single)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -116,15 +124,17 @@ def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
         (tmp_path / name).write_text(yaml, "utf-8")
     for job, words in commands(text):
         for key in (word.partition("=")[0] for word in words if re.match(r"[a-z_.]+=", word)):
-            assert known(key, JOBS[job]), f"{page}: {job} has no key {key}"
+            assert known(key, SCHEMAS[job]), f"{page}: {job} has no key {key}"
         if not LEFT_TO_THE_READER.search(" ".join(words)):
-            parse_config(JOBS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words])
+            parse_config(
+                SCHEMAS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words]
+            )
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_that_a_page_names_is_a_job(page):
     named = set(NAMED_COMMAND.findall((ROOT / page).read_text("utf-8")))
-    assert not [name for name in named if job_of(name) not in JOBS]
+    assert named <= set(cli.JOBS)
 
 
 def test_the_page_on_gates_explains_every_reason():
@@ -136,7 +146,7 @@ def test_the_page_on_gates_explains_every_reason():
 def test_every_option_that_a_page_names_is_one_of_a_job(page):
     text = (ROOT / page).read_text("utf-8")
     named = {*OPTION.findall(text), *SPAN.findall(text)} - {"key"}
-    assert not [key for key in named if not any(known(key, schema) for schema in JOBS.values())]
+    assert not [key for key in named if not any(known(key, schema) for schema in SCHEMAS.values())]
 
 
 def test_a_wrong_command_is_found():
@@ -146,12 +156,14 @@ def test_a_wrong_command_is_found():
         "make takedown ARGS='above={punsafe: 0.3}'",
         "capsfusion fuse conf/demo.yaml input.pat=x",
         "an output.path: `.venv/bin/capsfusion verify output.path=o deep=perhaps`",
-        "capsfusion submit conf/demo.yaml \\\n  engine.kindd=beam",
     ]
     for text in wrong:
         ((job, words),) = commands(text)
         with pytest.raises(ConfigError):
-            parse_config(JOBS[job], words)
+            parse_config(SCHEMAS[job], words)
+    own, job = commands("capsfusion submit adress=http://head:8265 \\\n  fuse conf/demo.yaml engine.kindd=beam")
+    assert own == ("capsfusion submit", ["adress=http://head:8265"])
+    assert job == ("jobs/fuse.py", ["conf/demo.yaml", "engine.kindd=beam"])
     assert NAMED_COMMAND.findall("```sh\ncapsfusion fusee input.path=x\n```") == ["fusee"]
     assert not known("input.pat", JOBS["jobs/fuse.py"])
     assert known("output.storage.endpoint_url", JOBS["jobs/verify.py"])
