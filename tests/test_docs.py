@@ -1,6 +1,8 @@
 """What the documents say of the program is what the program is."""
 
+import ast
 import dataclasses
+import functools
 import re
 import runpy
 import shlex
@@ -167,3 +169,75 @@ def test_a_wrong_command_is_found():
     assert NAMED_COMMAND.findall("```sh\ncapsfusion fusee input.path=x\n```") == ["fusee"]
     assert not known("input.pat", JOBS["jobs/fuse.py"])
     assert known("output.storage.endpoint_url", JOBS["jobs/verify.py"])
+
+
+# ------------------------------------------------------------------------------- messages, as the runbook quotes them
+
+VARIES = "\0"  # stands in a message for what the program puts in
+PLACEHOLDER = re.compile(r"%[-+ #0]*[\d*]*(?:\.\d+)?[sdrfgex]")  # of logging
+OF_OTHERS = ("Ray:", "torch:", "Kubernetes:")  # their messages are not in our source
+
+
+def message_of(node):
+    """The text of a string literal, an f-string, or a sum of them; None for any other expression."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return PLACEHOLDER.sub(VARIES, text)
+        case ast.JoinedStr(values=parts):
+            return "".join(message_of(part) if isinstance(part, ast.Constant) else VARIES for part in parts)
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            return "".join(VARIES if text is None else text for text in (message_of(left), message_of(right)))
+    return None
+
+
+@functools.cache
+def messages():
+    """Every text in the package's source, docstrings apart."""
+    found = set()
+    for path in (ROOT / "capsfusion_ray").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+        docstrings = {node.value for node in nodes if isinstance(node, ast.Expr)}
+        found |= {message_of(node) for node in nodes if node not in docstrings}
+    return found - {None}
+
+
+def is_said(quote):
+    """Whether one message holds the quote; its … stands for any text."""
+    pattern = re.compile(".*".join(map(re.escape, quote.split("…"))), re.DOTALL)
+    return any(pattern.search(message) for message in messages())
+
+
+def quotes(text):
+    """What is in back ticks in the first column of each table whose first heading begins with `message`."""
+    for table in re.findall(r"^\| message.*\n\|[ -|]+\n((?:\|.*\n)+)", text, re.MULTILINE):
+        for row in table.splitlines():
+            cell = re.split(r"(?<!\\)\|", row)[1].strip()
+            if not cell.startswith(OF_OTHERS) and not cell.startswith("the same message"):
+                yield from re.findall(r"`([^`]+)`", cell)
+
+
+def test_every_message_that_the_runbook_quotes_is_one_of_the_program():
+    quoted = list(quotes((ROOT / "docs/runbook.md").read_text("utf-8")))
+    assert len(quoted) > 60
+    assert not [quote for quote in quoted if not is_said(quote)]
+
+
+def test_the_log_that_the_runbook_shows_is_one_of_the_program():
+    text = (ROOT / "docs/runbook.md").read_text("utf-8")
+    shown = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
+    assert len(shown) == 4
+    assert not [line for line in shown if not is_said(re.sub(r"\d[\d,.:]*", "…", line))]
+
+
+def test_the_error_that_the_page_on_laion_coco_shows_is_one_of_the_program():
+    text = (ROOT / "docs/laion-coco.md").read_text("utf-8")
+    (shown,) = re.findall(r"^    error: (.+)\n    (.+)$", text, re.MULTILINE)
+    assert is_said(re.sub(r"laion-coco-00002.parquet|\b\d+(?= rows then| now)", "…", " ".join(shown)))
+
+
+def test_a_message_that_the_program_does_not_have_is_found():
+    page = "| message | meaning |\n| --- | --- |\n| `error: …`, or `errata: …` | x |\n| Ray: `is over` | |\n\n| symptom | |\n"
+    assert list(quotes(page)) == ["error: …", "errata: …"]
+    assert is_said("error: …")
+    assert not is_said("errata: …")
+    assert not is_said("restore them (…), this output was begun with other settings")
