@@ -21,8 +21,10 @@ T = TypeVar("T")
 _SECRET = ("secret", "key", "token", "password", "credential", "connection_string")
 
 
-def parse_config(schema: type[T], argv: typing.Sequence[str]) -> T:
-    """Merge YAML fragments left to right, then `key=value` overrides, wherever they stand, into one frozen config.
+def parse_config(schema: type[T], argv: typing.Sequence[str | typing.Mapping[str, Any]]) -> T:
+    """Merge YAML fragments left to right, then the overrides, wherever they stand, into one frozen config.
+
+    An override is a word `key=value`, or a mapping whose keys are dotted (`{"input.path": …}`) or nested (`{"input": {"path": …}}`).
 
     Raises ConfigError for a missing file, an unknown key (naming the nearest valid one), a value of the wrong type, or one
     that a fragment demands (???) and nobody gives.
@@ -31,6 +33,10 @@ def parse_config(schema: type[T], argv: typing.Sequence[str]) -> T:
     overrides: list[DictConfig] = []
     valid, demanded = _keys(schema), dict[str, str]()
     for argument in argv:
+        if not isinstance(argument, str):
+            overrides.append(part := _from_mapping(argument))
+            _refuse_unknown(part, valid, "config")
+            continue
         key, equals, value = argument.partition("=")
         if argument.startswith("-"):
             raise ConfigError(
@@ -74,6 +80,28 @@ def _parse_override(key: str, value: str, valid: dict[str, str]) -> DictConfig:
             f"{key}={value}: not a YAML value ({str(error).splitlines()[0]}); put texts with signs of YAML in quotes, and the whole in "
             f'those of the shell: \'{key}=["a[0-9].json", "b"]\''
         ) from None
+
+
+def _from_mapping(values: typing.Mapping[str, Any]) -> DictConfig:
+    part = OmegaConf.create({})
+    try:
+        for key, value in values.items():
+            OmegaConf.update(part, key, _plain(value), merge=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{key}={value!r}: not a value of a configuration ({str(error).splitlines()[0]}); give a text, a number, true, false, "
+            "null, a list or a mapping"
+        ) from None
+    return part
+
+
+def _plain(value: Any) -> Any:
+    """The value with lists for tuples and texts for paths, which YAML does not have."""
+    if isinstance(value, typing.Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 # In a YAML file: "${bundled:examples/captions}" is the path of a file or folder that comes with the package.

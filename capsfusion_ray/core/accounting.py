@@ -154,8 +154,8 @@ def flags_of(rows: pa.Table) -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """The sums over all units of a dataset. `planned` comes from the plan, so that a missing unit shows."""
+class RowCounts:
+    """How many rows were planned, and how many of them ended in each of OUTCOMES."""
 
     planned: int = 0
     fused: int = 0
@@ -164,6 +164,22 @@ class Counts:
     filtered: int = 0
     removed: int = 0
     unreadable: int = 0
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """These counts as a dict, in the order in which people read them."""
+        return {name: getattr(self, name) for name in ("planned", *OUTCOMES)}
+
+    @property
+    def done(self) -> int:
+        """Rows with an outcome. In a finished dataset they are all planned rows."""
+        return sum(getattr(self, outcome) for outcome in OUTCOMES)
+
+
+@dataclass(frozen=True)
+class Counts(RowCounts):
+    """The sums over all units of a dataset. `planned` comes from the plan, so that a missing unit shows."""
+
     reasons: dict[str, int] = field(default_factory=dict)
     filtered_by: dict[str, int] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)
@@ -191,15 +207,6 @@ class Counts:
             flags=dict(sorted(flags.items())),
             **{name: round(value, 3) for name, value in sums.items()},
         )
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """Planned rows and where they ended, as people and programs are told."""
-        return {name: getattr(self, name) for name in ("planned", *OUTCOMES)}
-
-    @property
-    def done(self) -> int:
-        return sum(getattr(self, outcome) for outcome in OUTCOMES)
 
 
 def check_stored(units: Sequence[UnitSummary], stored: Mapping[str, Iterable[tuple[str, int]]], what: str) -> None:
