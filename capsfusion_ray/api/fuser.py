@@ -29,7 +29,7 @@ from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Out
 from capsfusion_ray.core.unit_steps import KEPT
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, RowError, SourceError
-from capsfusion_ray.models import inspect as models
+from capsfusion_ray.models.inspect import inspect_model, resolve_with_model
 from capsfusion_ray.sources.presets import PRESETS
 
 Columns = Mapping[str, Any]
@@ -116,8 +116,8 @@ class Fuser:
             raise ConfigError(f"columns: {', '.join(unknown)}: not among {', '.join(TYPES)}")
         given = {"engine.model": model, "engine.kind": engine, "decode.num_beams": num_beams}
         cfg = parsed(FuserConfig, config, {key: value for key, value in given.items() if value})
-        info = models.inspect(cfg.engine)
-        engine_config, decode = models.settle(cfg.engine, cfg.decode, info)
+        info = inspect_model(cfg.engine)
+        engine_config, decode = resolve_with_model(cfg.engine, cfg.decode, info)
         self._gates, self._judges = (cfg.gates, True) if gates else (_NO_GATES, False)
         self._names = {RAW: raw, SYNTHETIC: synthetic}
         self._columns = tuple(columns)
