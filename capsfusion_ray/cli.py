@@ -125,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return EXIT_DONE
     if name == "--version":
-        from capsfusion_ray import __version__
-
-        print(f"capsfusion-ray {__version__}")
+        print(f"capsfusion-ray {sys.modules['capsfusion_ray'].__version__}")
         return EXIT_DONE
     if name not in JOBS:
         near = difflib.get_close_matches(name, JOBS, n=1)
