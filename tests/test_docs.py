@@ -1,4 +1,4 @@
-"""What the documents say of the program is what the program is."""
+"""Tests that the pages agree with the program: files, targets, commands, keys, reasons and messages."""
 
 import ast
 import dataclasses
@@ -20,7 +20,7 @@ from capsfusion_ray.run.submit import SubmitConfig
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_configuration_page_is_made_from_the_configs():
+def test_the_configuration_page_is_generated_from_the_configs():
     made = runpy.run_path(str(ROOT / "docs/make_configuration.py"))["page"]()
     assert (ROOT / "docs/configuration.md").read_text("utf-8") == made, "run: python docs/make_configuration.py"
 
@@ -75,7 +75,9 @@ NAMED_COMMAND = re.compile(r"(?:^|`|/bin/)capsfusion (\w+)", re.MULTILINE)  # at
 MAKE = re.compile(r"""\bmake ([a-z-]+)(?: [A-Z_]+=[^\s"'`]+)* ARGS=(?:"([^"]*)"|'([^']*)')""")
 OPTION = re.compile(r"(?<![\w./{-])([a-z_]+(?:\.[a-z_]+)+)=")
 SPAN = re.compile(r"`([a-z_]+)=[^`]*`")
-OWN_YAML = re.compile(r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)  # its first line is its name
+OWN_YAML = re.compile(
+    r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL
+)  # its first line is the file name
 LEFT_TO_THE_READER = re.compile("…|<")
 
 

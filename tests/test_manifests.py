@@ -1,7 +1,7 @@
-"""What deploy/kuberay renders is what KubeRay takes, names only what exists, and runs a command that the job understands.
+"""Tests of the manifests in deploy/kuberay: KubeRay accepts them, everything that they refer to exists, and the job can parse their command.
 
-Schemas are the KubeRay 1.7 CRDs, read strictly: an unknown field is an error, where an API server would drop it in silence.
-Their CEL rules are not run; they concern fields that are not used here, and a test says so.
+The schemas are the KubeRay 1.7 CRDs, applied strictly: an unknown field is an error here, but an API server drops it without a
+warning. The CEL rules of the CRDs are not run. They are about fields that are not used here, which a test checks.
 """
 
 import copy
@@ -77,7 +77,7 @@ def crd(kind: str) -> Manifest:
 
 
 def strict(schema: Manifest) -> Manifest:
-    """openAPIV3Schema -> JSON Schema without unknown fields; what has a default is not required."""
+    """Convert an openAPIV3Schema to a JSON Schema that refuses unknown fields. A field with a default is not required."""
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]} | {key: schema[key] for key in ("pattern",) if key in schema}
     made = {
@@ -109,7 +109,7 @@ METADATA = shape({"name": TEXT}, namespace=TEXT, labels=TEXTS, annotations=TEXTS
 
 @functools.cache
 def schema_of(kind: str) -> Draft202012Validator:
-    """The schema of a whole object. Kubernetes' own kinds are put together from those that the RayCluster schema embeds."""
+    """The schema of a whole object. Those of Kubernetes' own kinds are built from the parts that the RayCluster schema contains."""
     head = crd("raycluster")["properties"]["spec"]["properties"]["headGroupSpec"]["properties"]
     pod = head["template"]
     volume = pod["properties"]["spec"]["properties"]["volumes"]["items"]["properties"]
@@ -150,7 +150,7 @@ def complaints(each: Manifest) -> list[str]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_object_is_of_its_schema_and_holds_no_unknown_field(overlay):
+def test_every_object_fits_its_schema_and_has_no_unknown_field(overlay):
     assert [line for each in rendered(overlay) for line in complaints(each)] == []
 
 
@@ -177,11 +177,11 @@ def test_the_schema_is_strict(wrong):
     assert len(complaints(ray)) == 1
 
 
-# ------------------------------------------------------------------------------------- what the schemas do not say
+# ------------------------------------------------------------------------------ rules that are not in the schemas
 
 
 def refusals(ray: Manifest) -> list[str]:
-    """What KubeRay's operator (validation.go) or Kueue's webhooks would refuse though the schema takes it."""
+    """The rules of KubeRay's operator (validation.go) and of Kueue's webhooks that `ray` breaks although it fits the schema."""
     cluster, queued = cluster_of(ray), "kueue.x-k8s.io/queue-name" in ray["metadata"].get("labels", {})
     longest = 47 if ray["kind"] == "RayJob" else 50
     found = {
@@ -232,15 +232,15 @@ def _cluster_refusals(cluster: Manifest) -> dict[str, bool]:
         "a pod has a container": any(not group["template"]["spec"]["containers"] for group in groups),
         "groups have names of their own": len(set(names)) < len(names),
         "min <= replicas <= max": any(not w["minReplicas"] <= w["replicas"] <= w["maxReplicas"] for w in workers),
-        "resources stand in one place": any(
+        "resources are set in one place": any(
             group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & group["rayStartParams"].keys()
             for group in groups
         ),
         "labels are no start parameter": any("labels" in group["rayStartParams"] for group in groups),
-        "Redis stands in gcsFaultToleranceOptions only": bool(
+        "Redis is set in gcsFaultToleranceOptions only": bool(
             redis | {"REDIS_PASSWORD", "REDIS_USERNAME", "RAY_REDIS_ADDRESS"} & env
         ),
-        "the autoscaler's version stands in its options": "RAY_enable_autoscaler_v2" in env,
+        "the autoscaler's version is set in its options": "RAY_enable_autoscaler_v2" in env,
         "autoscaler v2 restarts no pod": scales and options.get("version") == "v2" and restarts != {"Never"},
         "autoscalerOptions need enableInTreeAutoscaling": bool(options) and not scales,
         "a token needs Ray 2.52": cluster.get("authOptions", {}).get("mode") == "token" and version < (2, 52),
@@ -249,7 +249,7 @@ def _cluster_refusals(cluster: Manifest) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_operator_takes_it(overlay):
+def test_the_operator_accepts_it(overlay):
     assert refusals(ray_object(overlay)) == []
 
 
@@ -262,8 +262,8 @@ BREAKS = {
     "no retry of a person": lambda job: job["spec"].update(submissionMode="InteractiveMode"),
     "a sidecar has no submitter": lambda job: job["spec"].update(submissionMode="SidecarMode"),
     "min <= replicas <= max": lambda job: cluster_of(job)["workerGroupSpecs"][0].update(minReplicas=17),
-    "resources stand in one place": lambda job: cluster_of(job)["headGroupSpec"].update(resources={"CPU": "0"}),
-    "Redis stands in gcsFaultToleranceOptions only": lambda job: pods_of(job)[0]["containers"][0]["env"].append(
+    "resources are set in one place": lambda job: cluster_of(job)["headGroupSpec"].update(resources={"CPU": "0"}),
+    "Redis is set in gcsFaultToleranceOptions only": lambda job: pods_of(job)[0]["containers"][0]["env"].append(
         {"name": "REDIS_PASSWORD"}
     ),
     "autoscaler v2 restarts no pod": lambda job: pods_of(job)[1].update(restartPolicy="Always"),
@@ -281,11 +281,11 @@ def test_a_manifest_that_breaks_a_rule_of_the_operator_is_found(rule):
     assert rule in refusals(job)
 
 
-# ----------------------------------------------------------------------------------------------------------- what it names
+# ------------------------------------------------------------------------------------- objects that manifests refer to
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_accounts_claims_priorities_and_secrets_that_pods_name_exist(overlay):
+def test_accounts_claims_priorities_and_secrets_of_pods_exist(overlay):
     objects = rendered(overlay)
     have = {(each["kind"], each["metadata"]["name"]) for each in objects}
     page = (ROOT / "docs/kubernetes.md").read_text("utf-8")
@@ -301,7 +301,7 @@ def test_accounts_claims_priorities_and_secrets_that_pods_name_exist(overlay):
         (container,) = pod["containers"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
         named |= {source["secretRef"]["name"] for source in container["envFrom"]}
-    assert named == secrets, "docs/kubernetes.md makes each secret that a pod asks for, and no other"
+    assert named == secrets, "docs/kubernetes.md must create exactly the secrets that pods use"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -322,7 +322,7 @@ def test_every_pod_runs_the_image_of_the_dockerfile_and_the_ray_of_the_constrain
         assert user != 0
         (home,) = [each["value"] for each in container["env"] if each["name"] == "HF_HOME"]
         assert any(home.startswith(mount["mountPath"] + "/") for mount in container["volumeMounts"]), (
-            "fetched once, kept on the claim"
+            "the model cache must be on the volume, so that models are fetched once"
         )
 
 
@@ -331,29 +331,29 @@ def test_the_entrypoint_is_a_command_of_this_repository_for_the_cluster_it_runs_
     monkeypatch.chdir(ROOT)
     job = ray_object(overlay)
     entrypoint = job["spec"]["entrypoint"]
-    assert not set(entrypoint) & set("\n;&|<>$`\"'(){}*?"), "KubeRay pastes it into a shell script as it is"
+    assert not set(entrypoint) & set("\n;&|<>$`\"'(){}*?"), "KubeRay puts it into a shell script without quoting"
     python, script, *arguments = shlex.split(entrypoint)
     assert (python, script) == ("python", "jobs/fuse.py")
     assert (ROOT / script).is_file()
     cfg = parse_config(FuseConfig, arguments)  # raises for a config file, a key or a value that is not there
     assert cfg.input.path
     assert cfg.output.path
-    assert cfg.lease_wait_s >= 300, "an attempt may overlap with the one before: it waits for its lease"
+    assert cfg.lease_wait_s >= 300, "an attempt may overlap with the one before it, so it must wait for the lease"
     assert not cfg.takeover
     (group,) = cluster_of(job)["workerGroupSpecs"]
     gpus = int(pods_of(job)[1]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0))
     if gpus:
-        assert cfg.cluster.gpus_per_actor == 1, "an autoscaled cluster has no GPU to count when the job starts"
+        assert cfg.cluster.gpus_per_actor == 1, "an autoscaled cluster may have no GPU when the job starts"
         assert cfg.cluster.max_actors == gpus * group["maxReplicas"]
         assert cfg.cluster.min_actors <= gpus * max(group["minReplicas"], 1)
         assert cfg.source.preset == "laion_coco"
     else:
         assert cfg.engine.kind == "beam"
-        assert not cfg.engine.model, "the embedded one: the smoke test fetches nothing"
+        assert not cfg.engine.model, "the smoke test uses the embedded model and fetches nothing"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_driver_is_safe_from_tasks_spot_and_its_own_successor(overlay):
+def test_the_head_runs_no_tasks_avoids_spot_nodes_and_ends_before_the_next_attempt(overlay):
     objects = rendered(overlay)
     ray = one(objects, "RayJob", "RayCluster")
     head, *workers = pods_of(ray)
@@ -361,7 +361,9 @@ def test_the_driver_is_safe_from_tasks_spot_and_its_own_successor(overlay):
     assert not any(each["key"] in SPOT_TAINTS for each in head.get("tolerations", []))
     (term,) = head["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     assert {each["operator"] for each in term["matchExpressions"]} == {"NotIn"}
-    assert head["terminationGracePeriodSeconds"] < TTL_S, "else the next attempt meets a lease that still beats"
+    assert head["terminationGracePeriodSeconds"] < TTL_S, (
+        "otherwise the next attempt finds a lease that is still renewed"
+    )
     value = {each["metadata"]["name"]: each["value"] for each in objects if each["kind"] == "PriorityClass"}
     for worker in workers:
         assert value[worker["priorityClassName"]] < value[head["priorityClassName"]]
@@ -391,17 +393,15 @@ def test_the_batch_run_and_interactive_work_use_one_and_the_same_cluster():
         RENDERER["load"](KUBERAY / "base" / name)[0] for name in ("job/rayjob.yaml", "cluster/raycluster.yaml")
     )
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
-    assert job["metadata"]["name"] != cluster["metadata"]["name"], (
-        "KubeRay names a service of each after it: <name>-head-svc"
-    )
+    assert job["metadata"]["name"] != cluster["metadata"]["name"], "KubeRay creates a service <name>-head-svc for each"
 
 
-def test_the_page_names_every_overlay():
+def test_the_page_on_kubernetes_describes_every_overlay():
     page = (ROOT / "docs/kubernetes.md").read_text("utf-8")
     assert set(re.findall(r"overlays/([a-z-]+)", page)) == set(OVERLAYS)
 
 
-def test_the_monitoring_objects_scrape_ports_that_pods_have_and_carry_rules_and_dashboard_whole():
+def test_the_monitoring_objects_scrape_ports_that_pods_have_and_hold_the_rules_and_the_dashboard():
     made = runpy.run_path(str(ROOT / "deploy/monitoring/kubernetes.py"))["objects"]("mine")
     by_kind = {each["kind"]: each for each in made}
     ports = {endpoint["port"] for endpoint in by_kind["PodMonitor"]["spec"]["podMetricsEndpoints"]}
@@ -414,7 +414,7 @@ def test_the_monitoring_objects_scrape_ports_that_pods_have_and_carry_rules_and_
     )
     (dashboard,) = by_kind["ConfigMap"]["data"].values()
     assert json.loads(dashboard) == json.loads((ROOT / "deploy/monitoring/grafana-dashboard.json").read_text("utf-8"))
-    assert len(dashboard) < 256 * 1024, "kubectl apply keeps a copy in an annotation, which holds so much"
+    assert len(dashboard) < 256 * 1024, "kubectl apply stores a copy in an annotation, which may hold 256 KiB"
 
 
 # ------------------------------------------------------------------------------------------------ the image and the renderer
@@ -427,7 +427,7 @@ def test_the_image_holds_the_versions_of_the_constraints():
     assert arguments["TORCH_VERSION"] == PINNED["torch"]
     assert re.search(r"/uv:(\S+) AS uv", dockerfile)[1] == PINNED["uv"]
     floor = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
-    assert floor == f">={arguments['PYTHON_VERSION']}", "the Python that the tests run on"
+    assert floor == f">={arguments['PYTHON_VERSION']}", "the image must use the Python version of the tests"
     assert "pip install --no-cache --compile-bytecode -c constraints.txt -e ." in dockerfile
 
 
@@ -462,7 +462,7 @@ def sorted_keys(objects: list[Manifest]) -> list[Manifest]:
     [
         ("resources: [a.yaml]\nnamePrefix: x-\n", "namePrefix"),
         ("resources: [a.yaml, a.yaml]\n", "two files"),
-        ("resources: [a.yaml]\nresources: [a.yaml]\n", "stands twice"),
+        ("resources: [a.yaml]\nresources: [a.yaml]\n", "occurs twice"),
         ("resources: [a.yaml]\npatches: [{target: {kind: RayJob, name: a}, patch: '[]'}]\n", "RFC 6902"),
     ],
 )

@@ -1,8 +1,8 @@
 """Render a kustomization without kustomize: python deploy/kuberay/render.py deploy/kuberay/overlays/spot > spot.yaml
 
-Knows the part of kustomize that the overlays use, and refuses the rest: `resources` (files, and folders with a
-kustomization), `images` by name, and `patches` that are RFC 6902 lists with a target of kind and name. `kubectl apply -k`
-gives the same objects, in an order of its own; a test compares where kubectl is installed.
+It supports only the part of kustomize that the overlays use, and refuses everything else: `resources` (files, and folders
+with a kustomization), `images` by name, and `patches` that are RFC 6902 lists with a target of kind and name.
+`kubectl kustomize` gives the same objects in another order; a test compares the two if kubectl is installed.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ KNOWN = {"apiVersion", "kind", "resources", "images", "patches"}
 
 
 class StrictLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping, as kustomize does: the last one would win in silence."""
+    """Refuses a key that occurs twice in one mapping, as kustomize does. PyYAML would use the last one without a warning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise ValueError(
-                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: {key!r} stands twice; remove one"
+                    f"{node.start_mark.name}, line {node.start_mark.line + 1}: {key!r} occurs twice; remove one"
                 )
         return super().construct_mapping(node, deep)
 
 
 def render(folder: Path) -> list[dict[str, Any]]:
-    """The Kubernetes objects of `folder`/kustomization.yaml. Raises ValueError for what it does not know or cannot find."""
+    """Return the Kubernetes objects of `folder`/kustomization.yaml. Raises ValueError for a field that it does not support or an object that it cannot find."""
     path = folder / "kustomization.yaml"
     (wanted,) = load(path)
     if unknown := sorted(wanted.keys() - KNOWN):
         raise ValueError(
-            f"{path}: {unknown[0]!r} is more than this renderer knows ({', '.join(sorted(KNOWN))}); use kubectl kustomize"
+            f"{path}: {unknown[0]!r} is not supported here (only {', '.join(sorted(KNOWN))}); use kubectl kustomize"
         )
     objects: list[dict[str, Any]] = []
     for resource in wanted["resources"]:
@@ -45,7 +45,7 @@ def render(folder: Path) -> list[dict[str, Any]]:
         objects += render(place) if place.is_dir() else load(place)
     names = [_name(each) for each in objects]
     if double := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: {sorted(double)[0]} comes from two files; take one out")
+        raise ValueError(f"{path}: {sorted(double)[0]} is in two files; remove one of them")
     for patch in wanted.get("patches", []):
         target = patch["target"]["kind"], patch["target"]["name"]
         if patch.keys() != {"target", "patch"} or patch["target"].keys() != {"kind", "name"} or target not in names:
@@ -59,7 +59,7 @@ def render(folder: Path) -> list[dict[str, Any]]:
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The documents of a YAML file. An anchor's aliases become copies: a patch of one must not change the other."""
+    """Return the documents of a YAML file. Aliases of an anchor become copies, so that a patch of one does not change the other."""
     with path.open(encoding="utf-8") as file:
         return [
             json.loads(json.dumps(document)) for document in yaml.load_all(file, StrictLoader) if document is not None
@@ -71,7 +71,7 @@ def _name(each: dict[str, Any]) -> tuple[str, str]:
 
 
 def _set_image(node: Any, name: str, image: str) -> None:
-    """In every list of containers, as kustomize does, which looks into kinds that it does not know."""
+    """Set the image in every list of containers, in objects of every kind, as kustomize does."""
     if isinstance(node, list):
         for item in node:
             _set_image(item, name, image)

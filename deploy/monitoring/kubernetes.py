@@ -1,7 +1,8 @@
-"""What lets a Prometheus operator and a Grafana pick a run up, as one file: python deploy/monitoring/kubernetes.py prometheus > monitoring.yaml
+"""Write the Kubernetes objects with which Prometheus and Grafana watch a run: python deploy/monitoring/kubernetes.py prometheus > monitoring.yaml
 
-The argument is the label `release` by which kube-prometheus-stack selects: its Helm release's name. The rules are those of alerts.yaml
-and the dashboard is grafana-dashboard.json, as they are; Grafana's sidecar loads a ConfigMap with the label grafana_dashboard.
+The argument is the name of the Helm release of kube-prometheus-stack: the stack selects objects by the label `release`. The
+rules are those of alerts.yaml, and the dashboard is grafana-dashboard.json. Grafana's sidecar loads every ConfigMap that has
+the label grafana_dashboard.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ DASHBOARD = "grafana-dashboard.json"
 
 
 def objects(release: str) -> list[dict[str, Any]]:
-    """For the namespace that the run is in."""
+    """Return a PodMonitor, a PrometheusRule and a ConfigMap. Apply them in the namespace of the run."""
 
     def selected() -> dict[str, Any]:
         return {"name": NAME, "labels": {"release": release}}
 
     pods = {
-        # KubeRay puts this label on every Ray pod, head and workers.
+        # KubeRay puts this label on every Ray pod, on the head and on the workers.
         "selector": {"matchLabels": {"ray.io/is-ray-node": "yes"}},
         "podTargetLabels": ["ray.io/cluster"],
         "podMetricsEndpoints": [{"port": "metrics"}],
