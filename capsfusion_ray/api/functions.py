@@ -179,7 +179,7 @@ def takedown(
 
     Raises: ConfigError where there is no finished output or no criterion; LeaseLost where another process works on it.
     """
-    from capsfusion_ray.dataset.takedown import TakedownConfig
+    from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 
     given = {"output.path": output, "urls": urls, "row_ids": row_ids, "above": above, "below": below}
     return TakedownResult(**jobs.takedown(parsed(TakedownConfig, config, given)))

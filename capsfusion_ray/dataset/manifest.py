@@ -60,7 +60,8 @@ class GroupEntry:
 
     def to_bytes(self) -> bytes:
         """One JSON object. The plan's number has the key "revision", its name in version 0.1."""
-        return encode_note({"revision" if key == "plan" else key: value for key, value in asdict(self).items()})
+        fields = {"revision" if key == "plan" else key: value for key, value in vars(self).items()}
+        return encode_note(fields | _lists(self.units, self.files))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> GroupEntry:
@@ -69,6 +70,11 @@ class GroupEntry:
         units = tuple(UnitSummary.parse(unit) for unit in raw["units"])
         files = tuple(FileEntry.parse(file) for file in raw["files"])
         return cls(raw["group"], raw["revision"], units, files, raw["edition"], raw["repeats"])
+
+
+def _lists(units: Sequence[UnitSummary], files: Sequence[FileEntry]) -> dict[str, list[dict[str, Any]]]:
+    """The fields `units` and `files` as they are in JSON."""
+    return {"units": [unit.to_dict() for unit in units], "files": [vars(file) for file in files]}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class Manifest:
     revisions: tuple[dict[str, Any], ...]
 
     def to_bytes(self) -> bytes:
-        return json.dumps({"version": MANIFEST_VERSION, **asdict(self)}, indent=1).encode()
+        """One JSON object, indented, with the format's version first."""
+        fields = {"version": MANIFEST_VERSION, **vars(self), "counts": asdict(self.counts)}
+        return json.dumps(fields | _lists(self.units, self.files), indent=1).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:

@@ -6,10 +6,8 @@ Knows the store and the columns; no Ray, no engine, no gates.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,7 +18,7 @@ from capsfusion_ray.core.columns import OUTCOME
 from capsfusion_ray.core.parquet import open_parquet, read_schema
 from capsfusion_ray.core.types import Outcome, WorkUnit
 from capsfusion_ray.dataset.layout import UNITS_DIR, part_path, retry_parts_dir
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, decode_note, encode_note
 
 _SUMMARY_KEY = b"capsfusion_unit"
 _READERS = 16  # a footer has a few kB: its time is the store's latency, not its bandwidth
@@ -35,7 +33,7 @@ def commit(store: Store, table: pa.Table, summary: UnitSummary) -> bool:
     """Write the part unless another attempt has. True: the part holds our rows; False: it holds the other attempt's."""
     # Whole in memory first: a stream closed after an error may publish a torn object.
     sink = io.BytesIO()
-    footer = {_SUMMARY_KEY: json.dumps(asdict(summary)).encode()}
+    footer = {_SUMMARY_KEY: encode_note(summary.to_dict())}
     pq.write_table(table.replace_schema_metadata(footer), sink, compression="zstd")
     return store.put_if_absent(part_path(summary.id), sink.getvalue())
 
@@ -76,6 +74,6 @@ def remove_parts(store: Store, units: Iterable[WorkUnit]) -> None:
 
 
 def _summary_of(unit: WorkUnit, metadata: dict[bytes, bytes] | None) -> UnitSummary:
-    summary = UnitSummary.parse(json.loads((metadata or {})[_SUMMARY_KEY]))
+    summary = UnitSummary.parse(decode_note((metadata or {})[_SUMMARY_KEY]))
     check_belongs(summary, unit, part_path(unit.id))
     return summary

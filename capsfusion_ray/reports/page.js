@@ -22,7 +22,7 @@ setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 $("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 
 // --------------------------------------------------------------------------------------------------------- totals
-const OUTCOMES = ["fused", "kept", "rejected", "filtered", "removed", "unreadable"];
+const OUTCOMES = Object.keys(F.counts).filter((name) => name !== "planned");
 function status() {
   const done = OUTCOMES.reduce((sum, name) => sum + F.counts[name], 0);
   const said = (name, text) => (F.base[name] && F.base[name] !== "None" ? text(F.base[name]) : "");

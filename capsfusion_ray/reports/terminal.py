@@ -203,7 +203,7 @@ def _print_counts(console: Console, manifest: Manifest) -> None:
     grid.add_column(justify="right", no_wrap=True)
     grid.add_column(overflow="fold")
     grid.add_row("planned", f"{counts.planned:,}", "")
-    notes = {"rejected": _list_counts(counts.reasons), "filtered": _list_counts(counts.filtered_by)}
+    notes = {outcome: _list_counts(causes) for outcome, causes in counts.causes.items()}
     for outcome in OUTCOMES:
         grid.add_row(outcome, f"{getattr(counts, outcome):,}", Text(notes.get(outcome, ""), style="dim"))
     console.print(grid)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Prompt
-from capsfusion_ray.core.unit_batch import BUSY_S, DEVICE, ENGINE_S, UnitBatch, named
+from capsfusion_ray.core.unit_batch import BUSY_S, DEVICE, ENGINE_S, UnitBatch, unit_in_traceback
 from capsfusion_ray.core.unit_steps import waiting_pairs, with_generations
 from capsfusion_ray.engines.base import Engine, build_engine, device_name
 from capsfusion_ray.errors import CapsFusionError, ConfigError, EngineError, RowError
@@ -219,7 +219,7 @@ class FusionActor:
         if self._unusable:
             raise self._unusable
         unit = UnitBatch.unpack(batch)
-        with named(unit.unit):
+        with unit_in_traceback(unit.unit):
             return self._written(unit).pack()
 
     def _written(self, unit: UnitBatch) -> UnitBatch:

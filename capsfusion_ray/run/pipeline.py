@@ -31,7 +31,7 @@ from capsfusion_ray.config import ApiConfig, DecodeConfig, EngineConfig, GatesCo
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import read_tasks
 from capsfusion_ray.core.types import WorkUnit
-from capsfusion_ray.core.unit_batch import Apart, UnitBatch, named
+from capsfusion_ray.core.unit_batch import Apart, UnitBatch, unit_in_traceback
 from capsfusion_ray.core.unit_steps import admit, judge_unit
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.errors import CapsFusionError, CostCapReached
@@ -190,7 +190,7 @@ class _Read:
         job: Job = ray.get(self.job)
         reads = read_patiently(self.shard, [(unit.start, unit.stop) for unit in self.units], job.read)
         for unit in self.units:
-            with named(unit):
+            with unit_in_traceback(unit):
                 read = next(reads)
             filtered = {str(reason): rows for reason, rows in read.filtered.items() if rows}
             unreadable = tuple((lost.start, lost.stop, lost.error) for lost in read.unreadable)
@@ -201,7 +201,7 @@ class _Read:
 def judge_and_commit(batch: pa.Table, job: Job) -> pa.Table:
     """The last stage: verdicts, the part, one put-if-absent."""
     unit = UnitBatch.unpack(batch)
-    with named(unit.unit):
+    with unit_in_traceback(unit.unit):
         part, summary = judge_unit(unit, job.fields, job.gates)
         patiently(lambda: commit(job.output, part, summary))
     tell_store_faults()

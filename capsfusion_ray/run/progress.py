@@ -86,7 +86,7 @@ class Progress:
             self.save()
 
     def _count(self, summary: UnitSummary) -> None:
-        self.rows += summary.planned - summary.settled
+        self.rows += summary.planned - summary.not_retried
         self.rejected += summary.rejected
         self.units_done += 1
 

@@ -88,7 +88,7 @@ def test_the_first_commit_wins(tmp_path):
 def test_a_unit_that_lost_a_row_is_not_committed():
     unit = units_of(1, 3)[0]
     table = part_of(unit, ["fused", "fused"])
-    with pytest.raises(AccountingError, match="3 rows planned, 2 accounted for"):
+    with pytest.raises(AccountingError, match="3 rows planned, 2 counted"):
         summarise(UnitBatch(unit, table), table)
 
 

@@ -124,10 +124,10 @@ def test_a_bug_stops_the_run_with_its_traceback_and_its_units_name(tmp_path, cap
     assert fuse_once(EchoEngine, Store(str(tmp_path)), broken, tmp_path / "result") == 1
     said = capfd.readouterr().err
     assert "KeyError" in said
-    assert "It was at unit id-shard.parquet: shard.parquet, rows 0 to 12." in said
+    assert "This happened in unit id-shard.parquet: shard.parquet, rows 0 to 12." in said
     with pytest.raises(KeyError) as bug:
         judge_and_commit(broken, SimpleNamespace(fields=(), gates=GatesConfig(), output=Store(str(tmp_path))))
-    assert bug.value.__notes__ == ["It was at unit id-shard.parquet: shard.parquet, rows 0 to 12."]
+    assert bug.value.__notes__ == ["This happened in unit id-shard.parquet: shard.parquet, rows 0 to 12."]
 
 
 class SlowEngine(EchoEngine):

@@ -150,4 +150,4 @@ def rejects(
         # Files of different partitions interleave a unit's rows: back into their order.
         table = in_row_order([schema.empty_table(), *tables])
         table = table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))
-        yield UnitBatch(unit, admit(table, gates), Apart(settled=unit.rows - table.num_rows))
+        yield UnitBatch(unit, admit(table, gates), Apart(not_retried=unit.rows - table.num_rows))

@@ -165,7 +165,7 @@ def test_lost_input_is_named_before_the_repair_is_begun(tmp_path):
     break_one(tmp_path, "missing")
     (tmp_path / "in" / "a.parquet").unlink()
     store = Store(str(tmp_path / "out"))
-    with pytest.raises(SourceError, match=r"a\.parquet: needed for units that are not done"):
+    with pytest.raises(SourceError, match=r"a\.parquet: units that are not done need this shard"):
         repair_of(tmp_path, store)
     refuse_unfinished_edit(store, manifest)
 
