@@ -1,1 +1,1 @@
-"""What people look at: the report page and the terminal view of an output."""
+"""What people look at: the report page, and the view of an output in the terminal."""

@@ -1,7 +1,7 @@
-"""The numbers of the report, from an output's counts and a sample of its rows. Pure.
+"""Compute the figures of the report from an output's counts and a sample of its rows. Pure.
 
-The argument is the paper's: raw captions know and do not write, synthetic ones write and do not know, and a good fused
-caption is as rich as the raw one and reads like the synthetic one. So all three stand beside each other.
+They follow the argument of the CapsFusion paper: raw captions hold knowledge but are badly written, synthetic captions are
+well written but hold little knowledge, and a good fused caption has both. So the figures compare all three.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DIVERSITY_POINTS = 20
 
 
 def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | None) -> dict[str, Any]:
-    """Everything that the page shows beside the rows themselves, as plain JSON values. `written`: rows of data/."""
+    """Return all figures of the page as plain JSON values. `written` are sampled rows of data/."""
     counts = asdict(state.counts)
     sides = {
         "raw": [source_words(row.raw) for row in written],
@@ -49,24 +49,25 @@ def figures(state: State, written: Sequence[Row], price_per_gpu_hour: float | No
 
 
 def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
-    """Captions/s and the time left over time, and the cost of a million; a GPU's price counts only where a GPU was.
+    """Return captions/s, the estimated time left as it was over time, and the cost of a million captions.
 
-    The speed while it runs is that of the last minutes; finished, an actor's, over all that its engines did. The cost is
-    what the engines were at work, over all processes of the run, and not what actors were asked for.
+    While the output is running, the speed is that of the last minutes. For a finished output it is the speed per actor
+    over the whole run. The cost is computed from the time that the engines were busy, in all processes of the run, not
+    from the actors that were requested. The price of a GPU is used only if a GPU computed.
     """
     progress = state.progress
-    told = state.told
     price = next(
-        (p for p in (price_per_gpu_hour, told["usd_per_gpu_hour"]) if p is not None), ClusterConfig.price_per_gpu_hour
+        (p for p in (price_per_gpu_hour, state.cost["usd_per_gpu_hour"]) if p is not None),
+        ClusterConfig.price_per_gpu_hour,
     )
     on_gpu = state.base.get("engine.kind") != "api" and any(
         not device.endswith((":cpu", ":none")) for device in state.devices
     )
-    gpus = (1.0 if told["gpus_per_actor"] is None else told["gpus_per_actor"]) if on_gpu else 0.0
+    gpus = (1.0 if state.cost["gpus_per_actor"] is None else state.cost["gpus_per_actor"]) if on_gpu else 0.0
     history = progress.get("history", [])
     rate = progress.get("captions_per_s") or 0.0
     counts = state.counts
-    # What a takedown removed was written too.
+    # Rows that a takedown removed were written, too.
     worked = (counts.fused + counts.kept + counts.rejected + counts.removed) / state.busy_s if state.busy_s else 0.0
     over_all = state.finished and worked > 0
     actor_hours = 1e6 / worked / 3600 if worked else None
@@ -76,7 +77,7 @@ def _speed(state: State, price_per_gpu_hour: float | None) -> dict[str, Any]:
             (seconds, round((state.counts.planned - rows) / rate, 1)) for seconds, rows, rate in history if rate
         ],
         "captions_per_s": worked if over_all else rate,
-        "unit": "captions/s an actor" if over_all else "captions/s",
+        "unit": "captions/s per actor" if over_all else "captions/s",
         "eta_s": progress.get("eta_s"),
         "actors": progress.get("actors", 0),
         "updated_at": progress.get("updated_at", ""),
@@ -107,7 +108,7 @@ def _lengths(captions: Sequence[Words]) -> dict[str, Any]:
 
 
 def _diversity(captions: Sequence[Words]) -> list[tuple[int, int]]:
-    """(captions read, distinct trigrams among them): a curve that flattens says the same thing over and over."""
+    """Return points (number of captions, distinct trigrams among them). The curve flattens where captions repeat phrases."""
     seen: set[tuple[str, ...]] = set()
     points = []
     every = max(len(captions) // DIVERSITY_POINTS, 1)
@@ -120,7 +121,7 @@ def _diversity(captions: Sequence[Words]) -> list[tuple[int, int]]:
 
 
 def _knowledge(raws: Sequence[Words], captions: Sequence[Words]) -> float | None:
-    """Share of the raw captions' names and numbers that the other caption mentions."""
+    """Return the share of the raw captions' names and numbers that the other captions mention; None if there are none."""
     kept = total = 0
     for raw, caption in zip(raws, captions, strict=True):
         entities = {key: word for word, key in zip(raw.words, raw.keys, strict=True) if is_entity(word, key)}
@@ -130,7 +131,7 @@ def _knowledge(raws: Sequence[Words], captions: Sequence[Words]) -> float | None
 
 
 def _origins(rows: Sequence[Row], sides: dict[str, list[Words]]) -> dict[str, float]:
-    """Share of the fused words by where they come from."""
+    """Return the share of the fused captions' words by where they come from."""
     found: Counter[Origin] = Counter()
     for row, raw, synthetic in zip(rows, sides["raw"], sides["synthetic"], strict=True):
         found.update(span.origin for span in align_words(row.fused, raw, synthetic))

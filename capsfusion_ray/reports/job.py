@@ -1,15 +1,15 @@
-"""One self-contained page on an output, finished or running: counts, speed, lengths, diversity, and captions to read.
+"""The job `capsfusion report`: write one self-contained HTML page about an output, finished or running.
 
-With `evaluation` also what jobs/evaluate.py measured against reference captions. With `beside.path` a page on two
-outputs of the same rows: figures beside each other, captions with their differences.
+The page shows counts, speed, caption lengths, diversity, and captions to read. With `evaluation` it also shows what
+`capsfusion evaluate` measured against reference captions. With `beside.path` the page compares two outputs of the same
+rows: the figures of both, and both captions of a row with their differences.
 
-Reads summaries and a bounded sample, however large the dataset is. `sample` draws the rows, `figures` computes, `page`
-writes the HTML.
+The job reads the summaries of the units and a limited sample of rows, however large the dataset is. `sample` draws the
+rows, `figures` computes the figures, and `page` writes the HTML.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +20,20 @@ from capsfusion_ray.dataset.layout import COMPARISON, REPORT
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.reports.figures import figures
 from capsfusion_ray.reports.page import render
-from capsfusion_ray.reports.sample import State, draw, state_of
+from capsfusion_ray.reports.sample import Sample, State, draw, state_of
 from capsfusion_ray.storage import Store
-from capsfusion_ray.training.metrics import FIGURES
+from capsfusion_ray.training.figures_file import read_figures
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """jobs/report.py"""
+    """capsfusion report"""
 
     output: OutputConfig = field(default_factory=OutputConfig)
-    evaluation: str = ""  # the output.path of a jobs/evaluate.py: its figures become a section of the page
+    evaluation: str = ""  # the output.path of a `capsfusion evaluate`, whose figures become a section of the page
     beside: OutputConfig = field(default_factory=OutputConfig)  # another output of the same rows, to compare with
-    rows_per_reason: int = 25  # captions to read, of each gate and of the ordinary ones tenfold
-    price_per_gpu_hour: float | None = None  # USD; null: as the run was told, else 2.5
+    rows_per_reason: int = 25  # captions to show per reason and flag; ten times as many of rows without any
+    price_per_gpu_hour: float | None = None  # USD; null: the price that the run was given, else 2.5
 
     def __post_init__(self) -> None:
         if self.rows_per_reason < 1:
@@ -41,28 +41,24 @@ class ReportConfig:
 
 
 def report(cfg: ReportConfig) -> dict[str, Any]:
-    """Write `<output>/report.html`, or comparison.html where there is a `beside.path`; the figures that it shows.
+    """Write `<output>/report.html`, or `<output>/comparison.html` if `beside.path` is set.
 
-    Raises ConfigError where there is no output of ours, the two have no row in common, or `evaluation` holds no figures.
+    Returns {report: URL of the page, finished, rows: counts by outcome, sampled: rows on the page, bytes, seconds}.
+    Raises ConfigError for a folder that is no output, for two outputs without a common row, and for an `evaluation`
+    without figures.
     """
     if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<an output of jobs/fuse.py>")
+        raise ConfigError("output.path: missing; give output.path=<an output of capsfusion fuse>")
     began = time.monotonic()
-    evaluation = _evaluation(Path(cfg.evaluation)) if cfg.evaluation else None
+    evaluation = read_figures(Path(cfg.evaluation)) if cfg.evaluation else None
     store, state = _opened(cfg.output, "output.path")
     name, beside = (COMPARISON, _opened(cfg.beside, "beside.path")) if cfg.beside.path else (REPORT, None)
     sample = draw(store, state, cfg.rows_per_reason, beside)
-    if beside and not sample.shown:
-        raise ConfigError(
-            f"beside.path={cfg.beside.path}: has none of the rows that were drawn from {cfg.output.path}; give two outputs of one input"
-        )
     shown = figures(state, sample.measured, cfg.price_per_gpu_hour)
     if evaluation:
         shown["evaluation"] = evaluation
     if beside:
-        both = [row.other for row in sample.measured if row.other]
-        counted = {"compared": sample.compared, "different": sample.different}
-        shown["beside"] = {"path": cfg.beside.path, **counted, **figures(beside[1], both, cfg.price_per_gpu_hour)}
+        shown["beside"] = _compared(cfg, sample, beside[1])
     page = render(cfg.output.path, shown, sample.shown).encode()
     store.put(name, page)
     return {
@@ -75,19 +71,23 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     }
 
 
-def _evaluation(folder: Path) -> dict[str, Any]:
-    try:
-        written: dict[str, Any] = json.loads((folder / FIGURES).read_text("utf-8"))
-        return {key: written[key] for key in ("rows", "measured", "system", "figures")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def _compared(cfg: ReportConfig, sample: Sample, other: State) -> dict[str, Any]:
+    """The figures of the other output, and how many of the sampled captions differ."""
+    if not sample.shown:
         raise ConfigError(
-            f"evaluation={folder}: no {FIGURES} of jobs/evaluate.py in it ({error!r}); give what that job had as output.path"
-        ) from error
+            f"beside.path={cfg.beside.path}: this output has none of the rows that were drawn from {cfg.output.path}; "
+            "give two outputs of the same input"
+        )
+    rows = [row.other for row in sample.measured if row.other]
+    counts = {"compared": sample.compared, "different": sample.different}
+    return {"path": cfg.beside.path, **counts, **figures(other, rows, cfg.price_per_gpu_hour)}
 
 
 def _opened(output: OutputConfig, key: str) -> tuple[Store, State]:
     store = Store(output.path, output.storage)
     state = state_of(store)
     if state is None:
-        raise ConfigError(f"{key}={output.path}: no plan in it, so this is no output of jobs/fuse.py")
+        raise ConfigError(
+            f"{key}={output.path}: the folder holds no plan; give an output of capsfusion fuse, finished or running"
+        )
     return store, state

@@ -1,7 +1,7 @@
-"""The report's page: one HTML file with its style, script and data inside. Knows HTML; no store, no figures.
+"""Write the report page: one HTML file that contains its style, its script and its data. Knows no store.
 
-Captions are data from the web. They travel as JSON whose `<`, `>` and `&` are escaped, and the script puts them on the
-page as text nodes only; the page's policy forbids every request.
+Captions are untrusted text from the web. They are embedded as JSON whose `<`, `>` and `&` are escaped, and the script adds
+them to the page only as text nodes. The page's Content-Security-Policy forbids all requests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONGEST = 1_200  # characters of a caption on the page
 
 
 def render(title: str, shown: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The whole page."""
+    """Return the whole page. `shown` are the figures, `rows` the captions to read."""
     data = json.dumps(
         {"figures": shown, "rows": [_row(row) for row in rows]}, ensure_ascii=False, separators=(",", ":")
     )
@@ -47,7 +47,7 @@ def _asset(name: str) -> str:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    """A row for the page; its caption, and that of the other output, as pieces (see _pieces)."""
+    """Return a row as the page's script reads it. Its caption, and that of the other output, are pieces (see _pieces)."""
     raw, synthetic, fused = (_clip(text) for text in (row.raw, row.synthetic, row.fused))
     shown: dict[str, Any] = {
         "id": row.id,
@@ -72,7 +72,7 @@ def _verdict(row: Row) -> dict[str, Any]:
 
 
 def _pieces(fused: str, raw: str, synthetic: str, changed: Sequence[bool]) -> list[tuple[str, str, int]]:
-    """(text, origin or empty between words, 1 where the other output has it not) in order, without a gap."""
+    """Split a caption into (text, origin, or "" between words, 1 if the other output lacks it). They join to the caption."""
     origins = [""] * len(fused)
     for span in align(fused, raw, synthetic):
         origins[span.start : span.end] = [str(span.origin)] * (span.end - span.start)
@@ -83,7 +83,7 @@ def _pieces(fused: str, raw: str, synthetic: str, changed: Sequence[bool]) -> li
 
 
 def _differences(one: str, other: str) -> tuple[list[bool], list[bool]]:
-    """For each character of both captions, whether its word does not stand at that place in the other one."""
+    """Return for each character of both captions whether the other caption lacks its word at that place."""
     words, others = _TOKEN.findall(one), _TOKEN.findall(other)
     here, there = [], []
     for kind, a, a_end, b, b_end in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():

@@ -1,4 +1,4 @@
-"""What an output holds so far, and a bounded, deterministic sample of its rows, stratified by reason."""
+"""Read the state of an output, and draw a limited, deterministic sample of its rows, stratified by reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,37 +24,38 @@ from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.storage import Store
 
-FILES_READ = 48  # of each folder, spread over all its files
-ROWS_READ = 96_000  # of each folder, spread over these files and their row groups: a small output is read whole
-ROWS_FOUND = 2 * ROWS_READ  # of another output, to stand beside these
+T = TypeVar("T")
+FILES_READ = 48  # files read per folder, spread over all its files
+ROWS_READ = 96_000  # rows read per folder, spread over these files and their row groups; a small output is read whole
+ROWS_FOUND = 2 * ROWS_READ  # rows read of another output, to find the same rows in it
 BATCH_ROWS = 2_000
-MEASURED_ROWS = 5_000  # of what was read: lengths, diversity and shares
-ORDINARY = "ordinary"  # the stratum of captions that no gate has anything to say of
-DIFFERENT, EQUAL = "different", "equal"  # the strata of rows of two outputs, beside those of either
-ORDINARY_SHARE = 10  # times as many ordinary rows as of one reason
+MEASURED_ROWS = 5_000  # rows for the figures: lengths, diversity and shares
+ORDINARY = "ordinary"  # the stratum of captions without a reason or flag
+DIFFERENT, EQUAL = "different", "equal"  # further strata of rows of two outputs
+ORDINARY_SHARE = 10  # so many times as many ordinary rows are shown as rows of one reason
 
 
 @dataclass(frozen=True)
 class State:
-    """An output's counts, whether it is finished, and where its rows lie."""
+    """The counts of an output, whether it is finished, and where its rows are."""
 
     counts: Counts
     finished: bool
     unreadable_shards: dict[str, str]
     revisions: tuple[dict[str, Any], ...]
-    told: dict[str, float | None]  # of the last run: gpus_per_actor and usd_per_gpu_hour, as far as they are known
+    cost: dict[str, float | None]  # gpus_per_actor and usd_per_gpu_hour of the last run; None if unknown
     base: dict[str, Any]
-    devices: dict[str, int]  # device -> units
-    busy_s: float  # the engines at work, all of them together
+    devices: dict[str, int]  # device -> number of units
+    busy_s: float  # seconds that the engines were busy, summed over all of them
     progress: dict[str, Any]
-    folders: tuple[str, ...]  # of files with rows
-    units: tuple[UnitSummary, ...]  # that are done
-    files: tuple[FileEntry, ...]  # and where their rows lie; a unit that is in none of them is a part
+    folders: tuple[str, ...]  # folders with files of rows
+    units: tuple[UnitSummary, ...]  # the committed units
+    files: tuple[FileEntry, ...]  # the data files with their rows; the rows of other units are in parts
 
 
 @dataclass(frozen=True)
 class Row:
-    """One caption to read. `reason` and `detail` are empty for rows of data/; `other`: the same row of another output."""
+    """One caption to read. `reason` and `detail` are empty for rows of data/. `other` is the same row of another output."""
 
     id: str
     url: str
@@ -75,7 +76,7 @@ class Row:
 
 
 def state_of(store: Store) -> State | None:
-    """None where the folder holds no plan of ours."""
+    """Read the state of an output, finished or running. Returns None for a folder without a plan."""
     plans = read_plans(store)
     if not plans:
         return None
@@ -84,8 +85,10 @@ def state_of(store: Store) -> State | None:
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
         counts, units, files, shards = manifest.counts, manifest.units, manifest.files, manifest.unreadable_shards
         revisions, folders = manifest.revisions, DATA_FOLDERS
-        cost: dict[str, Any] = next((revision["cost"] for revision in reversed(revisions) if "cost" in revision), {})
-        told = {key: cost.get(key) for key in ("gpus_per_actor", "usd_per_gpu_hour")}
+        recorded: dict[str, Any] = next(
+            (revision["cost"] for revision in reversed(revisions) if "cost" in revision), {}
+        )
+        cost = {key: recorded.get(key) for key in ("gpus_per_actor", "usd_per_gpu_hour")}
     else:
         entries = read_groups(store)
         compacted = {unit.id for entry in entries for unit in entry.units}
@@ -95,14 +98,14 @@ def state_of(store: Store) -> State | None:
         files = tuple(file for entry in entries for file in entry.files)
         counts = Counts.of(units, sum(plan.rows for plan in plans))
         shards = {shard.path: shard.error for plan in plans for shard in plan.shards if shard.error}
-        revisions, told, folders = (), _told(store, len(plans)), (*DATA_FOLDERS, UNITS_DIR)
+        revisions, cost, folders = (), _saved_cost(store, len(plans)), (*DATA_FOLDERS, UNITS_DIR)
     devices, busy_s = Counter(unit.device for unit in units if unit.device), sum(unit.busy_s for unit in units)
     return State(
         counts,
         counts.done == counts.planned,
         shards,
         revisions,
-        told,
+        cost,
         plans[0].base,
         dict(devices),
         busy_s,
@@ -113,9 +116,9 @@ def state_of(store: Store) -> State | None:
     )
 
 
-def _told(store: Store, revision: int) -> dict[str, float | None]:
-    """Of a run that has no manifest yet: as its saved configuration has it."""
-    path = config_path(revision)
+def _saved_cost(store: Store, plan_number: int) -> dict[str, float | None]:
+    """Read gpus_per_actor and usd_per_gpu_hour from the saved config, for a run that has no manifest yet."""
+    path = config_path(plan_number)
     saved = OmegaConf.create(store.get(path).decode() if store.exists(path) else "")
     gpus = OmegaConf.select(saved, "cluster.gpus_per_actor")
     split = (
@@ -131,18 +134,18 @@ def _told(store: Store, revision: int) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of files spread over all. `shown`: stratified by reason, to read; `measured`: as they come, to count."""
+    """Sampled rows, from files spread over the output. `shown` is stratified by reason; `measured`, for figures, is not."""
 
     shown: list[Row]
     measured: list[Row]
-    compared: int = 0  # rows that stand in another output too, and of these the ones whose captions differ
-    different: int = 0
+    compared: int = 0  # rows that another output has, too
+    different: int = 0  # of these, rows whose captions differ
 
 
 def draw(store: Store, state: State, per_reason: int, beside: tuple[Store, State] | None = None) -> Sample:
-    """At most `per_reason` rows to show of each reason and flag, and ten times as many ordinary ones.
+    """Draw at most `per_reason` rows to show per reason and flag, and ten times as many ordinary ones.
 
-    `beside`: another output; then only rows that are in both, each with its other, are drawn.
+    With `beside`, another output, only rows that both outputs have are drawn, each with the other output's row.
     """
     rows: Iterable[Row] = drawn_rows(store, state)
     others: dict[str, Row] = {}
@@ -164,22 +167,22 @@ def draw(store: Store, state: State, per_reason: int, beside: tuple[Store, State
         if any(left[s] < per_reason * (ORDINARY_SHARE if s == ORDINARY else 1) for s in row.strata):
             left.update(row.strata)
             drawn.append(row)
-    # As cards are dealt: who opens the page sees rows of all shards, and the same ones every time.
+    # Shuffled by a hash of the id: the page begins with rows of all shards, and with the same ones each time.
     shown = sorted(drawn, key=lambda row: zlib.crc32(row.id.encode("utf-8", "surrogatepass")))
     return Sample(shown, spread(written, MEASURED_ROWS), compared.total(), compared[True])
 
 
 def drawn_rows(store: Store, state: State) -> Iterator[Row]:
-    """The rows that a sample is drawn from, each once: a bounded number, spread over all files."""
+    """Yield the rows from which a sample is drawn: a limited number, spread over all files, each once."""
     seen: set[str] = set()
     for row in chain.from_iterable(_rows(store, folder) for folder in state.folders):
-        if row.id not in seen:  # it may be a part's, and the file's that the part was just compacted into
+        if row.id not in seen:  # while a part is compacted, its rows can be in the part and in the data file
             seen.add(row.id)
             yield row
 
 
 def find(store: Store, state: State, ids: Collection[str]) -> dict[str, Row]:
-    """The rows of an output that have one of these ids, by id. A bounded number is read: of units that hold many of them, first."""
+    """Return the rows of an output with these ids, by id. It reads at most ROWS_FOUND rows, of the units with most of them."""
     wanted = _units_of(state, ids)
     found: dict[str, Row] = {}
     compacted: set[str] = set()
@@ -222,7 +225,10 @@ def _units_of(state: State, ids: Collection[str]) -> set[str]:
 def _found(
     store: Store, path: str, ids: Collection[str], places: Sequence[tuple[int, int]] | None = None
 ) -> dict[str, Row]:
-    """Of one file, from the row groups that hold some of `places` (rows of it, from and to); None: from all."""
+    """Return the rows of one file with these ids, by id.
+
+    It reads only the row groups that overlap `places`, row ranges of the file; None reads all.
+    """
     try:
         with store.open_input(path) as source:
             file = open_parquet(source, where=store.url(path))
@@ -233,9 +239,9 @@ def _found(
                     chosen.append(group)
                 at = end
             batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=chosen, columns=_columns(file))
-            rows = (_row(row) for batch in batches for row in _as_bytes(batch).to_pylist())
+            rows = (_row(row) for batch in batches for row in as_bytes(batch).to_pylist())
             return {row.id: row for row in rows if row.id in ids}
-    except FileNotFoundError:  # compacted, or swept, between the listing and now
+    except FileNotFoundError:  # it was compacted or swept after the listing
         return {}
 
 
@@ -245,13 +251,13 @@ def _rows(store: Store, folder: str) -> Iterator[Row]:
         try:
             with store.open_input(name) as source:
                 for batch in _batches(open_parquet(source, where=store.url(name)), ROWS_READ // len(names)):
-                    yield from map(_row, _as_bytes(batch).to_pylist())
-        except FileNotFoundError:  # compacted between the listing and now
+                    yield from map(_row, as_bytes(batch).to_pylist())
+        except FileNotFoundError:  # it was compacted after the listing
             continue
 
 
 def _batches(file: pq.ParquetFile, most: int) -> Iterator[pa.RecordBatch]:
-    """At most `most` rows of one file, of row groups spread over it."""
+    """Yield at most `most` rows of one file, from row groups spread over it."""
     rows, groups = file.metadata.num_rows, file.num_row_groups
     chosen = spread(list(range(groups)), max(1, -(-most * groups // max(rows, 1))))
     for batch in file.iter_batches(batch_size=min(BATCH_ROWS, most), row_groups=chosen, columns=_columns(file)):
@@ -266,8 +272,8 @@ def _columns(file: pq.ParquetFile) -> list[str]:
     return [column for column in wanted if column in file.schema_arrow.names]
 
 
-def _as_bytes(batch: pa.RecordBatch) -> pa.Table:
-    """Strings as bytes: a rejected caption may hold what is no UTF-8."""
+def as_bytes(batch: pa.RecordBatch) -> pa.Table:
+    """Convert strings to bytes, because a rejected caption may be invalid UTF-8."""
     table = pa.Table.from_batches([batch])
     for index, column in enumerate(table.schema):
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
@@ -283,10 +289,8 @@ def _row(row: dict[str, Any]) -> Row:
         )
 
     flags = tuple(flag.decode() if isinstance(flag, bytes) else flag for flag in row.get(FLAGS) or ())
-    rejected = text(OUTCOME) in (
-        "",
-        "rejected",
-    )  # a part says the outcome of each row; a file of data/ needs no such column
+    # Only the parts have a column with the outcome. In the data files the folder tells it.
+    rejected = text(OUTCOME) in ("", "rejected")
     return Row(
         text(ROW_ID),
         text(URL),
@@ -299,8 +303,8 @@ def _row(row: dict[str, Any]) -> Row:
     )
 
 
-def spread(items: list[Any], count: int) -> list[Any]:
-    """`count` items at even distances, in order."""
+def spread(items: list[T], count: int) -> list[T]:
+    """Return `count` items at equal distances, in order."""
     if len(items) <= count:
         return items
     return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]

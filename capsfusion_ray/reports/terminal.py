@@ -1,7 +1,7 @@
-"""A finished output, shown in the terminal: fused captions coloured by origin, rejects with their reasons, the counts.
+"""Show a finished output in the terminal: fused captions coloured by origin, rejects with their reasons, and counts.
 
-Reads a few rows of a few files, however large the dataset is. Captions come from the web: here they are text and
-nothing else, so ANSI escapes, control characters and terminal markup in them do nothing.
+It reads a few rows of a few files, however large the dataset is. Captions are untrusted text from the web, so ANSI escapes,
+control characters and terminal markup in them are removed or printed as plain text.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +23,7 @@ from capsfusion_ray.core.parquet import open_parquet
 from capsfusion_ray.core.word_alignment import Origin, align
 from capsfusion_ray.dataset.manifest import Manifest, read_manifest
 from capsfusion_ray.errors import ConfigError, SourceError
+from capsfusion_ray.reports.sample import as_bytes, spread
 from capsfusion_ray.storage import Store
 
 STYLES = {Origin.RAW: "bright_blue", Origin.SYNTHETIC: "yellow", Origin.BOTH: "bold", Origin.NEITHER: "red"}
@@ -34,10 +34,10 @@ MEANINGS = {
     Origin.NEITHER: "neither",
 }
 REJECTS_SHOWN = 3
-_WIDTH = 100  # columns, where the stream is no terminal
-_LONGEST = 400  # characters of a caption that are shown
+_WIDTH = 100  # columns, if the stream is no terminal
+_LONGEST = 400  # longer captions are cut after so many characters
 _FILES_READ = 8  # spread over all files
-_ROWS_READ = 1000  # of each
+_ROWS_READ = 1000  # per file
 
 _ESCAPES = re.compile(
     r"(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)"  # operating system commands: hyperlinks, titles
@@ -46,7 +46,6 @@ _ESCAPES = re.compile(
 )
 _JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji need them
 Row = Mapping[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,15 +53,15 @@ class ShowOutput:
     """The output to show."""
 
     path: str = ""
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options, as for jobs/fuse.py
+    storage: dict[str, str] = field(default_factory=dict)  # fsspec options, as of capsfusion fuse
 
 
 @dataclass(frozen=True)
 class ShowConfig:
-    """jobs/show.py"""
+    """capsfusion show"""
 
     output: ShowOutput = field(default_factory=ShowOutput)
-    count: int = 8  # fused captions
+    count: int = 8  # number of fused captions to print
 
     def __post_init__(self) -> None:
         if not self.output.path:
@@ -72,20 +71,23 @@ class ShowConfig:
 
 
 def show(output_dir: str, count: int, stream: IO[str], storage: Mapping[str, str] | None = None) -> None:
-    """Print `count` fused captions, a few rejects and the counts. Raises SourceError where there is no finished output.
+    """Print `count` fused captions, a few rejects and the counts. Raises SourceError for a folder without a manifest.
 
-    Colour only where `stream` is a terminal and NO_COLOR is not set; elsewhere the share of each origin is written out.
+    Captions are coloured if `stream` is a terminal and NO_COLOR is not set. Otherwise the number of words per origin is
+    printed instead.
     """
     store = Store(output_dir, storage)
     manifest = read_manifest(store)
     if manifest is None:
-        raise SourceError(f"{output_dir}: no manifest.json here; finish jobs/fuse.py output.path={output_dir} first")
+        raise SourceError(
+            f"{output_dir}: there is no manifest.json; finish the output first: capsfusion fuse output.path={output_dir}"
+        )
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console = Console(file=stream, highlight=False, markup=False, emoji=False, width=_WIDTH)
     coloured = console.color_system is not None and not console.no_color
     kept_out = _one_of_each_reason(_rows(store, "rejected"), REJECTS_SHOWN)
-    fused = _spread([row for row in _rows(store, "data") if not _is_copy(row)], count)
+    fused = spread([row for row in _rows(store, "data") if not _is_copy(row)], count)
     if fused:
         _print_heading(console, "Fused captions", _legend() if coloured else None)
     for row in fused:
@@ -99,7 +101,7 @@ def show(output_dir: str, count: int, stream: IO[str], storage: Mapping[str, str
 
 
 def plain(text: object) -> str:
-    """Text that a terminal shows and does not obey, on one line: no escapes, controls or direction overrides."""
+    """Return text on one line that is safe to print: without escapes, control characters and direction overrides."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", errors="replace")
     kept = (c for c in _ESCAPES.sub("", str(text)) if c.isspace() or c in _JOINERS or unicodedata.category(c)[0] != "C")
@@ -108,9 +110,9 @@ def plain(text: object) -> str:
 
 
 def _rows(store: Store, folder: str) -> Iterator[Row]:
-    """The first rows of a few files. Captions come as bytes, because a reject may hold invalid UTF-8."""
+    """Yield the first rows of a few files. Captions are bytes, because a rejected one may be invalid UTF-8."""
     names = [file.path for file in store.list(folder) if file.path.endswith(".parquet")]
-    for name in _spread(names, _FILES_READ):
+    for name in spread(names, _FILES_READ):
         with store.open_input(name) as source:
             file = open_parquet(source, where=store.url(name))
             wanted = (RAW, SYNTHETIC, FUSED, ROW_ID, FLAGS, REASON, DETAIL)
@@ -118,22 +120,11 @@ def _rows(store: Store, folder: str) -> Iterator[Row]:
             batch = next(file.iter_batches(batch_size=_ROWS_READ, columns=columns), None)
         if batch is None:
             continue
-        table = pa.Table.from_batches([batch])
-        for index, column in enumerate(table.schema):
-            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-                table = table.set_column(index, column.name, table[column.name].cast(pa.large_binary()))
-        yield from table.to_pylist()
-
-
-def _spread(items: list[T], count: int) -> list[T]:
-    """`count` items at even distances, in order."""
-    if len(items) <= count:
-        return items
-    return [items[(2 * i + 1) * len(items) // (2 * count)] for i in range(count)]
+        yield from as_bytes(batch).to_pylist()
 
 
 def _one_of_each_reason(rows: Iterator[Row], count: int) -> list[Row]:
-    """Rejects with different reasons first; those that the engine wrote something for say most."""
+    """Choose `count` rejects: different reasons first, and within a reason those that have a fused caption."""
     seen: Counter[object] = Counter()
     ranked: list[tuple[int, bool, int, Row]] = []
     for number, row in enumerate(sorted(rows, key=lambda row: not row.get(FUSED))):
@@ -143,7 +134,7 @@ def _one_of_each_reason(rows: Iterator[Row], count: int) -> list[Row]:
 
 
 def _is_copy(row: Row) -> bool:
-    """Kept by policy: the fused caption is one of the sources."""
+    """Return whether the fused caption is one of the sources (outcome KEPT)."""
     return row[FUSED] is None or row[FUSED] in (row[RAW], row[SYNTHETIC])
 
 

@@ -1,1 +1,1 @@
-"""Fine-tune or train a fusion model on caption triples. May import torch and ray; nothing below this layer imports it."""
+"""Train a fusion model on caption triples, fine-tune one, label captions for it, and evaluate it against references."""

@@ -1,7 +1,7 @@
-"""Rewrite triples so that copying, not memory, is what lowers the loss. Pure: triples, banks and a random generator in, triples out.
+"""Rewrite triples so that the model learns to copy from its sources instead of memorising captions. Pure.
 
-With 8,000 triples a small model learns its training captions by heart. Replacing a word that a source shares with the
-target by another one, in all three captions alike, leaves copying as the only way to predict it.
+With 8,000 triples a small model memorises its training captions. Here a word that a source shares with the target is
+replaced by another word in all three captions. Then only copying can predict it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from capsfusion_ray.training.config import AugmentConfig
 from capsfusion_ray.training.triples import Triple
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d+")
-# Grammar, and what captions say of the picture itself: replacing these would teach word salad.
+# Words that are never replaced: grammar, and what captions say about the picture itself. Without them the rewritten
+# sentences would be ungrammatical.
 _KEPT_TEXT = """
 a an the this that these those of in on at to for from by with without and or but as is are was were be been being it its
 he his her their they she who which while where when during into onto over under between through near up down out off not
@@ -31,7 +32,7 @@ ba be bo bra cal car chi da del dor el en fa fer ga gor han hol ia in jo ka kel 
 per qui ra ren ri ro sa sel shi son sta ta ter tho tor u va ven vi wa wen wy ya zan zo
 """
 _SYLLABLES = tuple(_SYLLABLE_TEXT.split())
-_SUFFIXES = ("ing", "ed", "ly", "s", "")  # a stand-in with the same ending keeps the sentence grammatical
+_SUFFIXES = ("ing", "ed", "ly", "s", "")  # a replacement with the same ending keeps the sentence grammatical
 
 
 def words(text: str) -> list[str]:
@@ -50,12 +51,12 @@ def _class(word: str, is_name: bool) -> str:
 
 @dataclass(frozen=True)
 class Banks:
-    """What stands in for replaced words: names and lower-case words by ending, phrases, and whole captions."""
+    """The replacements: names, other words by their ending, phrases, and whole captions."""
 
     by_class: dict[str, list[str]]  # lower case
-    names: frozenset[str]  # lower case; words that fused captions write with a capital inside a sentence
-    phrases: list[str]  # of raw captions, 1 to 7 words, as they were written
-    captions: list[str]  # unlabelled, raw and synthetic
+    names: frozenset[str]  # lower case; words that fused captions usually write with a capital inside a sentence
+    phrases: list[str]  # 1 to 7 words of raw captions, as they were written
+    captions: list[str]  # raw and synthetic captions
 
     @classmethod
     def collect(cls, triples: Sequence[Triple], seed: int) -> Banks:
@@ -82,7 +83,7 @@ class Banks:
         return cls(by_class, names, phrases, captions)
 
     def stand_in(self, word: str, rng: random.Random) -> str:
-        """Another word, or number, of the same kind; `word` in lower case."""
+        """Return another word, or number, of the same kind. `word` is in lower case."""
         if word.isdigit():
             if len(word) == 4 and word[:2] in ("19", "20") and rng.random() < 0.7:
                 return str(rng.randint(1900, 2029))
@@ -90,7 +91,7 @@ class Banks:
         return self.invented(rng) if rng.random() < 0.12 else self.word(_class(word, word in self.names), rng)
 
     def word(self, kind: str, rng: random.Random) -> str:
-        """A word of `by_class`; an invented one where the captions have none of that kind."""
+        """Return a word of `by_class[kind]`, or an invented one if the captions have no word of that kind."""
         known = self.by_class[kind]
         return rng.choice(known) if known else self.invented(rng)
 
@@ -99,7 +100,7 @@ class Banks:
 
 
 def rewrite(triple: Triple, banks: Banks, cfg: AugmentConfig, rng: random.Random) -> Triple:
-    """Phrases, names, numbers and words that a source shares with the target, replaced consistently."""
+    """Replace phrases, names, numbers and words that a source shares with the target, consistently in all captions."""
     raw, synthetic, fused = triple.raw, triple.synthetic, triple.fused
     if rng.random() < cfg.phrase_share:
         raw, fused = _swap_phrase(raw, fused, banks, rng)
@@ -115,7 +116,7 @@ def rewrite(triple: Triple, banks: Banks, cfg: AugmentConfig, rng: random.Random
         for word in dict.fromkeys(shared)
         if (len(word) > 2 or word.isdigit()) and word not in _KEPT and rng.random() < how_many
     }
-    # What only the raw caption says is replaced at times too, so that its absence from the target is not learnt by heart.
+    # Words that only the raw caption has are sometimes replaced, too. Otherwise the model memorises which to leave out.
     for word in sorted({w.lower() for w in words(raw)} - in_target):
         if word not in _KEPT and rng.random() < 0.2 * how_many:
             replaced[word] = banks.stand_in(word, rng)
@@ -128,7 +129,7 @@ def rewrite(triple: Triple, banks: Banks, cfg: AugmentConfig, rng: random.Random
 
 
 def _swap_phrase(source: str, fused: str, banks: Banks, rng: random.Random) -> tuple[str, str]:
-    """One run of two or more words that both hold, replaced in both by a phrase of another raw caption."""
+    """Replace one run of two or more words that both captions contain by a phrase of another raw caption, in both."""
     spans = list(_WORD.finditer(source))
     lower = fused.lower()
     runs: list[tuple[int, int, int]] = []  # start and end in source, start in fused
@@ -149,7 +150,7 @@ def _swap_phrase(source: str, fused: str, banks: Banks, rng: random.Random) -> t
         return source, fused
     start, end, at = rng.choice(runs)
     length = end - start
-    if len(lower) != len(fused):  # a letter whose small form is longer would shift the places
+    if len(lower) != len(fused):  # a letter whose small form is longer would shift the positions
         return source, fused
     phrase = rng.choice(banks.phrases)
     new_fused = fused[:at] + phrase + fused[at + length :]
@@ -157,7 +158,7 @@ def _swap_phrase(source: str, fused: str, banks: Banks, rng: random.Random) -> t
 
 
 def add_noise(triple: Triple, rng: random.Random) -> Triple:
-    """The raw caption recased or stripped of punctuation, as alt texts are; the target stays."""
+    """Change the case of the raw caption or remove its punctuation, as in alt texts. The target stays."""
     kind = rng.randrange(4)
     if kind == 0:
         raw = triple.raw.title()
@@ -171,7 +172,7 @@ def add_noise(triple: Triple, rng: random.Random) -> Triple:
 
 
 def copy_task(banks: Banks, rng: random.Random) -> Triple:
-    """Random words on both sides; the target strings their pieces together. Only copying can predict it."""
+    """Make a triple of random words, whose target joins pieces of both sides. Only copying can predict it."""
     sides = []
     for _ in range(2):
         if rng.random() < 0.3:
@@ -201,7 +202,7 @@ def draw(
     copies: float,
     rng: random.Random,
 ) -> list[Triple]:
-    """The triples at `indices`, rewritten; a share `copies` of them replaced by copy tasks."""
+    """Return the triples at `indices`, rewritten. A share `copies` of them is replaced by copy tasks."""
     drawn = []
     for i in indices:
         if rng.random() < copies:

@@ -1,4 +1,4 @@
-"""One model out of several that were trained from one start: the average of their weights, a model soup (Wortsman et al., 2022)."""
+"""Average the weights of models that were trained from the same start: a model soup (Wortsman et al., 2022)."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from capsfusion_ray.models.fusion_file import FUSION_FILE
 
 @dataclass(frozen=True)
 class AverageOutputConfig:
-    """Where the model folder goes."""
+    """Where the model folder is written."""
 
     path: str = ""
 
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """jobs/average.py."""
+    """capsfusion average"""
 
-    models: list[str] = field(
+    models: list[str] = field(default_factory=list)  # model folders; the tokenizer and configs are those of the first
+    shares: list[float] = field(
         default_factory=list
-    )  # folders of models trained from one start; the first gives all but weights
-    shares: list[float] = field(default_factory=list)  # of each model, together 1; empty: equal ones
+    )  # weight of each model in the average, sum 1; empty: equal weights
     output: AverageOutputConfig = field(default_factory=AverageOutputConfig)
 
 
 def average(cfg: AverageConfig) -> dict[str, Any]:
-    """Write the model folder: weights in bfloat16, the rest as in the first model. Returns {model, shares}.
+    """Write the model folder: averaged weights in bfloat16, all else as in the first model. Returns {model, shares}.
 
-    Raises ConfigError for shares that are not one whole, and for a folder that is no model or one of another start.
+    Raises ConfigError for shares whose sum is not 1, for a folder that is no model, and for models that do not match.
     """
     shares = _shares(cfg)
     if not cfg.output.path or Path(cfg.output.path).resolve() in {Path(model).resolve() for model in cfg.models}:
-        raise ConfigError(f"output.path={cfg.output.path}: give a folder for the average that is none of its models")
+        raise ConfigError(f"output.path={cfg.output.path}: give a folder for the average that is none of the models")
     tokenizer, first = _load(cfg.models[0])
     vocabulary = tokenizer.get_vocab()
     mixed = {name: shares[0] * weights for name, weights in _weights(first).items()}
@@ -50,7 +50,7 @@ def average(cfg: AverageConfig) -> dict[str, Any]:
         shapes = [{name: w.shape for name, w in tensors.items()} for tensors in (weights, mixed)]
         if other.get_vocab() != vocabulary or shapes[0] != shapes[1]:
             raise ConfigError(
-                f"models: {path} and {cfg.models[0]} differ in layers or vocabulary; only models trained from one start have an average"
+                f"models: {path} and {cfg.models[0]} differ in layers or vocabulary; give models that were trained from the same start"
             )
         for name, total in mixed.items():
             total += share * weights[name]
@@ -66,19 +66,19 @@ def average(cfg: AverageConfig) -> dict[str, Any]:
 
 def _shares(cfg: AverageConfig) -> list[float]:
     if len(cfg.models) < 2:
-        raise ConfigError(f"models={cfg.models}: an average needs at least two model folders: models=[out/a,out/b]")
+        raise ConfigError(
+            f"models={cfg.models}: an average needs at least two model folders; give models=[out/a,out/b]"
+        )
     shares = cfg.shares or [1 / len(cfg.models)] * len(cfg.models)
     if len(shares) != len(cfg.models) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
-        raise ConfigError(
-            f"shares={cfg.shares}: give each of the {len(cfg.models)} models one, together 1, or leave them out"
-        )
+        raise ConfigError(f"shares={cfg.shares}: give one share per model ({len(cfg.models)}) with a sum of 1, or none")
     return shares
 
 
 def _load(path: str) -> tuple[Any, Any]:
-    """The tokenizer, and the model in float32."""
+    """Return the tokenizer, and the model in float32."""
     if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"models: {path} is no model folder; give the output.path of a jobs/train.py")
+        raise ConfigError(f"models: {path} is no model folder; give the output.path of a `capsfusion train`")
     return load_to_train(path)
 
 

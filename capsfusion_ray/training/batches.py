@@ -1,6 +1,7 @@
-"""Triples to token ids to length-bucketed batches; a batch depends on nothing but the seed and its step.
+"""Encode triples as token ids, and put them into batches of similar lengths.
 
-That makes resuming exact and stateless: nobody saves a sampler. T triples, L tokens.
+A batch depends only on the seed, the worker's rank and the step, so a resumed run needs no saved state of a sampler.
+T triples, L tokens.
 """
 
 from __future__ import annotations
@@ -21,32 +22,33 @@ from capsfusion_ray.training.augment import Banks, draw
 from capsfusion_ray.training.config import TrainConfig
 from capsfusion_ray.training.triples import Triple
 
-POOL_BATCHES = 16  # batches drawn together and cut by length: enough that little is padded, few enough to stay random
-MAX_NEW_TOKENS = 80  # of the reference decoder
-MAX_PROMPT = 256  # tokens, the budget of the reference; a longer prompt is not sampled from
-DRAWS = 10  # of a pool, at most: where batches are tiny, a few captions left out may leave fewer rows than batches
-MAX_TOKENS = 320  # a prompt of 256, the budget of the reference, and a caption of 64; longer ones are cut on the right
+# So many batches are drawn together, sorted by length and cut: enough for little padding, few enough to stay random.
+POOL_BATCHES = 16
+MAX_NEW_TOKENS = 80  # as in the reference decoder
+MAX_PROMPT = 256  # tokens, as in the reference; no samples are drawn for a longer prompt
+DRAWS = 10  # largest number of draws per pool: with tiny batches one draw may leave fewer rows than batches
+MAX_TOKENS = 320  # a prompt of 256, as in the reference, and a caption of 64; longer sequences are cut on the right
 
 Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded: causal attention never looks at the padding, so no mask is needed."""
+    """Sequences with padding on the right. Causal attention never sees that padding, so no mask is needed."""
 
     ids_TL: Tensor  # int64
-    weights_TL: Tensor  # float32; the loss weight of predicting this token from those before it
-    triples: tuple[Triple, ...] = ()  # what was drawn, a row each
+    weights_TL: Tensor  # float32, the loss weight of predicting this token from those before it
+    triples: tuple[Triple, ...] = ()  # the triple of each row
 
 
 def cached_by_word(encode: Encode) -> Encode:
-    """The same ids, a dictionary look-up a word: right only for a tokenizer that never merges over a space."""
+    """Return an encoder that looks each word up in a cache. Correct only for a tokenizer that never merges over a space."""
     one = cache(encode)
     return lambda text: [i for word in text.split() for i in one(word)]
 
 
 class Encoder(Protocol):
-    """A triple as token ids and loss weights: 1 for the fused caption and its end, `source_weight` for the sources."""
+    """Encodes a triple as token ids and loss weights: 1 for the fused caption and its end, `source_weight` for the sources."""
 
     @property
     def end_id(self) -> int: ...
@@ -54,12 +56,12 @@ class Encoder(Protocol):
     def __call__(self, triple: Triple) -> tuple[list[int], list[float]]: ...
 
     def prompt(self, triple: Triple) -> list[int]:
-        """The ids that the engines give the model for it; see capsfusion_ray/core/prompt.py."""
+        """Return the ids of the prompt, the same that the engines give the model; see capsfusion_ray/core/prompt.py."""
 
 
 @dataclass(frozen=True)
 class PieceEncoder:
-    """For a tokenizer that merges nothing over the seams of the prompt, as ours: its pieces are encoded one by one."""
+    """For a tokenizer that never merges over the borders of the prompt's pieces, as ours. It encodes each piece alone."""
 
     encode: Encode  # text to ids, no special tokens added
     prefix_ids: list[int]
@@ -85,7 +87,7 @@ class PieceEncoder:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """For any tokenizer. Its merges reach over the seams of the prompt (": Christmas", not ":" and "Christmas"), so the whole text is encoded."""
+    """For any tokenizer. It encodes the whole text, because merges cross the borders of the pieces (": Christmas")."""
 
     template: Template
     tokenizer: Any
@@ -94,7 +96,7 @@ class TextEncoder:
 
     def __call__(self, triple: Triple) -> tuple[list[int], list[float]]:
         text, prompt = self.template.render(triple.raw, triple.synthetic), self.prompt(triple)
-        # As a model writes it: after a space, unless the prompt ends in one.
+        # As a model writes it: after a space, unless the prompt ends with white space.
         space = "" if text[-1:].isspace() else " "
         whole = self._ids(text + space + triple.fused)
         fused = (
@@ -107,7 +109,7 @@ class TextEncoder:
         return self._ids(self.template.render(triple.raw, triple.synthetic))
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
-        """Without the end that some tokenizers add."""
+        """Encode a text, without the end token that some tokenizers add."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         return ids[:-1] if ids[-1:] == [self.end_id] else ids
 
@@ -122,7 +124,7 @@ class TextEncoder:
 
 
 def copy_share(step: int, cfg: TrainConfig) -> float:
-    """The share of copy tasks at this step: all, then fading to the configured rest; that alone where no curriculum is asked for."""
+    """Return the share of copy tasks at this step: 1 at first, then falling to augment.copy_share."""
     a = cfg.augment
     into = step - a.copy_only_steps
     if into >= a.copy_fade_steps:
@@ -141,15 +143,21 @@ def pad(rows: Sequence[tuple[list[int], list[float]]], pad_id: int, triples: Seq
 
 
 def _is_learnt(weights: list[float], sampled: bool) -> bool:
-    """A caption cut at the decoder's limit has no ending; and samples are drawn for prompts within the budget alone."""
-    fused = weights.count(1.0)  # the last tokens; the prompt's are before them
+    """Return whether to train on this sequence. A caption cut at the decoder's limit has no ending, so it is left out.
+
+    With sampling, prompts over the limit are left out, too.
+    """
+    fused = weights.count(1.0)  # tokens of the caption, which follow those of the prompt
     return fused <= MAX_NEW_TOKENS and not (sampled and len(weights) - fused > MAX_PROMPT)
 
 
 def pool(
     number: int, triples: Sequence[Triple], banks: Banks, encoder: Encoder, cfg: TrainConfig, pad_id: int, rank: int = 0
 ) -> list[Batch]:
-    """The batches of steps number * POOL_BATCHES and following; the same for the same seed, number and rank."""
+    """Return the POOL_BATCHES batches from step number * POOL_BATCHES on. They depend only on seed, number and rank.
+
+    Raises SourceError if hardly any triple is short enough to train on.
+    """
     rng = random.Random(f"pool-{cfg.optim.seed}-{number}-{rank}")
     n = cfg.optim.batch_triples
     rows: list[tuple[tuple[list[int], list[float]], Triple]] = []
@@ -163,10 +171,11 @@ def pool(
             break
     else:
         raise SourceError(
-            f"hardly a fused caption has at most {MAX_NEW_TOKENS} tokens, or a prompt at most {MAX_PROMPT}; those are what a model can learn from"
+            f"almost no triple has a fused caption of at most {MAX_NEW_TOKENS} tokens and a prompt of at most {MAX_PROMPT}; "
+            "give data with shorter captions, or a tokenizer with a larger vocabulary"
         )
     rows.sort(key=lambda row: len(row[0][0]))
-    # Evenly, and not n at a time: whatever was left out above, there are as many batches as steps.
+    # Cut evenly instead of n at a time, so that there are as many batches as steps, whatever was left out above.
     cuts = [len(rows) * i // POOL_BATCHES for i in range(POOL_BATCHES + 1)]
     batches = [pad([row for row, _ in rows[a:b]], pad_id, [t for _, t in rows[a:b]]) for a, b in pairwise(cuts)]
     rng.shuffle(batches)

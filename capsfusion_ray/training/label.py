@@ -1,6 +1,7 @@
-"""Teacher labels: the fuse job with a teacher behind an API, strict gates, small units and one cap for all its runs.
+"""Label captions with a teacher model: the fuse job with an API engine, strict gates, small units and a limit of cost.
 
-What is committed, resumed, gated and verified is as in jobs/fuse.py; only the defaults and the money are here. Knows no Ray.
+The limit holds for all runs of an output together. This module has only the defaults and the accounting of the cost; the
+fuse job does the rest. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from capsfusion_ray.engines.api.engine import check
 from capsfusion_ray.errors import ConfigError, CostCapReached
 from capsfusion_ray.storage import Store
 
-# A chat model likes to introduce what it writes.
+# Without the last line a chat model tends to introduce what it writes.
 TEACHER_PROMPT = TEMPLATE.removesuffix("New Sentence:") + "\nAnswer with the new sentence alone."
 
 
 def _strict() -> GatesConfig:
-    """conf/gates/strict.yaml, and no source kept as it is: a student would learn to copy it."""
+    """As conf/gates/strict.yaml. No gate keeps a source as the caption, because a student would learn to copy it."""
     reject = GateConfig("reject", 1)
     return GatesConfig(
         boilerplate="reject",
@@ -40,15 +41,15 @@ def _strict() -> GatesConfig:
         cut_off=reject,
         unsupported_name=reject,
         too_short=GateConfig("reject", 3),
-        repeated_caption=GateConfig("reject", 0.001),  # one refusal for many pairs
+        repeated_caption=GateConfig("reject", 0.001),  # a teacher that refuses many pairs repeats one sentence
     )
 
 
 @dataclass(frozen=True)
 class LabelConfig(FuseConfig):
-    """jobs/label.py: the keys of jobs/fuse.py with a teacher's defaults. engine.api.max_dollars holds for all runs together."""
+    """capsfusion label: the settings of `capsfusion fuse` with other defaults. engine.api.max_dollars limits all runs together."""
 
-    # What a stopped run paid for and did not commit is at most units_in_flight units an actor.
+    # A stopped run loses what it paid for units that were not committed: at most units_in_flight units per actor.
     unit: UnitConfig = field(default_factory=lambda: UnitConfig(rows=100))
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="api", api=ApiConfig(prompt=TEACHER_PROMPT)))
     decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(num_beams=1, max_new_tokens=200))
@@ -57,13 +58,14 @@ class LabelConfig(FuseConfig):
 
 
 def prepare(cfg: LabelConfig) -> LabelConfig:
-    """The config to fuse with: each actor's cap is its share of what the output's committed units leave of the whole one.
+    """Return the config to fuse with, in which engine.api.max_dollars is the limit of one actor.
 
-    Raises ConfigError for a missing URL, model or key before anything starts, CostCapReached where nothing is left.
+    The committed units of the output have used a part of the limit; the rest is divided among the actors. Raises
+    ConfigError for a missing URL, model or key, and CostCapReached if the committed units have used the whole limit.
     """
     if cfg.engine.kind != "api":
         raise ConfigError(
-            f"engine.kind={cfg.engine.kind}: a teacher is asked through engine.kind=api; use jobs/fuse.py for other engines"
+            f"engine.kind={cfg.engine.kind}: `capsfusion label` needs engine.kind=api; use `capsfusion fuse` for other engines"
         )
     if not cfg.output.path:
         raise ConfigError("output.path: missing; give output.path=<folder or URL>")
@@ -73,20 +75,20 @@ def prepare(cfg: LabelConfig) -> LabelConfig:
         return cfg
     if cfg.cluster.max_actors is None:
         raise ConfigError(
-            "cluster.max_actors=null: engine.api.max_dollars is shared out among the actors; give their number"
+            "cluster.max_actors=null: engine.api.max_dollars is divided among the actors, so give a number of actors"
         )
     spent = dollars_spent(Store(cfg.output.path, cfg.output.storage), cfg.engine.api)
     if spent >= cap:
         raise CostCapReached(
-            f"engine.api.max_dollars={cap:g}: the committed units of {cfg.output.path} cost {spent:.4f} dollars; the same command with "
-            "a higher cap goes on"
+            f"engine.api.max_dollars={cap:g}: the committed units of {cfg.output.path} cost {spent:.4f} dollars; give the same "
+            "command with a higher limit to resume"
         )
     api = dataclasses.replace(cfg.engine.api, max_dollars=(cap - spent) / cfg.cluster.max_actors)
     return dataclasses.replace(cfg, engine=dataclasses.replace(cfg.engine, api=api))
 
 
 def dollars_spent(store: Store, api: ApiConfig) -> float:
-    """What the committed units cost, at today's prices. Tries that came to nothing and units cut short are not in it."""
+    """Return what the committed units cost at the configured prices. Failed requests and unfinished units are not counted."""
     entries = read_groups(store)
     summaries = [unit for entry in entries for unit in entry.units]
     waiting = committed(store) - {unit.id for unit in summaries}
@@ -102,7 +104,7 @@ def dollars_spent(store: Store, api: ApiConfig) -> float:
 
 
 def train_command(cfg: FuseConfig) -> str:
-    """How to train on the labels."""
+    """Return the command that trains a model on the labels."""
     where = (
         f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path
     )  # training reads a local folder

@@ -1,14 +1,14 @@
-"""How good fused captions are: against references (BLEU-4, chrF, ROUGE-L, CIDEr) and against their own sources. Pure.
+"""Measure fused captions against references (BLEU-4, chrF, ROUGE-L, CIDEr) and against their own sources. Pure.
 
-Formulas, where no kept library computes them without Java:
+BLEU-4 and chrF come from sacrebleu. No maintained library computes the other two without Java, so they are here:
 
-ROUGE-L is the F1 of the longest common subsequence of words, lower case, averaged over captions.
+ROUGE-L is the F1 score of the longest common subsequence of words in lower case, averaged over captions.
 
-CIDEr is CIDEr-D (Vedantam et al., 2015) as in pycocoevalcap: for n = 1 to 4 the TF-IDF vectors of n-grams of candidate
-and reference, document frequency counted over the references, the candidate's counts clipped to the reference's,
-cosine similarity times exp(-(difference of lengths)^2 / (2 * 6^2)), averaged over n, times 10. With one reference a
-caption, the references themselves score 10. It differs from the original in its words: runs of letters and digits, lower
-case, without Java's PTB tokenizer.
+CIDEr is CIDEr-D (Vedantam et al., 2015) as in pycocoevalcap. For n = 1 to 4 it takes the TF-IDF vectors of the n-grams of
+candidate and reference. Document frequencies are counted over the references, and the candidate's counts are clipped to
+those of the reference. The cosine similarity is multiplied by exp(-(difference of lengths)^2 / (2 * 6^2)), averaged over
+n, and multiplied by 10. With one reference per caption the references themselves score 10. One thing differs from the
+original: words are runs of letters and digits in lower case, without the PTB tokenizer (Java).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ _NUMBER = re.compile(r"\d+")
 _CAPITALISED = re.compile(r"(?<![^\W_])[A-Z][^\W_]*")
 _GOOD_ENDING = re.compile(r"""[.!?…]["'”’)\]]*$""")
 _CIDER_N, _CIDER_SIGMA = 4, 6.0
-FIGURES = "figures.json"  # in the folder that jobs/evaluate.py writes; the report shows it
-PASTED = 0.9  # of both sources' words, in order: "almost word for word"
+PASTED = 0.9  # from this share of both sources' words, in order, on a caption counts as a concatenation of its sources
 # Words whose presence says nothing about where a caption's content came from.
 _FUNCTION_TEXT = """
 a an the this that these those of in on at to for from by with without and or but nor so as is are was were be been being
@@ -41,7 +40,7 @@ _Gram = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A caption to be judged, its two sources, and the caption that a better model wrote."""
+    """A caption to measure, its two sources, and the caption that a better model wrote (the reference)."""
 
     raw: str
     synthetic: str
@@ -54,8 +53,8 @@ def words_of(text: str) -> list[str]:
 
 
 def measure(examples: Sequence[Example]) -> dict[str, float]:
-    """All figures of one system. Shares and scores lie in [0, 1], CIDEr in [0, 10], words is a mean count."""
-    from sacrebleu.metrics import BLEU, CHRF  # an extra: fusing needs no metric
+    """Compute all figures of one system. Shares and scores are in [0, 1], CIDEr in [0, 10]; words is a mean number."""
+    from sacrebleu.metrics import BLEU, CHRF  # of the extra `evaluate`; fusing does not need it
 
     fused, references = [e.fused for e in examples], [e.reference for e in examples]
     tokens, reference_tokens = [words_of(f) for f in fused], [words_of(r) for r in references]
@@ -73,7 +72,9 @@ def measure(examples: Sequence[Example]) -> dict[str, float]:
         "good_ending": _mean(has_good_ending(e.fused) for e in examples),
         "repeated_trigram": _mean(has_repeated_trigram(t) for t in tokens),
         "near_concatenation": _mean(is_near_concatenation(e) for e in examples),
-        "pasted": _mean(concatenated_share(e) >= PASTED for e in examples),  # the same, however long the caption
+        "pasted": _mean(
+            concatenated_share(e) >= PASTED for e in examples
+        ),  # as near_concatenation, for captions of any length
         "instruction_echo": _mean(bool(_ECHO.search(e.fused)) for e in examples),
         "words": _mean(len(t) for t in tokens),
     }
@@ -103,7 +104,7 @@ def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> float:
 
 
 class Cider:
-    """CIDEr-D of one caption against one reference; document frequencies are counted once, over `corpus`."""
+    """CIDEr-D of one caption against one reference. Document frequencies are counted once, over `corpus`."""
 
     def __init__(self, corpus: Iterable[Sequence[str]]) -> None:
         self._frequency: Counter[_Gram] = Counter()
@@ -117,7 +118,7 @@ class Cider:
         return self._log_captions - math.log(max(1, self._frequency[gram]))
 
     def score(self, candidate: Sequence[str], reference: Sequence[str]) -> float:
-        """0 to 10."""
+        """Return CIDEr-D, 0 to 10."""
         counts, reference_counts = _ngrams(candidate), _ngrams(reference)
         dot, squares, reference_squares = [0.0] * _CIDER_N, [0.0] * _CIDER_N, [0.0] * _CIDER_N
         for gram, n in counts.items():
@@ -135,7 +136,7 @@ class Cider:
 
 
 def cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> float:
-    """Mean CIDEr-D over the captions, one reference each; see this file's docstring."""
+    """Return the mean CIDEr-D of the captions, each with one reference. The module's docstring has the formula."""
     scorer = Cider(references)
     return _mean(scorer.score(c, r) for c, r in zip(candidates, references, strict=True))
 
@@ -150,18 +151,19 @@ def has_repeated_trigram(words: Sequence[str]) -> bool:
 
 
 def is_near_concatenation(example: Example) -> bool:
-    """Both sources almost word for word, one after the other, and little else: a fusion in name only.
+    """Return whether the caption is both sources almost word for word, one after the other, with little else.
 
-    A caption of more than 1.25 times as many words adds enough of its own; so does filler, which a model that is
-    trained against this figure finds (see `pasted`).
+    A caption of more than 1.25 times as many words as its sources is never one, because it adds enough of its own. A
+    model that is trained against this figure learns to add filler instead; `pasted` in `measure` also counts those.
     """
     n = len(words_of(example.raw)) + len(words_of(example.synthetic))
     return len(words_of(example.fused)) <= 1.25 * n and concatenated_share(example) >= PASTED
 
 
 def concatenated_share(example: Example) -> float:
-    """The share of both sources' words, one source after the other, that the fused caption holds in that order, however
-    much else it holds. 0 where a source has hardly a word.
+    """Return the share of both sources' words that the fused caption contains in order, one source after the other.
+
+    What else the caption contains does not matter. 0 if a source has fewer than 3 words.
     """
     fused = words_of(example.fused)
     raw, synthetic = words_of(example.raw), words_of(example.synthetic)
@@ -171,20 +173,23 @@ def concatenated_share(example: Example) -> float:
 
 
 def _kept(find: Callable[[str], list[str]], examples: Sequence[Example], fold: bool) -> float:
-    """The share of what `find` finds in raw captions that stands in the fused ones too; by distinct word, over all captions."""
+    """Return the share of what `find` finds in the raw captions that the fused captions contain, too.
+
+    Counts distinct words per caption, over all captions. `fold` compares in lower case.
+    """
     counts = [_kept_of(find, e, fold) for e in examples]
     return sum(kept for kept, _ in counts) / max(1, sum(there for _, there in counts))
 
 
 def _kept_of(find: Callable[[str], list[str]], e: Example, fold: bool) -> tuple[int, int]:
-    """How many are kept, of how many."""
+    """Return how many of the raw caption's distinct words are kept, and how many there are."""
     wanted = {w.lower() if fold else w for w in find(e.raw)}
     fused = set(words_of(e.fused)) | set(_NUMBER.findall(e.fused)) | set(re.findall(r"[^\W_]+", e.fused.lower()))
     return len(wanted & fused), len(wanted)
 
 
 def lost_share(example: Example) -> float:
-    """The share of the raw caption's numbers and capitalised words that the fused caption lacks; 0 where there is none."""
+    """Return the share of the raw caption's numbers and capitalised words that the fused caption lacks; 0 if it has none."""
     numbers, capitalised = _kept_of(_NUMBER.findall, example, False), _kept_of(_CAPITALISED.findall, example, True)
     there = numbers[1] + capitalised[1]
     return (there - numbers[0] - capitalised[0]) / max(1, there)
@@ -195,13 +200,13 @@ def has_good_ending(text: str) -> bool:
 
 
 def unsupported_share(example: Example) -> float:
-    """The share of the fused caption's content words that neither source nor the reference holds, endings aside."""
+    """Return the share of the fused caption's content words that are in no source and not in the reference. Ignores endings."""
     content = _content(example.fused)
     return _absent(content, example.raw, example.synthetic, example.reference) / max(1, len(content))
 
 
 def _in_neither(examples: Sequence[Example]) -> float:
-    """The share of the fused captions' content words (distinct, in a caption) that neither source holds, endings aside."""
+    """Return the share of the fused captions' content words (distinct per caption) that are in no source. Ignores endings."""
     there = absent = 0
     for e in examples:
         content = _content(e.fused)
@@ -211,7 +216,7 @@ def _in_neither(examples: Sequence[Example]) -> float:
 
 
 def _absent(content: set[str], *texts: str) -> int:
-    """How many of these words no text holds, endings aside."""
+    """Return how many of these words are in none of the texts, ignoring endings."""
     held = {_stem(w) for text in texts for w in words_of(text)}
     return sum(_stem(w) not in held for w in content)
 

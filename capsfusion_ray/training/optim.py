@@ -1,6 +1,6 @@
-"""Muon for the matrices inside the layers, AdamW for embeddings and norms, and an average of the weights.
+"""The optimizers (Muon for the matrices of the layers, AdamW for embeddings and norms), and the average of the weights.
 
-Muon (Keller Jordan, 2024): momentum whose update is made orthogonal by a Newton-Schulz iteration.
+Muon (Keller Jordan, 2024) is SGD with momentum whose update is made orthogonal by a Newton-Schulz iteration.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# The quintic of Jordan's write-up: steepest at 0, so that five rounds bring all singular values near 1.
+# The quintic polynomial of Jordan's write-up. It is steepest at 0, so five rounds bring all singular values near 1.
 _NS_A, _NS_B, _NS_C, _NS_ROUNDS = 3.4445, -4.7750, 2.0315, 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """U V^T of the matrix's singular value decomposition, roughly; bfloat16 is precise enough."""
+    """Return approximately U V^T of the matrix's singular value decomposition. bfloat16 is precise enough for it."""
     x = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
@@ -28,7 +28,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2-D parameters only."""
+    """The Muon optimizer. It takes 2-D parameters only."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -43,14 +43,14 @@ class Muon(torch.optim.Optimizer):
                 velocity = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = orthogonalise(p.grad.lerp(velocity, group["momentum"]))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # Rows and columns differ in number: this keeps the update's effect on the outputs alike.
+                # This factor keeps the effect on the outputs similar for matrices with different shapes.
                 p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
 
 
 def build_optimizers(
     model: nn.Module, muon_lr: float, adam_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon (where muon_lr > 0) for 2-D parameters that are not embeddings; AdamW for all others."""
+    """Build Muon (if muon_lr > 0) for 2-D parameters that are not embeddings, and AdamW for all others."""
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     tables |= {id(p) for p in model.get_output_embeddings().parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -62,7 +62,7 @@ def build_optimizers(
 
 
 class Average:
-    """An exponential moving average of the parameters: smoother than the last step, at no cost in training."""
+    """An exponential moving average of the parameters. It is less noisy than the weights of the last step."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -70,13 +70,13 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        # A short memory at first, so that the average is not held back by the random start.
+        # At first the average forgets quickly, so that the random start does not stay in it.
         decay = min(self.decay, (step + 1) / (step + 10))
         torch._foreach_lerp_(self.values, [p.detach() for p in model.parameters()], 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the averaged ones; twice is a no-op."""
+        """Exchange the model's weights and the averaged ones. A second call undoes the first."""
         for mine, p in zip(self.values, model.parameters(), strict=True):
             kept = p.detach().clone()
             p.copy_(mine)

@@ -1,5 +1,6 @@
-"""Self-critical sequence training (Rennie et al., 2017): the model's own samples, weighed by how much better than
-each other they are, become a batch like any other. T triples, K samples of each, L tokens.
+"""Self-critical sequence training (Rennie et al., 2017): train on the model's own samples, weighted by their rewards.
+
+A sample's weight says how much better it is than the other samples of its triple. T triples, K samples of each, L tokens.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ if TYPE_CHECKING:
 
 
 class Sample(NamedTuple):
-    ids: list[int]  # with the end token where it ended
-    log_likelihood: float  # nats, of all its tokens, under the model that drew it
+    """A caption that the model wrote."""
+
+    ids: list[int]  # with the end token, if the caption ended
+    log_likelihood: float  # nats, sum over its tokens, under the model that wrote it
 
 
 class Sampler:
-    """Captions of a model, drawn token by token or, greedily, its most likely ones."""
+    """Writes captions with a model: sampled token by token, or greedily."""
 
     def __init__(self, model: Any, tokenizer: Any, encoder: Encoder) -> None:
         self.model, self.tokenizer, self.encoder = model, tokenizer, encoder
-        # A copy in half precision: sampling is most of the time, and need not be exact.
+        # A copy in bfloat16, because sampling takes most of the time and need not be exact.
         self._half = type(model)(model.config).to(model.device, torch.bfloat16).eval()
 
     def within_budget(self, triples: Sequence[Triple]) -> list[Triple]:
@@ -40,7 +43,7 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, triples: Sequence[Triple], samples: int) -> list[list[Sample]]:
-        """`samples` captions for every triple; 0: the greedy one."""
+        """Return `samples` captions per triple, or the greedy caption if `samples` is 0."""
         self._half.load_state_dict(self.model.state_dict())
         pad_id, device, k = self.tokenizer.pad_token_id, self.model.device, max(1, samples)
         prompts = [self.encoder.prompt(triple) for triple in triples]
@@ -49,8 +52,9 @@ class Sampler:
         mask_TL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         drawn_NL = torch.full((len(prompts) * k, MAX_NEW_TOKENS), self.encoder.end_id, device=device)
         likelihood_N = torch.zeros(len(drawn_NL), device=device)
-        unended_N = torch.ones(len(drawn_NL), dtype=torch.bool, device=device)  # of those that are still in the batch
-        # A prompt is read once, not once a sample, and samples that ended leave the batch: half the time of `generate`.
+        unended_N = torch.ones(len(drawn_NL), dtype=torch.bool, device=device)  # for the samples still in the batch
+        # Each prompt is read once for all its samples, and samples that ended leave the batch. This takes half as long as
+        # HF's `generate`.
         cache = DynamicCache(config=self._half.config)
         logits_NV = self._logits(ids_TL, mask_TL, cache).repeat_interleave(k, dim=0)
         cache.batch_repeat_interleave(k)
@@ -80,7 +84,7 @@ class Sampler:
         return [rows[i : i + k] for i in range(0, len(rows), k)]
 
     def _logits(self, ids_NL: Tensor, mask_NC: Tensor, cache: DynamicCache) -> Tensor:
-        """Of the token after the last one; `mask_NC` covers what the cache holds, too."""
+        """Return the logits of the token after the last one. `mask_NC` also covers the columns of the cache."""
         position_NC = (mask_NC.cumsum(dim=1) - 1).clamp(min=0)
         out = self._half(
             input_ids=ids_NL,
@@ -102,14 +106,14 @@ class Sampler:
 
 
 class SelfCritic:
-    """Makes a supervised batch's triples a batch of samples, followed by the supervised rows with a small weight."""
+    """Turns triples into a batch: for each the samples of the model, then the teacher's caption with a small weight."""
 
     def __init__(self, cfg: ReinforceConfig, sampler: Sampler, reward: Reward, pad_id: int) -> None:
         self.cfg, self.sampler, self.reward, self.pad_id = cfg, sampler, reward, pad_id
         self._start = deepcopy(sampler.model).to(torch.bfloat16).eval()
 
     def __call__(self, triples: Sequence[Triple]) -> tuple[Batch, float]:
-        """The batch, and the mean reward of its samples, drift aside. Prompts are within the budget: see `pool`."""
+        """Return the batch, and the mean reward of its samples without the drift. `pool` left out prompts that are too long."""
         encoder = self.sampler.encoder
         sampled_TK = self.sampler(triples, self.cfg.samples)
         prompts = [encoder.prompt(triple) for triple in triples]
@@ -131,7 +135,7 @@ class SelfCritic:
 
     @torch.no_grad()
     def _drift(self, prompts: Sequence[list[int]], sampled_TK: Sequence[Sequence[Sample]]) -> Tensor:
-        """How many nats a token likelier each sample is than under the model at the start of this training: T, K."""
+        """Return how much likelier each sample is now than at the start of this training, in nats per token; [T, K]."""
         rows = [
             _row(prompt, sample, 1.0) for prompt, sampled in zip(prompts, sampled_TK, strict=True) for sample in sampled
         ]
@@ -146,7 +150,7 @@ class SelfCritic:
         return drift_N.view(len(prompts), -1)
 
     def validate(self, triples: Sequence[Triple], batch: int = 64) -> float:
-        """Mean reward of greedy captions."""
+        """Return the mean reward of the greedy captions of `triples`, decoded `batch` at a time."""
         encoder = self.sampler.encoder
         triples = sorted(self.sampler.within_budget(triples), key=lambda triple: len(encoder.prompt(triple)))
         rewards = []
@@ -162,7 +166,7 @@ def _row(prompt: list[int], sample: Sample, weight: float) -> tuple[list[int], l
 
 
 def advantage(reward_TK: Tensor) -> Tensor:
-    """How much better each sample is than the others of its triple are on average, in standard deviations of all."""
+    """Return how much better each sample is than the mean of the others of its triple, in standard deviations of all."""
     k = reward_TK.shape[1]
     better_TK = (reward_TK - reward_TK.mean(dim=1, keepdim=True)) * k / (k - 1)
     return better_TK / (better_TK.std() + 1e-6)

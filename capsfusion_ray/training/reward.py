@@ -1,4 +1,4 @@
-"""How good a sampled caption is, as one number: near the teacher's caption, and without a fault of its own. Pure."""
+"""The reward of a sampled caption: its likeness to the teacher's caption, minus a penalty per fault. Pure."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from capsfusion_ray.training.triples import Triple, passes
 
 
 class Reward:
-    """The mean of CIDEr-D, ROUGE-L and smoothed sentence BLEU, each over what is usual for it, less the faults.
+    """The mean of CIDEr-D, ROUGE-L and smoothed sentence BLEU, each divided by its usual value, minus the faults.
 
-    Documents of CIDEr's frequencies are the training triples' fused captions, as in Rennie et al. (2017).
+    CIDEr counts its document frequencies over the fused captions of the training triples, as Rennie et al. (2017).
     """
 
     def __init__(self, cfg: RewardConfig, triples: Iterable[Triple]) -> None:
@@ -34,7 +34,7 @@ class Reward:
         self._bleu = BLEU(lowercase=True, effective_order=True)
 
     def __call__(self, triple: Triple, caption: str) -> float:
-        """Of `caption` as a fusion of the triple's sources, against the triple's own; about 1 is usual."""
+        """Return the reward of `caption` for the triple's sources, compared with the triple's fused caption. Usually about 1."""
         words, reference = words_of(caption), words_of(triple.fused)
         likeness = (
             self._cider.score(words, reference) / self.cfg.usual_cider
@@ -44,10 +44,11 @@ class Reward:
         return likeness - self.faults(triple, caption)
 
     def faults(self, triple: Triple, caption: str) -> float:
-        """0 for a caption without any."""
+        """Return the sum of the penalties; 0 for a caption without a fault."""
         cfg = self.cfg
         example = Example(triple.raw, triple.synthetic, caption, triple.fused)
-        # From `concatenation_from` on it grows: a cliff would teach less. A longer caption is not spared, or filler pays.
+        # The penalty grows from `concatenation_from` on, because a sudden one would teach less. It holds for captions of
+        # any length; otherwise filler would avoid it.
         pasted = (concatenated_share(example) - cfg.concatenation_from) / (PASTED - cfg.concatenation_from)
         words = words_of(caption)
         missing = 1 - len(words) / max(1, len(words_of(triple.fused)))

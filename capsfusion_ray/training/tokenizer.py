@@ -1,15 +1,15 @@
-"""Train a small byte-level BPE in which a word is the same pieces wherever it stands and however it is cased.
+"""Train a small byte-level BPE in which a word has the same tokens at each place and in each case.
 
-A model that sees 8,000 triples must learn to copy, and copying is easiest where source and target share their tokens.
-Plain byte-level BPE gives "porsche", " Porsche", "(Porsche" and "PORSCHE" four unrelated spellings. Here the text is
-rewritten before BPE, and rewritten back by the decoder, both with stock components of `tokenizers`, so that the saved
-`tokenizer.json` needs no code of ours:
+A model that sees 8,000 triples must learn to copy, which is easiest if source and target have the same tokens. Plain
+byte-level BPE encodes "porsche", " Porsche", "(Porsche" and "PORSCHE" in four unrelated ways. Here the text is rewritten
+before BPE, and the decoder reverses that. Both use only standard components of `tokenizers`, so the saved
+`tokenizer.json` needs no code of this project. Three marks are inserted:
 
-    JOIN    stands where a word begins without a space before it, so that every word can begin with one
-    TITLE   before a word with one leading capital, which is then written small
-    UPPER   before a word of two capitals or more, which is then written small
+    JOIN    where a word begins without a space before it; a space is inserted after the mark
+    TITLE   before a word with one leading capital, which becomes a small letter
+    UPPER   before a word of two capitals or more, which become small letters
 
-Single digits are kept apart. Runs of white space become one space: the one thing that does not survive the round trip.
+Each digit is a token of its own. Runs of white space become one space; decoding does not restore them.
 """
 
 from __future__ import annotations
@@ -17,32 +17,31 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# Control characters: captions do not contain them, and the normalizer drops them if one does.
+# The marks are control characters. Captions do not contain them; if one does, the normalizer drops them.
 JOIN, TITLE, UPPER = "\x01", "\x02", "\x03"
 
 RAW_MARK, SYNTHETIC_MARK, FUSED_MARK, END, PAD = "<|raw|>", "<|synthetic|>", "<|fused|>", "<|end|>", "<|pad|>"
 SPECIAL_TOKENS = (PAD, END, RAW_MARK, SYNTHETIC_MARK, FUSED_MARK)
-# The shortest prompt that a model trained from scratch needs: its marks are single tokens, which no caption merges with.
+# The shortest prompt for a model trained from scratch. Its marks are single tokens, with which no caption merges.
 SHORT_TEMPLATE = f"{RAW_MARK}{{raw}}{SYNTHETIC_MARK}{{synthetic}}{FUSED_MARK}"
 
 _PUNCTUATION = '!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~“”‘–—•·…®™©'
-# A word with its leading space; an ending as in "men's"; one digit; punctuation with the JOIN after it; spaces.
+# Marks; an ending as in "men's"; a word with its leading space; one digit; punctuation with the JOIN after it; spaces.
 _PIECES = rf"{TITLE}|{UPPER}|['’]\p{{L}}+| ?[\p{{L}}\p{{M}}]+| ?\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}{TITLE}{UPPER}]+|\s+"
-# Inside a word marked UPPER: the look-behind must be spelled out for every distance from the mark. Letters beyond stay
-# capitals in both directions.
+# A place inside a word marked UPPER. The look-behind must be written out for each distance from the mark. Letters further
+# away stay capitals, in encoding and in decoding.
 _IN_UPPER_WORD = "(?<=" + "|".join(f"{UPPER} [A-Za-z]{{{n}}}" for n in range(24)) + ")"
 
 
 def _word_starts() -> list[normalizers.Normalizer]:
-    """JOIN where a word or number begins without a space.
+    """Rules that insert JOIN where a word or number begins without a space.
 
-    A rule a character, each consuming that character: a rule that inserts at an empty match would be shorter, but
-    leaves tokenizers 0.23 with broken alignments and a panic.
+    There is one rule per character, and each consumes that character. A rule that inserts at an empty match would be
+    shorter, but in tokenizers 0.23 it breaks the alignments and causes a panic.
     """
     after = dict.fromkeys(_PUNCTUATION, r"(?=[\p{L}0-9])")
     after |= dict.fromkeys(string.digits, r"(?=\p{L})")
@@ -51,7 +50,7 @@ def _word_starts() -> list[normalizers.Normalizer]:
     rules += [rf"{letter}(?=[0-9])|(?<=[A-Z]){letter}(?=[a-z])" for letter in string.ascii_uppercase]  # F18, TVs
     characters = [*after, *string.ascii_uppercase]
     starts = [normalizers.Replace(Regex(rule), f"{c}{JOIN} ") for rule, c in zip(rules, characters, strict=True)]
-    # An apostrophe: O'Neill, or one that opens a quotation; the endings of "men's" and "don't" stay whole.
+    # After an apostrophe, as in O'Neill or at the start of a quotation. The endings of "men's" and "don't" stay whole.
     ending = r"(?<=\p{L}['’])(?!(?:s|t|d|m|ll|re|ve)(?!\p{L}))(?=\p{L})|(?<!\p{L}['’])(?=[\p{L}0-9])"
     return [*starts, *(normalizers.Replace(Regex(rf"{c}(?:{ending})"), f"{c}{JOIN} ") for c in "'’")]
 
@@ -64,11 +63,11 @@ def _normalizer() -> normalizers.Normalizer:
             normalizers.Replace(Regex(f"[{JOIN}{TITLE}{UPPER}]"), ""),
             normalizers.Replace(Regex(r"\s+"), " "),
             normalizers.Strip(),
-            normalizers.Prepend(" "),  # as every word has one; the engines strip the decoded text
+            normalizers.Prepend(" "),  # so that the first word has a space, too; the engines strip the decoded text
             *_word_starts(),
             *(normalizers.Replace(Regex(f" {c}(?=[A-Z])"), f"{UPPER} {c.lower()}") for c in capitals),
             *(normalizers.Replace(f" {c}", f"{TITLE} {c.lower()}") for c in capitals),
-            # A capital that no rule above reached (after 「, or in ÉCOLE) stays as it is.
+            # A capital that no rule above reaches (after 「, or in ÉCOLE) stays as it is.
             *(normalizers.Replace(Regex(_IN_UPPER_WORD + c), c.lower()) for c in capitals),
         ]
     )
@@ -88,7 +87,7 @@ def _decoder() -> decoders.Decoder:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer for prompts in SHORT_TEMPLATE, its merges learned from `texts`."""
+    """Train a tokenizer for prompts in SHORT_TEMPLATE on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = _normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -116,7 +115,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)

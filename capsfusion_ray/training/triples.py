@@ -1,4 +1,4 @@
-"""Read the triples, drop the faulty ones, keep the validation rows apart. Knows no torch."""
+"""Read the triples, drop those that a student should not learn from, and separate the validation rows. Knows no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GATES = GatesConfig()
 
 @dataclass(frozen=True, slots=True)
 class Triple:
-    """A raw and a synthetic caption, and the caption a teacher fused them into."""
+    """A raw caption, a synthetic caption, and the caption that a teacher fused them into."""
 
     raw: str
     synthetic: str
@@ -33,7 +33,10 @@ class Triple:
 
 
 def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
-    """Training triples without the faulty ones, and the validation triples as they are."""
+    """Return the training triples without the faulty ones, and the validation triples as they are.
+
+    Raises SourceError for a file with no more triples than data.validation_rows.
+    """
     triples = read_all(cfg.path, {"data.raw": cfg.raw, "data.synthetic": cfg.synthetic, "data.fused": cfg.fused})
     if len(triples) <= cfg.validation_rows:
         raise SourceError(
@@ -44,20 +47,20 @@ def read_triples(cfg: TripleConfig) -> tuple[list[Triple], list[Triple]]:
 
 
 def located(source: str) -> Path:
-    """The path of `data.path`. Raises ConfigError where nothing is there."""
+    """Return data.path as a path. Raises ConfigError if it does not exist."""
     path = Path(source)
     if not source or not path.exists():
         raise ConfigError(
-            f"data.path={source!r}: no such file or folder; give a JSON, JSON lines or Parquet file of triples, or the output of jobs/label.py"
+            f"data.path={source!r}: no such file or folder; give a JSON, JSON lines or Parquet file of triples, or the output of `capsfusion label`"
         )
     return path
 
 
 def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
-    """Every triple of a JSON array, JSON lines or Parquet file, of a folder of Parquet files, or of an output of the jobs.
+    """Read all triples of a JSON array, JSON lines or Parquet file, of a folder of Parquet files, or of an output.
 
-    `columns` names raw, synthetic and fused caption, each under the key that sets it. Raises ConfigError where nothing is
-    there, SourceError for a column that is missing.
+    `columns` maps the config key of raw, synthetic and fused caption to the name of its column. Raises ConfigError if
+    `source` does not exist, SourceError for a missing column.
     """
     path, names = located(source), list(columns.values())
     if path.is_dir():
@@ -82,7 +85,7 @@ def read_all(source: str, columns: dict[str, str]) -> list[Triple]:
 
 
 def _read_parquet(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
-    """Rows of one file; those that kept one source as it is are no fused captions."""
+    """Read the rows of one file, without those whose caption is a source that was kept (core.unit_steps.KEPT)."""
     with path.open("rb") as source:
         return _rows_of(path, source, columns)
 
@@ -91,14 +94,14 @@ def _rows_of(path: Path, source: BinaryIO, columns: dict[str, str]) -> list[dict
     names, wanted = read_footer(source).schema.names, list(columns.values())
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise SourceError(f"{path}: no columns {missing}; it has {names}; set {', '.join(columns)}")
+        raise SourceError(f"{path}: the file has no columns {missing}, only {names}; set {', '.join(columns)}")
     flags = [FLAGS] if FLAGS in names else []
     rows = open_parquet(source, [*wanted, *flags], str(path)).read(columns=[*wanted, *flags]).to_pylist()
     return [row for row in rows if KEPT not in (row.get(FLAGS) or ())]
 
 
 def is_sound(triple: Triple) -> bool:
-    """Whether a student should learn from this triple: a whole sentence, that the job's own gates let pass."""
+    """Return whether a student should learn from this triple: its caption is a whole sentence, and no gate rejects it."""
     return bool(
         triple.raw
         and triple.synthetic
@@ -109,10 +112,10 @@ def is_sound(triple: Triple) -> bool:
 
 
 def passes(triple: Triple) -> bool:
-    """Whether no gate rejects the fused caption, nor finds even a hint of the instruction in it.
+    """Return whether no gate rejects the fused caption or finds a hint of the instruction in it.
 
-    3.6 % of the published captions talk about the instruction. A hint is only flagged in a single output; a student
-    that learns many of them says two at a time.
+    3.6 % of the published captions talk about the instruction. In an output the gate only flags such a hint. A student
+    that learns from many of them writes two hints in one caption.
     """
     verdict = judge_text(triple.raw, triple.synthetic, triple.fused, None, _GATES)
     return verdict.outcome is Outcome.FUSED and Reason.INSTRUCTION_ECHO not in verdict.flags

@@ -33,8 +33,9 @@ from capsfusion_ray.models.inspect import inspect_model
 from capsfusion_ray.models.location import embedded_path
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.average import AverageConfig, AverageOutputConfig, average
+from capsfusion_ray.training.checkpoint import load_checkpoint
 from capsfusion_ray.training.config import ModelConfig, TrainConfig
-from capsfusion_ray.training.loop import _resume, _start, template_text
+from capsfusion_ray.training.model import start_model, template_text
 
 STAND_IN = Path(__file__).resolve().parents[1] / "support" / "stub_vllm"
 
@@ -68,7 +69,7 @@ DOORS: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "vllm": in_vllm,
     "plan": lambda folder, _: folder_of(config(folder), weights=False),
     "copy": lambda folder, _: folder_of(EngineConfig(model=f"file://{folder}")),
-    "train": lambda folder, _: _start(TrainConfig(model=ModelConfig(path=str(folder))), [], folder),
+    "train": lambda folder, _: start_model(TrainConfig(model=ModelConfig(path=str(folder))), [], folder),
     "average": lambda folder, _: average(
         AverageConfig([str(folder)] * 2, [], AverageOutputConfig(f"{folder}.average"))
     ),
@@ -465,8 +466,8 @@ def test_a_job_ends_with_the_exit_code_of_a_usage_error(folder: Path, capsys: py
 
 def test_a_checkpoint_of_a_training_executes_nothing(mark: Path, tmp_path: Path) -> None:
     torch.save({"step": Trojan(mark)}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ConfigError, match=r"checkpoint\.pt: no checkpoint that can be read") as refusal:
-        _resume(tmp_path / "checkpoint.pt", llama(), [], None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt: this checkpoint cannot be read") as refusal:
+        load_checkpoint(tmp_path / "checkpoint.pt", llama(), [], None)  # type: ignore[arg-type]
     assert "\n" not in str(refusal.value)
     assert not mark.exists()
 

@@ -74,7 +74,7 @@ def test_the_figures_say_what_the_rows_say(tmp_path):
 
 
 def test_an_output_that_is_none_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no plan in it"):
+    with pytest.raises(ConfigError, match="holds no plan"):
         report(ReportConfig(OutputConfig(str(tmp_path))))
 
 
@@ -98,7 +98,9 @@ def test_what_was_measured_against_references_is_a_section(tmp_path):
 def test_a_folder_without_figures_is_refused_before_anything_is_read(tmp_path, written):
     if written is not None:
         (tmp_path / "figures.json").write_text(written)
-    with pytest.raises(ConfigError, match=f"evaluation={tmp_path}: no figures.json of jobs/evaluate.py"):
+    with pytest.raises(
+        ConfigError, match=f"evaluation={tmp_path}: it holds no readable figures.json of `capsfusion evaluate`"
+    ):
         report(ReportConfig(OutputConfig(str(tmp_path / "out")), evaluation=str(tmp_path)))
 
 
@@ -243,7 +245,7 @@ def test_a_finished_outputs_speed_and_price_are_those_of_all_its_units(tmp_path)
     store.put(MANIFEST, dataclasses.replace(manifest, units=units, revisions=revisions).to_bytes())
     report(cfg)
     speed = data_of(tmp_path)[1]["figures"]["speed"]
-    assert (speed["captions_per_s"], speed["unit"]) == (4.0, "captions/s an actor")
+    assert (speed["captions_per_s"], speed["unit"]) == (4.0, "captions/s per actor")
     assert speed["usd_per_million"] == pytest.approx(1e6 / 4 / 3600 * 0.5 * 3)
 
 
@@ -293,5 +295,5 @@ def test_what_a_takedown_removed_was_paid_for_too(tmp_path):
 
 def test_outputs_without_a_common_row_cannot_be_compared(tmp_path):
     one, other = run_of(tmp_path / "one", [unit(0, 10)], 1), run_of(tmp_path / "other", [unit(7, 10)], 1)
-    with pytest.raises(ConfigError, match="two outputs of one input"):
+    with pytest.raises(ConfigError, match="two outputs of the same input"):
         report(ReportConfig(one.output, beside=other.output))

@@ -146,7 +146,7 @@ def test_counts_and_unreadable_shards(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_output_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"finish jobs/fuse\.py"):
+    with pytest.raises(SourceError, match=r"finish the output first: capsfusion fuse output\.path="):
         show(str(tmp_path), 8, io.StringIO())
 
 

@@ -58,10 +58,10 @@ def test_what_cannot_be_averaged_is_refused_by_name(tmp_path):
     out = tmp_path / "out"
     for wrong, said in [
         (config([a], output=out), "at least two"),
-        (config([a, b], [0.7], out), r"shares=\[0.7\]: give each of the 2 models one"),
-        (config([a, b], [0.7, 0.4], out), "together 1"),
+        (config([a, b], [0.7], out), r"shares=\[0.7\]: give one share per model \(2\)"),
+        (config([a, b], [0.7, 0.4], out), "with a sum of 1"),
         (config([a, b], output=""), "output.path=: give a folder"),
-        (config([a, b], output=a), f"output.path={a}: .* none of its models"),
+        (config([a, b], output=a), f"output.path={a}: .* none of the models"),
         (config([a, str(tmp_path / "none")], output=out), "none is no model folder"),
         (config([a, wide], output=out), f"{wide} and {a} differ in layers"),
         (config([a, foreign], output=out), "or vocabulary"),

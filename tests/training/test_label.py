@@ -83,7 +83,7 @@ def test_the_saved_config_is_one_of_the_fuse_job(argv, tmp_path):
         (["engine.api.key_env=NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE"),
         (["engine.api.max_dollars=3"], "engine.api.prompt_price"),
         (["engine.api.max_dollars=3", *PRICES, "cluster.max_actors=null"], "cluster.max_actors"),
-        (["engine.kind=echo"], "jobs/fuse.py"),
+        (["engine.kind=echo"], "capsfusion fuse"),
         (["decode.num_beams=3"], "decode.num_beams"),
         (["output.path="], "output.path"),
     ],
@@ -123,7 +123,7 @@ def test_actors_that_are_started_anew_do_not_spend_the_cap_again(argv):
 def test_a_cap_that_is_used_up_stops_with_exit_code_1_and_says_how_to_go_on(argv, tmp_path, capsys):
     commit_units(str(tmp_path / "out"), 3)
     assert run_job(LabelConfig, prepare, [*argv, *PRICES, "engine.api.max_dollars=0.05"]) == 1
-    assert "higher cap" in capsys.readouterr().err
+    assert "higher limit" in capsys.readouterr().err
 
 
 def test_a_teacher_is_judged_as_strictly_as_the_fragment_says():

@@ -22,6 +22,7 @@ from capsfusion_ray.training.config import (
     TrainConfig,
     TripleConfig,
 )
+from capsfusion_ray.training.model import build_encoder, template_text
 from capsfusion_ray.training.optim import Average, orthogonalise
 from capsfusion_ray.training.triples import Triple
 
@@ -64,7 +65,7 @@ def test_the_saved_folder_is_standard_and_carries_its_prompt(trained):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM"
     wish = json.loads((folder / "fusion.json").read_text("utf-8"))
-    assert wish["prompt_template"] == loop.template_text(cfg)
+    assert wish["prompt_template"] == template_text(cfg)
     assert wish["decode"] == {"no_repeat_ngram": cfg.output.no_repeat_ngram}
     ids = tokenizer(wish["prompt_template"].format(raw="Anna Berg 1999", synthetic="A chair."), return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=4)
@@ -87,7 +88,7 @@ def test_words_cached_one_by_one_are_the_tokens_of_the_whole_text(trained, rows)
 def test_only_the_fused_caption_has_full_weight(trained):
     cfg, folder, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.1, ours=True)
+    encoder = build_encoder(tokenizer, template_text(cfg), 0.1, ours=True)
     ids, weights = encoder(Triple("Anna Berg", "A chair.", "A chair by Anna."))
     full = [i for i, w in zip(ids, weights, strict=True) if w == 1.0]
     assert tokenizer.decode(full, skip_special_tokens=True).strip() == "A chair by Anna."
@@ -113,7 +114,7 @@ def test_any_tokenizer_is_trained_on_the_very_prompts_that_engines_build(rows, t
         template.format(raw=row["laion_2b"], synthetic=row["laion_coco"]) + " " + row["capsfuion_official"]
         for row in rows
     )
-    encoder = loop.build_encoder(tokenizer, template, weight, ours=False)
+    encoder = build_encoder(tokenizer, template, weight, ours=False)
     builder = PromptBuilder(template, lambda texts: tokenizer(texts)["input_ids"], 256)
     for row in rows[:50]:
         triple = Triple(row["laion_2b"], row["laion_coco"], row["capsfuion_official"])

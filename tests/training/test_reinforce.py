@@ -12,6 +12,8 @@ from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.training import loop
 from capsfusion_ray.training.batches import MAX_NEW_TOKENS
 from capsfusion_ray.training.config import AugmentConfig, ModelConfig, ReinforceConfig, RewardConfig
+from capsfusion_ray.training.loss import Loss
+from capsfusion_ray.training.model import build_encoder, template_text
 from capsfusion_ray.training.reinforce import Sampler, SelfCritic, advantage
 from capsfusion_ray.training.reward import Reward
 from capsfusion_ray.training.triples import Triple, passes, read_triples
@@ -114,7 +116,7 @@ def test_one_sample_has_nothing_to_be_measured_against():
 def test_greedy_samples_are_the_models_own_and_end_at_the_end_token(supervised, triples_file):
     cfg = recipe(triples_file, supervised)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(supervised), AutoTokenizer.from_pretrained(supervised)
-    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, ours=True)
+    encoder = build_encoder(tokenizer, template_text(cfg), 0.0, ours=True)
     triples = read_triples(cfg.data)[1][:5]
     for triple, [(ids, nats)] in zip(triples, Sampler(model, tokenizer, encoder)(triples, 0), strict=True):
         prompt = torch.tensor([encoder.prompt(triple)])
@@ -139,7 +141,7 @@ def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(
         AutoModelForCausalLM.from_pretrained(supervised, dtype=torch.float32),
         AutoTokenizer.from_pretrained(supervised),
     )
-    encoder = loop.build_encoder(tokenizer, loop.template_text(cfg), 0.0, ours=True)
+    encoder = build_encoder(tokenizer, template_text(cfg), 0.0, ours=True)
     triples = random.Random(0).choices(read_triples(cfg.data)[0], k=8)
     critic = SelfCritic(
         ReinforceConfig(samples=4, supervised_weight=0.0, drift=drift),
@@ -151,7 +153,7 @@ def test_what_is_rewarded_becomes_likelier_unless_drifting_costs_more(
     seen = []
     for _ in range(30):
         batch, mean = critic(triples)
-        loop.Loss(model)(batch, torch.device("cpu")).backward()
+        Loss(model)(batch, torch.device("cpu")).backward()
         optimizer.step()
         optimizer.zero_grad()
         seen.append(mean)
