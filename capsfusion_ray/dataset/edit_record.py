@@ -18,7 +18,7 @@ from capsfusion_ray.dataset.manifest import FileEntry, Manifest, read_groups
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.unit_files import parts_of
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.storage import Store, read_note
+from capsfusion_ray.storage import Store, decode_note, read_note
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ def begin_edit(store: Store, manifest: Manifest, record: dict[str, Any], rewritt
     if not unfinished_edit(store, manifest):
         refuse_damage(store, rewritten, f"a {record['kind']}")
     if not store.put_if_absent(record_path(edition), text):
-        other = json.loads(store.get(record_path(edition)))
-        if other != json.loads(text):
+        other = decode_note(store.get(record_path(edition)))
+        if other != decode_note(text):
             _replace_retry(store, edition, other, record)
             store.put(record_path(edition), text)
     return edition

@@ -8,7 +8,6 @@ its holder was a process of this machine and is gone. Knows the store only.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import socket
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from capsfusion_ray.dataset.layout import LEASE
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
-from capsfusion_ray.storage import Store, StoreRefused
+from capsfusion_ray.storage import Store, StoreRefused, decode_note, encode_note
 
 log = logging.getLogger(__name__)
 TTL_S = 60.0
@@ -54,11 +53,11 @@ class Holder:
         return self.released or gone
 
     def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        return encode_note(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Holder:
-        return cls(**json.loads(data))
+        return cls(**decode_note(data))
 
 
 def _machine() -> str:

@@ -98,7 +98,7 @@ class Manifest:
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """The inverse of to_bytes. Raises AccountingError for a manifest of another version of this program."""
-        raw = json.loads(data)
+        raw = decode_note(data)
         version = raw.pop("version")
         if version != MANIFEST_VERSION:
             raise AccountingError(

@@ -28,7 +28,7 @@ from capsfusion_ray.pairing import shuffle_files as exchange
 from capsfusion_ray.pairing.rules import Audit, exchange_schema, join_bucket
 from capsfusion_ray.pairing.shuffle_files import Span, Table
 from capsfusion_ray.run.pipeline import as_raised, data_context
-from capsfusion_ray.storage import Store, patiently
+from capsfusion_ray.storage import Store, patiently, write_note
 
 log = logging.getLogger(__name__)
 BUCKETS = "_pair/buckets"
@@ -146,7 +146,7 @@ def write_bucket(rows: pa.Table, bucket: int, join: Join) -> Audit:
         sink = io.BytesIO()
         pq.write_table(pairs, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
         patiently(lambda: join.store.put(f"part-{bucket:05d}.parquet", sink.getvalue()))
-    patiently(lambda: join.store.put(_note(bucket), json.dumps(asdict(audit)).encode()))
+    patiently(lambda: write_note(join.store, _note(bucket), audit))
     return audit
 
 

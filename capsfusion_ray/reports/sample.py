@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from capsfusion_ray.dataset.layout import DATA_FOLDERS, PROGRESS, UNITS_DIR, con
 from capsfusion_ray.dataset.manifest import FileEntry, read_groups, read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
-from capsfusion_ray.storage import Store
+from capsfusion_ray.storage import Store, read_note
 
 T = TypeVar("T")
 FILES_READ = 48  # files read per folder, spread over all its files
@@ -80,7 +79,7 @@ def state_of(store: Store) -> State | None:
     plans = read_plans(store)
     if not plans:
         return None
-    progress = json.loads(store.get(PROGRESS)) if store.exists(PROGRESS) else {}
+    progress = read_note(store, PROGRESS) or {}
     manifest = read_manifest(store)
     if manifest and len(manifest.units) == sum(len(plan.units) for plan in plans):
         counts, units, files, shards = manifest.counts, manifest.units, manifest.files, manifest.unreadable_shards

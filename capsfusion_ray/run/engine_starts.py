@@ -7,7 +7,6 @@ again, in a fresh process each time, for as long as the run moves. One note an a
 from __future__ import annotations
 
 import dataclasses
-import json
 import socket
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import ray
 
 from capsfusion_ray.dataset.layout import ENGINE_IS_UP, PROGRESS, start_path
 from capsfusion_ray.errors import EngineError
-from capsfusion_ray.storage import Store, patiently
+from capsfusion_ray.storage import Store, patiently, read_note, write_note
 
 MOST_DEATHS = 4  # of processes in a row, each while its engine started, and none of the run is up
 
@@ -86,11 +85,10 @@ class StartLog:
         return start
 
     def _get(self, path: str) -> dict[str, Any]:
-        found = patiently(lambda: self._store.get_with_etag(path))
-        return json.loads(found[0]) if found else {}
+        return patiently(lambda: read_note(self._store, path)) or {}
 
     def _put(self, path: str, fields: dict[str, Any]) -> None:
-        patiently(lambda: self._store.put(path, json.dumps(fields).encode()))
+        patiently(lambda: write_note(self._store, path, fields))
 
 
 def _path() -> str:

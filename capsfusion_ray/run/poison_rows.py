@@ -9,11 +9,11 @@ row has died alone twice. Knows the store only; the narrowing is pure.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
+from typing import Any
 
 from capsfusion_ray.dataset.layout import attempt_path
-from capsfusion_ray.storage import Store, patiently
+from capsfusion_ray.storage import Store, patiently, read_note, write_note
 
 SHARED_DEATHS = 2
 Range = tuple[int, int]  # of the rows that a unit sends to the engine, in their order: [first, last)
@@ -68,14 +68,13 @@ class AttemptLog:
 
     def begin(self, unit_id: str, rows: int) -> Attempt:
         """Note, and return, the attempt that starts now."""
-        found = patiently(lambda: self._store.get_with_etag(attempt_path(unit_id)))
-        attempt = following(_parse(found[0]) if found else None, self._run, rows)
+        noted = patiently(lambda: read_note(self._store, attempt_path(unit_id)))
+        attempt = following(_parse(noted) if noted else None, self._run, rows)
         self.note(unit_id, attempt)
         return attempt
 
     def note(self, unit_id: str, attempt: Attempt) -> None:
-        data = json.dumps(dataclasses.asdict(attempt)).encode()
-        patiently(lambda: self._store.put(attempt_path(unit_id), data))
+        patiently(lambda: write_note(self._store, attempt_path(unit_id), attempt))
 
     def abandon(self, unit_id: str, attempt: Attempt) -> None:
         """The attempt was broken off, and nobody died: the next one stands where it stood."""
@@ -89,8 +88,7 @@ class AttemptLog:
         patiently(lambda: self._store.delete([attempt_path(unit_id)]))
 
 
-def _parse(data: bytes) -> Attempt:
-    fields = json.loads(data)
+def _parse(fields: dict[str, Any]) -> Attempt:
     fields["ranges"] = tuple((first, last) for first, last in fields["ranges"])
     fields["trying"] = tuple(fields["trying"]) if fields["trying"] else None
     return Attempt(**fields | {"guilty": tuple(fields["guilty"])})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from rich.table import Table
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.dataset.layout import PROGRESS
 from capsfusion_ray.errors import StorageError
-from capsfusion_ray.storage import Store, StoreRefused
+from capsfusion_ray.storage import Store, StoreRefused, read_note, write_note
 
 log = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
@@ -50,8 +49,8 @@ class Progress:
         self._before_s = 0.0  # spent by earlier processes on this run
 
     def __enter__(self) -> Progress:
-        if self.store.exists(PROGRESS):
-            self._history = [tuple(point) for point in json.loads(self.store.get(PROGRESS)).get("history", [])]
+        if noted := read_note(self.store, PROGRESS):
+            self._history = [tuple(point) for point in noted.get("history", [])]
             self._before_s = self._history[-1][0] if self._history else 0.0
         if self.stream.isatty():
             # It stands there before the first commit, and through the minutes between two of them.
@@ -126,7 +125,7 @@ class Progress:
             "updated_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         try:
-            self.store.put(PROGRESS, json.dumps(state).encode())
+            write_note(self.store, PROGRESS, state)
         except (StorageError, StoreRefused) as error:  # what others read of a run must not end the run
             log.warning("progress not written: %s", error)
 
