@@ -7,6 +7,7 @@ call where a unit is read, committed or compacted. Elsewhere, and after the last
 resumed. What no retry can mend (an absent bucket, credentials, a read-only folder) is StoreRefused: the run stops.
 """
 
+from capsfusion_ray.storage.arrow_filesystem import arrow_filesystem
 from capsfusion_ray.storage.base import FAULTS, StoredFile, StoreFull, StoreRefused
 from capsfusion_ray.storage.notes import decode_note, encode_note, read_note, write_note
 from capsfusion_ray.storage.store import Store
@@ -19,6 +20,7 @@ __all__ = [
     "StoreFull",
     "StoreRefused",
     "StoredFile",
+    "arrow_filesystem",
     "client_faults",
     "decode_note",
     "encode_note",

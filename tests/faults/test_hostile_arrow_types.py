@@ -30,6 +30,7 @@ from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.dataset.export import ExportConfig, export
 from capsfusion_ray.dataset.layout import MANIFEST
 from capsfusion_ray.dataset.manifest import Manifest
+from capsfusion_ray.dataset.open_dataset import open_dataset
 from capsfusion_ray.dataset.takedown import takedown
 from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.dataset.verify import verify
@@ -230,6 +231,7 @@ READERS = {
     "report": lambda out: report(ReportConfig(OutputConfig(str(out)))),
     "show": lambda out: show(str(out), 8, io.StringIO()),
     "takedown": lambda out: takedown(TakedownConfig(OutputConfig(str(out)), row_ids=list_of(out.parent / "gone.txt"))),
+    "open_dataset": lambda out: open_dataset(str(out)),
     "export": lambda out: export(ExportConfig(OutputConfig(str(out)), to=str(out.parent / "export"))),
 }
 
