@@ -29,7 +29,7 @@ from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit, judge_unit
 from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.unit_files import commit
-from capsfusion_ray.run.actor import FusionActor
+from capsfusion_ray.run.actor import ActorTools, FusionActor
 from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.sources import ReadSpec, iter_units
 from capsfusion_ray.storage import Store
@@ -61,7 +61,7 @@ def run(corpus: str, output: str, rows: int, unit_rows: int) -> tuple[Clock, int
     fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
     plan = make_plan(shards, {}, unit_rows, fields)
     store, clock, done = Store(output), Clock(), 0
-    actor = FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, "bench"))
+    actor = FusionActor(cfg.engine, cfg.decode, TEMPLATE, ActorTools(AttemptLog(store, "bench")))
     by_path = {shard.path: shard for shard in shards}
     groups: dict[str, list] = {}
     for span in read_tasks(plan.units, {shard.path: shard.row_groups for shard in shards}):

@@ -26,7 +26,7 @@ from capsfusion_ray.core.gates import judge, judge_sources
 from capsfusion_ray.core.prompt import TEMPLATE, PromptBuilder
 from capsfusion_ray.core.types import CaptionPair, FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Engine, build_engine
-from capsfusion_ray.run import cluster
+from capsfusion_ray.run.private_cluster import start_here
 
 BATCH_ROWS = 8192
 GATES = GatesConfig()
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--actors", type=int, default=0, help="0: the engine runs in tasks")
     parser.add_argument("--checkpoint", default="", help="a folder for Ray's own checkpoint")
     options = parser.parse_args()
-    cluster.start_here(num_cpus=(os.cpu_count() or 1) + 1, logging_level=logging.WARNING)  # as cluster.connect does
+    start_here(num_cpus=(os.cpu_count() or 1) + 1, logging_level=logging.WARNING)  # as cluster.connect does
     context = DataContext.get_current()
     context.enable_progress_bars = False
     if options.checkpoint:

@@ -89,6 +89,20 @@ def test_heavy_libraries_stay_in_their_rooms(name: str) -> None:
             assert library not in roots, f"{in_house(name)} imports {library}; only {', '.join(rooms)} may"
 
 
+@pytest.mark.parametrize("name", ["capsfusion_ray.run.executors.local", "capsfusion_ray.run.driver"], ids=in_house)
+def test_a_local_run_imports_no_ray(name: str) -> None:
+    """Neither this file nor any that it imports, at its head or in a function; the table of executors holds lazy paths."""
+    found, left = {name}, [name]
+    while left:
+        new = set(imports(left.pop(), MODULES)) - found
+        found |= new
+        left += new
+    for other in sorted(found):
+        assert not re.search(r"^\s*(?:import|from) ray\b", MODULES[other].read_text("utf-8"), re.MULTILINE), in_house(
+            other
+        )
+
+
 def test_the_house_stays_small() -> None:
     """The figures that docs/architecture.md gives, as upper bounds: python docs/measure_house.py."""
     counts = measure(ROOT)

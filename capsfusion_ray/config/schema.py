@@ -289,7 +289,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """How many actors, and what each may take."""
+    """What runs the job: how many actors, and what each may take."""
 
     min_actors: int = 1
     max_actors: int | None = None  # null: as many as the cluster's GPUs (or CPUs) hold
@@ -297,6 +297,9 @@ class ClusterConfig:
     cpus_per_actor: float = 1.0
     units_in_flight: int = 2  # per actor, so that its slots never drain between units
     price_per_gpu_hour: float = 2.5  # USD; for the plan's estimate only
+    kind: Literal["ray", "local"] = (
+        "ray"  # local: one engine in this process, without Ray; a row that kills its process ends the run there
+    )
     address: str = "auto"  # auto: the cluster of `ray job submit`, else a local one started here; or ray://…
 
     def __post_init__(self) -> None:

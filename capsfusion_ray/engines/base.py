@@ -81,6 +81,15 @@ def device_name(engine: EngineConfig) -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() and engine.device != "cpu" else "cpu"
 
 
+def count_gpus(engine: EngineConfig) -> int:
+    """GPUs of this machine that torch sees; 0 for an engine that uses none, without importing torch."""
+    if not engine.loads_model or engine.device == "cpu":
+        return 0
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 def build_engine(engine: EngineConfig, decode: DecodeConfig) -> Engine:
     """Import and construct the engine of `engine.kind`, which the config has checked. Raises what `Engine` says."""
     module, _, name = ENGINES[engine.kind].partition(":")

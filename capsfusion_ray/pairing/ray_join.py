@@ -19,15 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
 from capsfusion_ray.errors import AccountingError
 from capsfusion_ray.pairing import shuffle_files as exchange
 from capsfusion_ray.pairing.rules import Audit, exchange_schema, join_bucket
 from capsfusion_ray.pairing.shuffle_files import Span, Table
-from capsfusion_ray.run.pipeline import as_raised, data_context
+from capsfusion_ray.run.ray_data import ReadTask, TaskSource, as_raised, data_context
 from capsfusion_ray.storage import Store, patiently, write_note
 
 log = logging.getLogger(__name__)
@@ -85,28 +82,11 @@ def outcomes(name: str, tasks: Sequence[Callable[[], Iterable[pa.Table]]]) -> It
     if not tasks:
         return
     data_context()
-    dataset = ray.data.read_datasource(_Tasks(name, tasks), override_num_blocks=len(tasks), num_cpus=TASK_CPUS)
+    source = TaskSource(name, [ReadTask(task) for task in tasks])
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(tasks), num_cpus=TASK_CPUS)
     with as_raised():
         for row in dataset.iter_rows():
             yield row["outcome"]
-
-
-class _Tasks(Datasource):
-    def __init__(self, name: str, tasks: Sequence[Callable[[], Iterable[pa.Table]]]) -> None:
-        super().__init__()
-        self._name, self._tasks = name, tasks
-
-    def get_name(self) -> str:
-        return self._name
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(task, metadata) for task in self._tasks]
 
 
 @dataclass(frozen=True)

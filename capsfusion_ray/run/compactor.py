@@ -1,31 +1,30 @@
-"""Compacts each group of input shards as a Ray task, as soon as all its units are committed, beside the running pipeline."""
+"""Starts the compaction of each group of input shards as soon as all its units are committed, beside the running stages."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
-
-import ray
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.types import WorkUnit
-from capsfusion_ray.dataset.compaction import compact_group
 from capsfusion_ray.dataset.manifest import GroupEntry
 from capsfusion_ray.dataset.unit_files import remove_parts
-from capsfusion_ray.run.pipeline import as_raised
-from capsfusion_ray.storage import Store, patiently
+from capsfusion_ray.run.executors.base import Executor, GroupTask
+from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
-COMPACT_CPUS = 0.2
-MAX_RUNNING = 8  # each holds one output file in memory
+MAX_RUNNING = 8  # each compaction holds one output file in memory
+Key = tuple[int, str]  # the number of a plan and the name of a group
 
 
 class Compactor:
-    """Knows which units of which group are still to come. Use as a context: leaving it waits for no task.
+    """Knows which units of which group are still to be committed.
 
-    `stale`: units whose part outlived their group's entry, because a compaction was killed before its last step or a
-    second attempt came late; these parts go first. `may_write` raises where this driver may no longer compact: see lease.py.
+    `stale`: units whose part is still there although their group has an entry, because a compaction was killed before its
+    last step or a second attempt committed late; these parts are deleted first. `may_write` raises where this driver may
+    no longer compact (dataset/lease.py).
     """
 
     def __init__(
@@ -36,12 +35,13 @@ class Compactor:
         output: OutputConfig,
         stale: Collection[str],
         may_write: Callable[[], None],
+        executor: Executor,
     ) -> None:
-        self._store, self._output, self._stale, self._may_write = store, output, stale, may_write
+        self._store, self._output, self._may_write, self._executor = store, output, may_write, executor
         self._fields = plans[0].fields
         self._entries = {(entry.plan, entry.group): entry for entry in entries}
-        self._units: dict[tuple[int, str], list[WorkUnit]] = {}
-        self._group_of: dict[str, tuple[int, str]] = {}
+        self._units: dict[Key, list[WorkUnit]] = {}
+        self._group_of: dict[str, Key] = {}
         for plan in plans:
             for unit in plan.units:
                 self._units.setdefault((plan.number, unit.group), []).append(unit)
@@ -49,20 +49,13 @@ class Compactor:
         self._left = {
             key: {unit.id for unit in units} for key, units in self._units.items() if key not in self._entries
         }
-        self._ready: list[tuple[int, str]] = []
-        self._running: dict[ray.ObjectRef, tuple[int, str]] = {}
+        self._ready: list[Key] = []
+        self._running: dict[Future[GroupEntry], Key] = {}
         self.done: set[str] = set()
-
-    def __enter__(self) -> Compactor:
-        remove_parts(self._store, [unit for units in self._units.values() for unit in units if unit.id in self._stale])
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for task in self._running:
-            ray.cancel(task)
+        remove_parts(store, [unit for units in self._units.values() for unit in units if unit.id in stale])
 
     def committed(self, unit_id: str) -> None:
-        """Note a commit; starts the compaction of its group if it was the last, and collects finished ones."""
+        """Note a commit; start the compaction of its group if it was the last unit, and collect finished ones."""
         self.done.add(unit_id)
         key = self._group_of[unit_id]
         if key not in self._left:
@@ -74,35 +67,22 @@ class Compactor:
         self._advance(0.0)
 
     def finish(self) -> list[GroupEntry]:
-        """Wait for all groups; their entries, in order of revision and group."""
+        """Wait for all groups; their entries, in the order of plan and group. Raises what a compaction raised."""
         while self._ready or self._running:
             self._advance(None)
         return [self._entries[key] for key in sorted(self._entries)]
 
     def _advance(self, timeout_s: float | None) -> None:
+        """Start as many compactions as may run, then wait at most `timeout_s` for one to finish; None: without limit."""
         while self._ready and len(self._running) < MAX_RUNNING:
             self._may_write()
-            key = self._ready.pop(0)
-            revision, group = key
-            task = _compact.remote(self._store, group, revision, self._units[key], self._fields, self._output)
-            self._running[task] = key
+            number, group = key = self._ready.pop(0)
+            units = tuple(self._units[key])
+            task = GroupTask(self._store, group, number, units, self._fields, self._output)
+            self._running[self._executor.compact(task)] = key
         if not self._running:
             return
-        finished, _ = ray.wait(list(self._running), timeout=timeout_s)
-        for task in finished:
-            key = self._running.pop(task)
-            with as_raised():
-                self._entries[key] = ray.get(task)
+        for future in wait(self._running, timeout_s, FIRST_COMPLETED).done:
+            key = self._running.pop(future)
+            self._entries[key] = future.result()
             log.debug("compacted %s: %d files", key, len(self._entries[key].files))
-
-
-@ray.remote(num_cpus=COMPACT_CPUS)
-def _compact(
-    store: Store,
-    group: str,
-    revision: int,
-    units: list[WorkUnit],
-    fields: tuple[tuple[str, str], ...],
-    output: OutputConfig,
-) -> GroupEntry:
-    return patiently(lambda: compact_group(store, group, revision, units, fields, output))

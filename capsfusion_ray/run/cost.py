@@ -9,7 +9,7 @@ from capsfusion_ray.config import FuseConfig
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.cost_model import Estimate
 from capsfusion_ray.core.plan import Plan
-from capsfusion_ray.run.pipeline import Pool
+from capsfusion_ray.run.pool import Pool
 from capsfusion_ray.run.survey import speed
 
 

@@ -1,4 +1,7 @@
-"""One run: survey the input -> plan -> pending units -> pipeline, compacting as groups finish -> manifest -> totals."""
+"""One fuse run: survey the input, plan, fuse the pending units while finished groups are compacted, publish the manifest.
+
+Talks to a Ray cluster or to this process through an Executor alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import dataclasses
 import logging
 import sys
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from capsfusion_ray.config import FuseConfig, to_yaml
@@ -22,186 +27,210 @@ from capsfusion_ray.dataset.rewriter import Rewriter
 from capsfusion_ray.dataset.unit_files import committed, read_summaries
 from capsfusion_ray.errors import AccountingError, ConfigError
 from capsfusion_ray.models.inspect import resolve_with_model
-from capsfusion_ray.run import cluster
 from capsfusion_ray.run.compactor import Compactor
 from capsfusion_ray.run.cost import cost
-from capsfusion_ray.run.edits.base import Revision, run_revision
+from capsfusion_ray.run.edits.base import Edit, run_edit
 from capsfusion_ray.run.edits.repair_files import open_repair
 from capsfusion_ray.run.edits.retry_rejected import open_retry, reasons_of
-from capsfusion_ray.run.pipeline import Job, Pool, run_units
+from capsfusion_ray.run.executors.base import Executor, open_executor
+from capsfusion_ray.run.pool import Pool
 from capsfusion_ray.run.progress import Progress
-from capsfusion_ray.run.prometheus import RunMonitor
+from capsfusion_ray.run.stages import Job, shard_reads
 from capsfusion_ray.run.survey import OutputState, Survey, base_of, next_plan, read_spec, survey
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
 
 
-def fuse(cfg: FuseConfig) -> dict[str, Any]:
-    """jobs/fuse.py: plan, or pick up the plan; fuse what is pending; compact; verify the sums; write the manifest."""
+def fuse(cfg: FuseConfig, executor: Executor | None = None) -> dict[str, Any]:
+    """Do what jobs/fuse.py is asked for: a run, a retry or a repair. Returns the last line of its output, as a dict.
+
+    `executor` runs the stages and is closed at the end; None: the one of cluster.kind. Raises CapsFusionError, and
+    KeyboardInterrupt after Ctrl-C: committed units are kept, and the same command resumes.
+    """
     began = time.monotonic()
     found = survey(cfg)
     if cfg.retry:
-        reasons_of(cfg.retry)  # a wrong name is said here, before any cluster
+        reasons_of(cfg.retry)  # raises for a wrong name, before any cluster is started
     store = Store(cfg.output.path, cfg.output.storage)
     store.check_writable(RUN_DIR)
     if not store.conditional_put:
         log.warning(
             "%s: this store has no conditional writes; never let two drivers work on one output", cfg.output.path
         )
-    with Lease(store, cfg.takeover, cfg.lease_wait_s) as lease:
-        return _fuse(cfg, found, store, lease, began)
-
-
-def _fuse(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, began: float) -> dict[str, Any]:
-    resources = cluster.connect(cfg.cluster)
-    try:
-        engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)
-        pool = cluster.resolve_pool(cfg.cluster, engine, resources, units=sys.maxsize)
-        engine = cluster.resolve_engine(engine, pool, resources)
-        cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
-        if cfg.retry or cfg.repair:
-            return _revise(cfg, found, store, pool, lease, began)
-        refuse_unfinished_edit(store, before := read_manifest(store))
-        if before:
-            clean(store, before)  # what a retry that was killed after its manifest left
-        run = _open_run(cfg, found, store, engine.device)
-        pool = cluster.resolve_pool(cfg.cluster, engine, resources, units=len(run.pending))
-        resumed = len(run.units) - len(run.pending)
-        refuse_lost_input(run.pending, found.shards)
-        manifest = _work(cfg, found, run, before, pool, lease)
-    finally:
-        cluster.disconnect()
-    seconds = time.monotonic() - began
-    fresh = manifest.counts.done if not resumed else sum(unit.rows for unit in run.pending)
-    return totals(manifest.counts, cfg, len(run.units), resumed, seconds, fresh)
-
-
-def _revise(cfg: FuseConfig, found: Survey, store: Store, pool: Pool, lease: Lease, began: float) -> dict[str, Any]:
-    """The retry or the repair that is asked for."""
-    plans = read_plans(store)
-    revision = _open_revision(cfg, found, store, plans)
-    units = [unit for plan in plans for unit in plan.units]
-    if revision:
-        job = _job(cfg, found, plans[0].fields, store, lease)
-        counts, again, rows = run_revision(revision, job, pool, lease), len(revision.units), revision.rows
-    else:
-        log.info(
-            "nothing is left to do: %s",
-            "this very retry was done" if cfg.retry else "every file is as the manifest says",
-        )
-        manifest = read_manifest(store)
-        assert manifest  # opening a revision raises where there is none
-        counts, again, rows = manifest.counts, 0, 0
-    return totals(counts, cfg, len(units), len(units) - again, time.monotonic() - began, rows)
-
-
-def _open_revision(cfg: FuseConfig, found: Survey, store: Store, plans: list[Plan]) -> Revision | None:
-    if cfg.retry:
-        settings = {
-            key: value
-            for key, value in base_of(cfg, found.model).items()
-            if key.startswith(("prompt", "engine", "decode", "gates"))
-        }
-        return open_retry(store, cfg.retry, settings, plans, cfg.output)
-    if plans:
-        next_plan(cfg, found, cfg.engine.device, plans)  # refuses other settings than those of the output
-    return open_repair(store, plans, cfg.output, found.shards)
-
-
-def _job(cfg: FuseConfig, found: Survey, fields: tuple[tuple[str, str], ...], store: Store, lease: Lease) -> Job:
-    return Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, found.model.template, fields, store, lease.id)
-
-
-def _open_run(cfg: FuseConfig, found: Survey, store: Store, device: str) -> OutputState:
-    plans = read_plans(store)
-    plan = next_plan(cfg, found, device, plans)
-    if plan.units or not plans:
-        if not write_plan(store, plan):
-            raise ConfigError(
-                f"{store.root}: another driver just planned this output; run the same command again to join it"
-            )
-        store.put(config_path(plan.number), to_yaml(cfg).encode())
-        plans.append(plan)
-        log.info("plan %d: %d rows in %d units", plan.number, plan.rows, len(plan.units))
-    entries = read_groups(store)
-    return OutputState(store, plans, entries, committed(store))
-
-
-def _work(
-    cfg: FuseConfig, found: Survey, run: OutputState, before: Manifest | None, pool: Pool, lease: Lease
-) -> Manifest:
-    pending = run.pending
-    began = time.monotonic()
-    if before and not pending and len(before.units) == len(run.units):
-        log.info("nothing is left to do: %s holds all %d planned rows", cfg.output.path, run.planned_rows)
-        return before
-    job = _job(cfg, found, run.plans[0].fields, run.store, lease)
-    shards = {shard.path: shard for shard in found.shards}
-    compacted = run.compacted
-    waiting = run.in_parts - compacted
-    in_parts = [unit for unit in run.units if unit.id in waiting]
-    progress = Progress(run.store, run.planned_rows, len(run.units), pool.max_actors, sys.stderr)
     with (
-        progress,
-        Compactor(run.store, run.plans, run.entries, cfg.output, run.in_parts & compacted, lease.check) as compactor,
+        Lease(store, cfg.takeover, cfg.lease_wait_s) as lease,
+        closing(executor or open_executor(cfg.cluster)) as executor,
     ):
-        for summary in [unit for entry in run.entries for unit in entry.units] + read_summaries(run.store, in_parts):
-            progress.resumed(summary)
-        for unit in in_parts:
-            compactor.committed(unit.id)
-        if pending:
-            log.info(
-                "%d of %d units to fuse, %d to %d actors",
-                len(pending),
-                len(run.units),
-                pool.min_actors,
-                pool.max_actors,
-            )
-            with RunMonitor(run.planned_rows, progress.rows, pool.max_actors) as monitor:
-                for summary in run_units(job, pool, pending, shards):
-                    progress.committed(summary)
-                    monitor.committed(summary, progress.rows)
-                    compactor.committed(summary.id)
-        missing = [unit for unit in pending if unit.id not in compactor.done]
-        if missing:
-            raise AccountingError(
-                f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again"
-            )
-        entries = compactor.finish()
-        progress.save()
-    rewriter = Rewriter(run.store, len(before.revisions if before else ()) + 1, run.plans[0].fields, cfg.output)
-    entries = judge_repeats(rewriter, entries, cfg.gates.repeated_caption, lease.check)
-    lease.check()
-    manifest = _publish(run, entries, before, round(time.monotonic() - began, 1), cfg, pool)
-    clean(run.store, manifest)
-    return manifest
+        run = _resolved(cfg, found, store, lease, executor)
+        return run.edit(began) if cfg.retry or cfg.repair else run.fuse(began)
 
 
-def _publish(
-    run: OutputState, entries: list[GroupEntry], before: Manifest | None, seconds: float, cfg: FuseConfig, pool: Pool
-) -> Manifest:
-    """Assemble the manifest and swap it in, last."""
-    revisions = list(before.revisions) if before else []
-    planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
-    for plan in run.plans[planned:]:
-        kind = "extension" if plan.number > 1 else "base"
-        revision = {
-            "revision": plan.number,
-            "kind": kind,
-            "units": len(plan.units),
-            "rows": plan.rows,
-            "seconds": seconds,
-        }
-        units = [unit for entry in entries if entry.plan == plan.number for unit in entry.units]
-        revisions.append(revision | {"cost": cost(cfg, pool, plan, units)})
-    manifest = assemble(run.plans, entries, revisions)
-    swap_manifest(run.store, before, manifest)
-    return manifest
+def _resolved(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, executor: Executor) -> _Run:
+    """The run, with every setting resolved that depends on the model or on the machines."""
+    engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)
+    pool = executor.resolve_pool(engine, units=sys.maxsize)
+    engine = executor.resolve_engine(engine, pool)
+    return _Run(dataclasses.replace(cfg, engine=engine, decode=decode), found, store, lease, executor, pool)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One command on one output, of which this process holds the lease. `cfg` is resolved; `pool` is for any number of units."""
+
+    cfg: FuseConfig
+    found: Survey
+    store: Store
+    lease: Lease
+    executor: Executor
+    pool: Pool
+
+    # ------------------------------------------------------------------------------------------------- retry and repair
+
+    def edit(self, began: float) -> dict[str, Any]:
+        """Do the retry or the repair that is asked for."""
+        plans = read_plans(self.store)
+        edit = self._open_edit(plans)
+        units = sum(len(plan.units) for plan in plans)
+        if edit:
+            counts = run_edit(edit, self._job(plans[0].fields), self.executor, self.pool, self.lease)
+            again, rows = len(edit.units), edit.rows
+        else:
+            done = "this very retry is done" if self.cfg.retry else "every file is as the manifest says"
+            log.info("nothing is left to do: %s", done)
+            manifest = read_manifest(self.store)
+            assert manifest  # opening an edit raises where there is none
+            counts, again, rows = manifest.counts, 0, 0
+        return totals(counts, self.cfg, units, units - again, time.monotonic() - began, rows)
+
+    def _open_edit(self, plans: list[Plan]) -> Edit | None:
+        cfg = self.cfg
+        if cfg.retry:
+            settings = {
+                key: value
+                for key, value in base_of(cfg, self.found.model).items()
+                if key.startswith(("prompt", "engine", "decode", "gates"))
+            }
+            return open_retry(self.store, cfg.retry, settings, plans, cfg.output)
+        if plans:
+            next_plan(cfg, self.found, cfg.engine.device, plans)  # raises for other settings than those of the output
+        return open_repair(self.store, plans, cfg.output, self.found.shards)
+
+    def _job(self, fields: tuple[tuple[str, str], ...]) -> Job:
+        cfg, template = self.cfg, self.found.model.template
+        return Job(
+            read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, template, fields, self.store, self.lease.id
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- the run
+
+    def fuse(self, began: float) -> dict[str, Any]:
+        """Fuse what the output does not hold yet, and publish the manifest."""
+        before = read_manifest(self.store)
+        refuse_unfinished_edit(self.store, before)
+        if before:
+            clean(self.store, before)  # what a retry that was killed after its manifest has left
+        state = self._open_output()
+        refuse_lost_input(state.pending, self.found.shards)
+        resumed = len(state.units) - len(state.pending)
+        manifest = self._finish(state, before)
+        seconds = time.monotonic() - began
+        fresh = manifest.counts.done if not resumed else sum(unit.rows for unit in state.pending)
+        return totals(manifest.counts, self.cfg, len(state.units), resumed, seconds, fresh)
+
+    def _open_output(self) -> OutputState:
+        """Plan what is not planned yet, and look up what is done."""
+        plans = read_plans(self.store)
+        plan = next_plan(self.cfg, self.found, self.cfg.engine.device, plans)
+        if plan.units or not plans:
+            if not write_plan(self.store, plan):
+                raise ConfigError(
+                    f"{self.store.root}: another driver just planned this output; run the same command again to join it"
+                )
+            self.store.put(config_path(plan.number), to_yaml(self.cfg).encode())
+            plans.append(plan)
+            log.info("plan %d: %d rows in %d units", plan.number, plan.rows, len(plan.units))
+        entries = read_groups(self.store)
+        return OutputState(self.store, plans, entries, committed(self.store))
+
+    def _finish(self, state: OutputState, before: Manifest | None) -> Manifest:
+        """From the pending units to the manifest; `before` where nothing is left to do."""
+        began = time.monotonic()
+        if before and not state.pending and len(before.units) == len(state.units):
+            log.info("nothing is left to do: %s holds all %d planned rows", self.cfg.output.path, state.planned_rows)
+            return before
+        pool = self.executor.resolve_pool(self.cfg.engine, units=len(state.pending))
+        entries = self._fuse_and_compact(state, pool)
+        edition = len(before.revisions if before else ()) + 1
+        rewriter = Rewriter(self.store, edition, state.plans[0].fields, self.cfg.output)
+        entries = judge_repeats(rewriter, entries, self.cfg.gates.repeated_caption, self.lease.check)
+        self.lease.check()
+        manifest = self._publish(state, entries, before, pool, round(time.monotonic() - began, 1))
+        clean(self.store, manifest)
+        return manifest
+
+    def _fuse_and_compact(self, state: OutputState, pool: Pool) -> list[GroupEntry]:
+        """Fuse the pending units and compact every group; the entries of all groups."""
+        compacted, pending = state.compacted, state.pending
+        in_parts = [unit for unit in state.units if unit.id in state.in_parts - compacted]
+        stale = state.in_parts & compacted
+        with Progress(self.store, state.planned_rows, len(state.units), pool.max_actors, sys.stderr) as progress:
+            compactor = Compactor(
+                self.store, state.plans, state.entries, self.cfg.output, stale, self.lease.check, self.executor
+            )
+            for entry in state.entries:
+                for summary in entry.units:
+                    progress.resumed(summary)
+            for summary in read_summaries(self.store, in_parts):
+                progress.resumed(summary)
+            for unit in in_parts:
+                compactor.committed(unit.id)
+            if pending:
+                self._fuse_pending(state, pool, progress, compactor)
+            missing = [unit for unit in pending if unit.id not in compactor.done]
+            if missing:
+                raise AccountingError(
+                    f"{len(missing)} units ended without a commit, first {missing[0]}; run the same command again"
+                )
+            entries = compactor.finish()
+            progress.save()
+        return entries
+
+    def _fuse_pending(self, state: OutputState, pool: Pool, progress: Progress, compactor: Compactor) -> None:
+        pending = state.pending
+        log.info(
+            "%d of %d units to fuse, %d to %d actors", len(pending), len(state.units), pool.min_actors, pool.max_actors
+        )
+        job, reads = self._job(state.plans[0].fields), shard_reads(pending, self.found.shards)
+        with self.executor.monitor(state.planned_rows, progress.rows, pool.max_actors) as monitor:
+            for summary in self.executor.fuse(job, pool, reads):
+                progress.committed(summary)
+                monitor.committed(summary, progress.rows)
+                compactor.committed(summary.id)
+
+    def _publish(
+        self, state: OutputState, entries: list[GroupEntry], before: Manifest | None, pool: Pool, seconds: float
+    ) -> Manifest:
+        """Assemble the manifest and swap it in, last. Raises AccountingError where another driver changed it meanwhile."""
+        revisions = list(before.revisions) if before else []
+        planned = sum(revision["kind"] in ("base", "extension") for revision in revisions)
+        for plan in state.plans[planned:]:
+            units = [unit for entry in entries if entry.plan == plan.number for unit in entry.units]
+            revision = {
+                "revision": plan.number,
+                "kind": "extension" if plan.number > 1 else "base",
+                "units": len(plan.units),
+                "rows": plan.rows,
+                "seconds": seconds,
+            }
+            revisions.append(revision | {"cost": cost(self.cfg, pool, plan, units)})
+        manifest = assemble(state.plans, entries, revisions)
+        swap_manifest(self.store, before, manifest)
+        return manifest
 
 
 def totals(counts: Counts, cfg: FuseConfig, units: int, resumed: int, seconds: float, fresh: int) -> dict[str, Any]:
-    """The last line on stdout. `fresh`: rows that this process worked on."""
+    """The last line on stdout. `fresh`: the rows that this process fused; `resumed`: the units that were done before."""
     return {
         "rows": counts.rows,
         "rejects": counts.reasons,

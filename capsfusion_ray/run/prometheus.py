@@ -119,7 +119,7 @@ class RunMonitor:
             self._tell()
 
 
-def tell_store_faults() -> None:
+def count_store_faults() -> None:
     """Pass on what this process' store clients met since the last call."""
     for cause, requests in client_faults().items():
         _add("capsfusion_store_faults", requests, cause=cause)

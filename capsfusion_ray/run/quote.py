@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import sys
-from typing import Any, Literal
+from typing import Any
 
 from capsfusion_ray import sources
 from capsfusion_ray.config import EngineConfig, FuseConfig, PlanConfig
 from capsfusion_ray.core.columns import RAW, ROW_ID, SYNTHETIC
 from capsfusion_ray.core.cost_model import GUESSED_SLOTS, Estimate
+from capsfusion_ray.core.plan import Plan
 from capsfusion_ray.core.prompt import PromptBuilder
 from capsfusion_ray.core.types import CaptionPair
 from capsfusion_ray.dataset.manifest import read_groups
@@ -19,62 +18,41 @@ from capsfusion_ray.dataset.unit_files import committed
 from capsfusion_ray.errors import SourceError
 from capsfusion_ray.models.cache import folder_of
 from capsfusion_ray.models.inspect import resolve_with_model
-from capsfusion_ray.run import cluster
-from capsfusion_ray.run.calibrate import calibrate
+from capsfusion_ray.run.calibrate import Device, calibrate
+from capsfusion_ray.run.executors.base import executor_class
 from capsfusion_ray.run.survey import OutputState, Survey, next_plan, read_spec, speed, survey
 from capsfusion_ray.storage import Store
 
-log = logging.getLogger(__name__)
 SAMPLE_ROWS = 400  # of the input, to count tokens and to calibrate
 OUTPUT_PER_SUFFIX_TOKEN = 36 / 46  # mean fused tokens over mean caption tokens of a prompt, published examples (SPEC)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ActorSpeed:
+    """What one actor is expected to do, and where that is known from."""
+
+    captions_per_s: float
+    source: str
+    tokens: tuple[float, float]  # mean per row: of the prompt, of the output
+    captions_in_flight: int  # captions that the engine writes at the same time
+    device: Device
+    gpus: float  # per actor
 
 
 def estimate(cfg: PlanConfig) -> dict[str, Any]:
     """The plan that jobs/fuse.py would make now, and its price. Raises what the survey of a fuse run raises."""
     found = survey(cfg)
-    store = Store(cfg.output.path, cfg.output.storage)
     gpus, actors = expected_pool(cfg)
-    device: Literal["cuda", "cpu"] = "cuda" if gpus else "cpu"
     engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)
-    if cfg.calibrate:
-        if not (pairs := sample(cfg, found)):
-            raise SourceError(
-                f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with"
-            )
-        measured = calibrate(dataclasses.replace(cfg, engine=engine, decode=decode), found.model.template, pairs)
-        device, gpus = measured.device, gpus or 1.0 if measured.device == "cuda" else 0.0
-    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=device, dtype=dtype), decode=decode)
+    cfg = dataclasses.replace(cfg, engine=engine, decode=decode)
+    actor = _measured(cfg, found, gpus) if cfg.calibrate else _guessed(cfg, found, gpus)
+    dtype = engine.dtype if engine.dtype != "auto" else ("bfloat16" if actor.device == "cuda" else "float32")
+    cfg = dataclasses.replace(cfg, engine=dataclasses.replace(engine, device=actor.device, dtype=dtype))
+    store = Store(cfg.output.path, cfg.output.storage)
     before = read_plans(store)
-    plan = next_plan(cfg, found, device, before)
+    plan = next_plan(cfg, found, actor.device, before)
     begun = OutputState(store, before, read_groups(store), committed(store)) if before else OutputState(store, [], [])
-    left = [*begun.pending, *plan.units]
-    rows = sum(unit.rows for unit in left)
-    if cfg.calibrate:
-        together = measured.together
-        captions_per_s, source = measured.captions_per_s, f"measured: {measured.captions} captions by one actor here"
-        tokens = measured.prompt_tokens, measured.output_tokens
-    else:
-        together = together_of(cfg.engine, device)
-        captions_per_s = speed(cfg, device)
-        source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
-        tokens = expected_tokens(cfg, found, sample(cfg, found))
-    quote = Estimate(
-        rows=rows,
-        units=len(left),
-        actors=max(min(actors, len(left)), 1),
-        captions_per_s=captions_per_s,
-        prompt_tokens=tokens[0],
-        output_tokens=tokens[1],
-        gpus_per_actor=gpus,
-        price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
-        speed_source=source,
-        errors={shard.path: shard.error for shard in found.shards if shard.error},
-        rows_done=begun.planned_rows + plan.rows - rows,
-        preempted_every_h=cfg.preempted_every_h,
-        restart_s=cfg.restart_s,
-        captions_in_flight=together,
-    )
+    quote = _quote(cfg, found, actor, actors, begun, plan)
     return dataclasses.asdict(quote) | {
         "seconds": round(quote.seconds, 1),
         "gpu_hours": round(quote.gpu_hours, 3),
@@ -87,31 +65,59 @@ def estimate(cfg: PlanConfig) -> dict[str, Any]:
     }
 
 
-def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
-    """GPUs an actor, and actors: what a run on this machine would take, where it can; else what is asked for.
+def _quote(cfg: PlanConfig, found: Survey, actor: _ActorSpeed, actors: int, begun: OutputState, plan: Plan) -> Estimate:
+    left = [*begun.pending, *plan.units]
+    rows = sum(unit.rows for unit in left)
+    return Estimate(
+        rows=rows,
+        units=len(left),
+        actors=max(min(actors, len(left)), 1),
+        captions_per_s=actor.captions_per_s,
+        prompt_tokens=actor.tokens[0],
+        output_tokens=actor.tokens[1],
+        gpus_per_actor=actor.gpus,
+        price_per_gpu_hour=cfg.cluster.price_per_gpu_hour,
+        speed_source=actor.source,
+        errors={shard.path: shard.error for shard in found.shards if shard.error},
+        rows_done=begun.planned_rows + plan.rows - rows,
+        preempted_every_h=cfg.preempted_every_h,
+        restart_s=cfg.restart_s,
+        captions_in_flight=actor.captions_in_flight,
+    )
 
-    A cluster is not asked: one that scales up has few GPUs or none until a run wants them. Then it is a CPU's quote, and says so.
-    """
-    asked, elsewhere = cfg.cluster, cluster.named(cfg.cluster)
-    if not elsewhere:
-        here = cluster.this_machine()
-        wanted = (asked.gpus_per_actor or 0.0) * asked.min_actors or float(cfg.engine.device == "cuda")
-        if here.gpus >= wanted:  # else it is a cluster that is planned for here
-            pool = cluster.resolve_pool(asked, cfg.engine, here, units=sys.maxsize)
-            return pool.gpus_per_actor, pool.max_actors
-    if asked.gpus_per_actor is not None:
-        return asked.gpus_per_actor, asked.max_actors or asked.min_actors
-    if elsewhere and cfg.engine.loads_model and cfg.engine.device == "auto":
-        log.warning(
-            "%s: what GPUs it has is not asked; this is the quote of a CPU, and cluster.gpus_per_actor=1 gives a GPU's",
-            elsewhere,
+
+def _measured(cfg: PlanConfig, found: Survey, gpus: float) -> _ActorSpeed:
+    """By running one engine over a sample. Raises SourceError where no row of it has both captions."""
+    if not (pairs := sample(cfg, found)):
+        raise SourceError(
+            f"input.path={cfg.input.path}: no row of the sample has both captions; nothing to calibrate with"
         )
-    gpus = float(cfg.engine.vllm.tensor_parallel) if cfg.engine.device == "cuda" else 0.0
-    return gpus, asked.max_actors or asked.min_actors
+    measured = calibrate(cfg, found.model.template, pairs)
+    return _ActorSpeed(
+        measured.captions_per_s,
+        f"measured: {measured.captions} captions by one actor here",
+        (measured.prompt_tokens, measured.output_tokens),
+        measured.captions_in_flight,
+        measured.device,
+        (gpus or 1.0) if measured.device == "cuda" else 0.0,
+    )
 
 
-def together_of(engine: EngineConfig, device: str) -> int:
-    """Captions that one such engine writes at a time."""
+def _guessed(cfg: PlanConfig, found: Survey, gpus: float) -> _ActorSpeed:
+    """From unit.captions_per_s, else from the table of core/cost_model."""
+    device: Device = "cuda" if gpus else "cpu"
+    source = "unit.captions_per_s" if cfg.unit.captions_per_s else f"guess for {cfg.engine.kind} on {device}"
+    tokens = expected_tokens(cfg, found, sample(cfg, found))
+    return _ActorSpeed(speed(cfg, device), source, tokens, captions_in_flight(cfg.engine, device), device, gpus)
+
+
+def expected_pool(cfg: FuseConfig) -> tuple[float, int]:
+    """GPUs per actor, and actors, that the executor of cluster.kind expects a run to take."""
+    return executor_class(cfg.cluster).expected_pool(cfg.cluster, cfg.engine)
+
+
+def captions_in_flight(engine: EngineConfig, device: str) -> int:
+    """Captions that one such engine writes at the same time."""
     if engine.kind == "transformers":
         return engine.batch_size
     if engine.kind == "api":
@@ -120,17 +126,17 @@ def together_of(engine: EngineConfig, device: str) -> int:
 
 
 def sample(cfg: FuseConfig, found: Survey) -> list[CaptionPair]:
-    """Rows spread over all shards that have both captions."""
+    """SAMPLE_ROWS rows spread over all shards; of these the ones that have both captions."""
     table = sources.sample(found.shards, SAMPLE_ROWS, read_spec(cfg, found.fields))
     rows = zip(*(table[name].to_pylist() for name in (ROW_ID, RAW, SYNTHETIC)), strict=True)
     return [CaptionPair(row_id, raw, synthetic) for row_id, raw, synthetic in rows if raw and synthetic]
 
 
 def expected_tokens(cfg: FuseConfig, found: Survey, pairs: list[CaptionPair]) -> tuple[float, float]:
-    """Mean prompt tokens and expected output tokens a row, without any engine."""
+    """Mean prompt tokens and expected output tokens per row, without any engine."""
     if not pairs:
         return 0.0, 0.0
-    if not cfg.engine.loads_model:  # no tokenizer here: words
+    if not cfg.engine.loads_model:  # it has no tokenizer: count words
         words = sum(len(pair.raw.split()) + len(pair.synthetic.split()) for pair in pairs) / len(pairs)
         return words + len(found.model.template.split()), words
     from transformers import AutoTokenizer

@@ -21,7 +21,7 @@ import psutil
 from cgroup import put_into, tight_cgroup
 from world import Job, Nodes
 
-from capsfusion_ray.run.poison_rows import SHARED_DEATHS
+from capsfusion_ray.run.poison_rows import MAX_SHARED_DEATHS
 
 ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
 STALL_S = (
@@ -227,7 +227,7 @@ class PoisonRow(Fault):
             self.unit = path
         note = json.loads(request.body)
         on_trial = note["trying"] is not None and note["trying"][0] <= self.row < note["trying"][1]
-        return path == self.unit and (on_trial or note["number"] <= SHARED_DEATHS)
+        return path == self.unit and (on_trial or note["number"] <= MAX_SHARED_DEATHS)
 
     def strike(self, pid: int) -> bool:
         if pid:

@@ -23,7 +23,7 @@ from proxy import FaultProxy
 from ray.cluster_utils import Cluster
 from ray_nodes import lose, raylet_of
 
-from capsfusion_ray.run.cluster import patient_start
+from capsfusion_ray.run.private_cluster import patient_start
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "CAPSFUSION_CHAOS"  # in the environment of every process started here, so that none is left behind unseen

@@ -1,12 +1,13 @@
 """One caption for too many pairs: counted by group, judged over the run, marked without breaking the accounting."""
 
 from collections import Counter
+from contextlib import closing
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from echo_run import LEASE, POOL
+from echo_run import LEASE, LOCAL, POOL
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import FIELDS, DiesAt, part_of, units_of
@@ -26,10 +27,10 @@ from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.rewriter import Rewriter
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
-from capsfusion_ray.run.edits import retry_rejected as retry_module
-from capsfusion_ray.run.edits.base import run_revision
-from capsfusion_ray.run.edits.retry_rejected import open_retry, rejects
-from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.run.edits.base import run_edit
+from capsfusion_ray.run.edits.retry_rejected import open_retry
+from capsfusion_ray.run.executors.local import LocalExecutor
+from capsfusion_ray.run.stages import Job
 from capsfusion_ray.storage import Store
 
 LOST = "The product is shown in the image."
@@ -191,32 +192,38 @@ def test_judging_again_changes_nothing(tmp_path):
 OTHER = "An image of a product."
 
 
-def retried(store, monkeypatch, caption, action, reasons="rejected"):
-    """`retry=…`, whose engine writes `caption(row number)`. Without Ray."""
+class Writes(LocalExecutor):
+    """In place of the engine and its gates: row n gets `caption(n)` and is fused."""
 
-    def run_batches(job, pool, source, tasks):
-        for entry, units in source._groups:
-            for batch in rejects(source._retry.rewriter.reader, entry, units, source._retry.reasons, job.gates):
-                numbers = [int(row_id.rpartition(":")[2]) for row_id in batch.table["row_id"].to_pylist()]
-                part = part_of(batch.unit, ["fused"] * len(numbers))
-                columns = {
-                    "laion_2b": "raw {}".format,
-                    "capsfusion": caption,
-                    "row_id": f"{batch.unit.path}:{{}}".format,
-                }
-                for name, values in ((name, list(map(write, numbers))) for name, write in columns.items()):
-                    part = part.set_column(part.schema.get_field_index(name), name, pa.array(values, pa.string()))
-                summary = summarise(UnitBatch(batch.unit, part, batch.apart), part)
-                commit(job.output, part, summary)
-                yield summary
+    def __init__(self, caption):
+        super().__init__(LOCAL)
+        self._caption = caption
 
-    monkeypatch.setattr(retry_module, "run_batches", run_batches)
+    def fuse(self, job, pool, reads):
+        for batch in (batch for task in reads for batch in task.read(job)):
+            numbers = [int(row_id.rpartition(":")[2]) for row_id in batch.table["row_id"].to_pylist()]
+            part = part_of(batch.unit, ["fused"] * len(numbers))
+            columns = {
+                "laion_2b": "raw {}".format,
+                "capsfusion": self._caption,
+                "row_id": f"{batch.unit.path}:{{}}".format,
+            }
+            for name, values in ((name, list(map(write, numbers))) for name, write in columns.items()):
+                part = part.set_column(part.schema.get_field_index(name), name, pa.array(values, pa.string()))
+            summary = summarise(UnitBatch(batch.unit, part, batch.apart), part)
+            commit(job.output, part, summary)
+            yield summary
+
+
+def retried(store, caption, action, reasons="rejected"):
+    """`retry=…`, whose engine writes `caption(row number)`."""
     retry = open_retry(store, reasons, {"seed": caption(0), "action": action}, read_plans(store), OUTPUT)
-    if retry is None:  # killed after its manifest
+    if retry is None:  # killed after it published the manifest
         return read_manifest(store).counts
     gates = GatesConfig(repeated_caption=GateConfig(action, 0.001))
     job = Job(None, gates, EngineConfig(), SimpleNamespace(), TEMPLATE, FIELDS, store, "run")
-    counts = run_revision(retry, job, POOL, LEASE)
+    with closing(Writes(caption)) as executor:
+        counts = run_edit(retry, job, executor, POOL, LEASE)
     verify(VerifyConfig(OutputConfig(store.root), deep=True))
     return counts
 
@@ -228,48 +235,48 @@ def rejected_once(root):
     return store, judged(store, plan, "reject").counts
 
 
-def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path, monkeypatch):
+def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path):
     store, before = rejected_once(tmp_path)
     assert before.reasons["repeated_caption"] == 24
-    assert retried(store, monkeypatch, lambda n: LOST, "reject", "repeated_caption").reasons == before.reasons
+    assert retried(store, lambda n: LOST, "reject", "repeated_caption").reasons == before.reasons
     assert {row["detail"] for row in read(tmp_path, "rejected").values() if row["reason"] == "repeated_caption"} == {
         "24 pairs got this caption"
     }
     assert LOST not in {row["capsfusion"] for row in read(tmp_path, "data").values()}
 
 
-def test_a_retry_that_writes_better_is_merged_and_what_was_counted_is_forgotten(tmp_path, monkeypatch):
+def test_a_retry_that_writes_better_is_merged_and_what_was_counted_is_forgotten(tmp_path):
     store, before = rejected_once(tmp_path)
-    counts = retried(store, monkeypatch, lambda n: f"new {n}", "reject", "repeated_caption")
+    counts = retried(store, lambda n: f"new {n}", "reject", "repeated_caption")
     assert counts.fused == before.fused + 24
     assert "repeated_caption" not in counts.reasons
     assert not any(caption_key(LOST) in entry.repeats for entry in read_groups(store))
 
 
 @pytest.mark.parametrize("action", ["flag", "reject", "ignore"])
-def test_a_retry_that_loses_its_way_itself_is_marked_and_nothing_else_is(tmp_path, monkeypatch, action):
+def test_a_retry_that_loses_its_way_itself_is_marked_and_nothing_else_is(tmp_path, action):
     store, before = rejected_once(tmp_path)
     data = {p: p.read_bytes() for p in (tmp_path / "data").rglob("*.parquet")}
     rejected = before.rejected
     assert rejected == 30
-    counts = retried(store, monkeypatch, lambda n: OTHER, action)
+    counts = retried(store, lambda n: OTHER, action)
     assert counts.reasons.get("repeated_caption", 0) == (rejected if action == "reject" else 0)
     assert counts.flags.get("repeated_caption", 0) == (rejected if action == "flag" else 0)
     assert counts.fused == before.fused + (0 if action == "reject" else rejected)
     assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
 
 
-def test_a_retry_killed_at_every_write_marks_the_same(tmp_path, monkeypatch):
-    want = retried(rejected_once(tmp_path / "calm")[0], monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag")
+def test_a_retry_killed_at_every_write_marks_the_same(tmp_path):
+    want = retried(rejected_once(tmp_path / "calm")[0], lambda n: OTHER if n % 3 else f"new {n}", "flag")
     assert 0 < want.flags["repeated_caption"] < 30
     died, at = True, 0
     while died:
         at += 1
         store, _ = rejected_once(tmp_path / str(at))
         try:
-            retried(DiesAt(store, at), monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag")
+            retried(DiesAt(store, at), lambda n: OTHER if n % 3 else f"new {n}", "flag")
             died = False
         except KeyboardInterrupt:
-            assert retried(store, monkeypatch, lambda n: OTHER if n % 3 else f"new {n}", "flag") == want
+            assert retried(store, lambda n: OTHER if n % 3 else f"new {n}", "flag") == want
         assert read(tmp_path / str(at), "data") == read(tmp_path / "calm", "data")
     assert at > 6

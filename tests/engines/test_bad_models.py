@@ -21,14 +21,13 @@ from capsfusion_ray.core.unit_steps import FINISH, admit
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.run.actor import DEBUT, FusionActor
-from capsfusion_ray.run.poison_rows import AttemptLog
-from capsfusion_ray.storage import Store
+from capsfusion_ray.run.engine_loop import FIRST_CAPTIONS
+from capsfusion_ray.run.unit_fuser import start_fuser
 
 ENGINES = pytest.mark.parametrize("kind", ["beam", "transformers"])
 
 
-def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[dict[str, Any]]:
+def fuse_a_unit(folder: Path, kind: str, rows: int = FIRST_CAPTIONS) -> list[dict[str, Any]]:
     """As an actor does."""
     unit = WorkUnit("u", "shard.parquet", 0, rows, "g00000")
     table = pa.Table.from_pylist(
@@ -43,10 +42,8 @@ def fuse_a_unit(folder: Path, kind: str, out: Path, rows: int = DEBUT) -> list[d
             for i in range(rows)
         ]
     )
-    actor = FusionActor(config(folder, kind), DECODE, "w5 {raw} w6 {synthetic}", AttemptLog(Store(str(out)), "run"))
-    fused: list[dict[str, Any]] = UnitBatch.unpack(
-        actor(UnitBatch(unit, admit(table, GatesConfig()), Apart()).pack())
-    ).table.to_pylist()
+    fuser, _ = start_fuser(config(folder, kind), DECODE, "w5 {raw} w6 {synthetic}")
+    fused: list[dict[str, Any]] = fuser.fuse(UnitBatch(unit, admit(table, GatesConfig()), Apart())).table.to_pylist()
     return fused
 
 
@@ -146,22 +143,22 @@ def test_a_model_whose_scores_are_nan_stops_the_run_and_names_itself(kind: str, 
     folder = save(tmp_path / "model", model)
     with pytest.raises(
         ConfigError,
-        match=rf"engine\.model={folder}: each of its first {DEBUT} captions failed: .*the model gave NaN.*engine\.dtype",
+        match=rf"engine\.model={folder}: each of its first {FIRST_CAPTIONS} captions failed: .*the model gave NaN.*engine\.dtype",
     ):
-        fuse_a_unit(folder, kind, tmp_path / "out")
+        fuse_a_unit(folder, kind)
 
 
 @ENGINES
 def test_a_model_that_never_stops_is_said_to(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=0.0)), kind, tmp_path / "out")
+    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=0.0)), kind)
     assert {row[FINISH] for row in rows} == {"length"}
-    assert f"none of its first {DEBUT} captions came to an end within decode.max_new_tokens=4" in caplog.text
+    assert f"none of its first {FIRST_CAPTIONS} captions came to an end within decode.max_new_tokens=4" in caplog.text
 
 
 @ENGINES
 def test_a_model_that_is_well_is_said_nothing_of(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=8.0)), kind, tmp_path / "out", rows=3 * DEBUT)
-    assert "eos" in {row[FINISH] for row in rows[:DEBUT]}
+    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=8.0)), kind, rows=3 * FIRST_CAPTIONS)
+    assert "eos" in {row[FINISH] for row in rows[:FIRST_CAPTIONS]}
     assert "captions came to an end" not in caplog.text

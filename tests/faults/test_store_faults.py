@@ -34,8 +34,8 @@ from capsfusion_ray.dataset.plan_files import read_plans, write_plan
 from capsfusion_ray.dataset.unit_files import commit, committed, read_summaries
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import StorageError
-from capsfusion_ray.run.actor import FusionActor
-from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.poison_rows import AttemptLog, PoisonRowSearch
+from capsfusion_ray.run.unit_fuser import UnitFuser, start_loop
 from capsfusion_ray.storage import Store, client_faults, s3
 
 THREADS = 8
@@ -243,13 +243,14 @@ def whole_run(store: Store, options: dict[str, str]) -> Manifest:
         plan = make_plan(tuple(shards.values()), {}, 20, fields)
         assert write_plan(store, plan)
         assert read_plans(store) == [plan]
-        actor = FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, lease.id))
+        loop, prompts = start_loop(cfg.engine, cfg.decode, TEMPLATE)
+        fuser = UnitFuser(cfg.engine, prompts, PoisonRowSearch(AttemptLog(store, lease.id), loop.generate).generate)
 
         def fuse(unit: WorkUnit) -> None:
             read = sources.read_rows(shards[unit.path], unit.start, unit.stop, spec)
             assert not read.unreadable
-            batch = actor(UnitBatch(unit, admit(read.table, cfg.gates), Apart()).pack())
-            part, summary = judge_unit(UnitBatch.unpack(batch), fields, cfg.gates)
+            batch = fuser.fuse(UnitBatch(unit, admit(read.table, cfg.gates), Apart()))
+            part, summary = judge_unit(batch, fields, cfg.gates)
             assert commit(store, part, summary), "the only attempt"
 
         with ThreadPoolExecutor(THREADS) as pool:

@@ -26,6 +26,7 @@ from capsfusion_ray.models.content import content_hash
 from capsfusion_ray.models.location import EMBEDDED
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.driver import fuse
+from capsfusion_ray.run.pool import Resources, resolve_pool
 from capsfusion_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +58,8 @@ def test_a_cluster_that_is_gone_is_one_line_in_seconds(address, shard, tmp_path,
 
 def test_an_empty_address_joins_no_cluster(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
-    assert cluster.named(ClusterConfig()) == ""
-    assert cluster.named(ClusterConfig(address="head:6379")) == "cluster.address=head:6379"
+    assert cluster.named_cluster(ClusterConfig()) == ""
+    assert cluster.named_cluster(ClusterConfig(address="head:6379")) == "cluster.address=head:6379"
 
 
 @pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
@@ -134,17 +135,17 @@ def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(corpus, tm
 
 
 def test_only_vllm_takes_several_gpus_and_as_many_as_it_splits_a_model_over():
-    eight = cluster.Resources(64, 8, here=False)
+    eight = Resources(64, 8, here=False)
     two = EngineConfig(kind="vllm", vllm=VllmConfig(tensor_parallel=2))
-    pool = cluster.resolve_pool(ClusterConfig(), two, eight, units=100)
+    pool = resolve_pool(ClusterConfig(), two, eight, units=100)
     assert (pool.gpus_per_actor, pool.max_actors) == (2, 4)
-    with pytest.raises(ConfigError, match=r"engine\.kind=beam uses one GPU an actor.*tensor_parallel"):
-        cluster.resolve_pool(ClusterConfig(gpus_per_actor=2), EngineConfig(), eight, units=100)
+    with pytest.raises(ConfigError, match=r"engine\.kind=beam uses one GPU per actor.*tensor_parallel"):
+        resolve_pool(ClusterConfig(gpus_per_actor=2), EngineConfig(), eight, units=100)
     with pytest.raises(ConfigError, match="give the same number"):
-        cluster.resolve_pool(ClusterConfig(gpus_per_actor=1), two, eight, units=100)
+        resolve_pool(ClusterConfig(gpus_per_actor=1), two, eight, units=100)
     with pytest.raises(ConfigError, match=r"engine\.kind=beam holds a model on one GPU"):
         EngineConfig(vllm=VllmConfig(tensor_parallel=2))
-    assert cluster.resolve_pool(ClusterConfig(gpus_per_actor=0.5), EngineConfig(), eight, units=100).max_actors == 16
+    assert resolve_pool(ClusterConfig(gpus_per_actor=0.5), EngineConfig(), eight, units=100).max_actors == 16
 
 
 @pytest.mark.timeout(1800)

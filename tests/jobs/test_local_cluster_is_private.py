@@ -25,7 +25,7 @@ import pytest
 import ray.core.generated
 from ray._raylet import AuthenticationMode, get_authentication_mode
 
-from capsfusion_ray.run import cluster
+from capsfusion_ray.run import private_cluster, ray_private
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER_TOKEN = "0ther-clusters-t0ken"
@@ -219,7 +219,7 @@ def test_nobody_runs_a_command_by_http_or_learns_more_than_figures(run, headers,
     assert others == []
     assert len(refused) == 1, "the agent of runtime environments; that of jobs serves no HTTP at all"
     (agents,) = figures - METRICS_PORTS.keys()
-    assert agents in cluster.AGENT_PORT_RANGE
+    assert agents in private_cluster.AGENT_PORT_RANGE
 
 
 def test_the_runs_own_token_is_what_is_asked_for(run):
@@ -321,7 +321,7 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_nothing(last):
 def ray_reads_the_environment_again():
     """monkeypatch brings the variables back, Ray's copy of them it does not know."""
     yield
-    cluster._set_auth({name: os.environ.get(name) for name in NAMES})
+    ray_private.set_auth({name: os.environ.get(name) for name in NAMES})
 
 
 @pytest.mark.parametrize(
@@ -333,9 +333,9 @@ def test_the_users_settings_do_not_weaken_it_and_come_back(user, ray_reads_the_e
         monkeypatch.delenv(name, raising=False)
     for name, value in user.items():
         monkeypatch.setenv(name, value)
-    cluster._set_auth(dict.fromkeys(NAMES) | user)
+    ray_private.set_auth(dict.fromkeys(NAMES) | user)
     mode = AuthenticationMode.TOKEN if user.get("RAY_AUTH_MODE") == "token" else AuthenticationMode.DISABLED
-    with cluster._token_of_this_run():
+    with private_cluster._token_of_this_run():
         assert get_authentication_mode() == AuthenticationMode.TOKEN
         file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert {name: os.environ.get(name) for name in NAMES} == dict.fromkeys(NAMES) | {

@@ -20,8 +20,9 @@ from capsfusion_ray.core.unit_batch import Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import ERROR, FINISH, admit
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.run import actor as actors
-from capsfusion_ray.run.pipeline import judge_and_commit
+from capsfusion_ray.run import poison_rows
 from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.stages import judge_and_commit
 from capsfusion_ray.storage import Store
 
 ROWS = 12
@@ -73,10 +74,10 @@ def fuse_once(engine, store, batch, result, stall_s=PATIENCE_S, notice=None):
     """One life of an actor: its exit code, and where it lived the unit's table."""
 
     def live():
-        logging.getLogger().handlers.clear()  # pytest's: the actor logs to stderr
-        actors.build_engine = engine
+        logging.getLogger().handlers.clear()  # those of pytest: the actor logs to stderr
         config = EngineConfig(kind="echo", stall_s=stall_s)
-        actor = actors.FusionActor(config, DecodeConfig(), TEMPLATE, AttemptLog(store, "run"), notice=notice)
+        tools = actors.ActorTools(AttemptLog(store, "run"), notice=notice, build=engine)
+        actor = actors.FusionActor(config, DecodeConfig(), TEMPLATE, tools)
         pq.write_table(actor(batch), result)
         if notice:
             actor(batch)  # as Ray Data does, which knows of no notice
@@ -111,7 +112,7 @@ def test_a_dead_or_stalled_engine_ends_its_process_and_says_why(tmp_path, engine
 
 
 def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(actors, "MAX_DEATHS", 3)
+    monkeypatch.setattr(poison_rows, "MAX_DEATHS", 3)
     store, batch, result = Store(str(tmp_path)), unit_of(()), tmp_path / "result"
     codes = [fuse_once(FailingEngine, store, batch, result) for _ in range(4)]
     assert codes == [9, 9, 9, 1], "the fourth raises EngineError instead of trying"
@@ -120,8 +121,8 @@ def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, mo
 def test_a_bug_stops_the_run_with_its_traceback_and_its_units_name(tmp_path, capfd):
     """Whichever stage it is in: the fusion or the commit."""
     whole = UnitBatch.unpack(unit_of(()))
-    broken = UnitBatch(whole.unit, whole.table.drop_columns(["laion_2b"])).pack()
-    assert fuse_once(EchoEngine, Store(str(tmp_path)), broken, tmp_path / "result") == 1
+    broken = UnitBatch(whole.unit, whole.table.drop_columns(["laion_2b"]))
+    assert fuse_once(EchoEngine, Store(str(tmp_path)), broken.pack(), tmp_path / "result") == 1
     said = capfd.readouterr().err
     assert "KeyError" in said
     assert "This happened in unit id-shard.parquet: shard.parquet, rows 0 to 12." in said
@@ -165,7 +166,9 @@ def hasty(monkeypatch):
 
 def test_on_a_node_that_goes_the_unit_under_way_is_finished_and_no_other_begins(tmp_path, hasty):
     store, result = Store(str(tmp_path / "out")), tmp_path / "result"
-    assert fuse_once(SlowEngine, store, unit_of(()), result, notice=Notice(store, PATIENCE_S)) == actors.EXIT_NODE_GOES
+    assert (
+        fuse_once(SlowEngine, store, unit_of(()), result, notice=Notice(store, PATIENCE_S)) == actors.EXIT_NODE_LEAVES
+    )
     assert all(row[FUSED] for row in UnitBatch.unpack(pq.read_table(result)).table.to_pylist())
     assert not store.list("_run/attempts")
 
@@ -176,7 +179,7 @@ def test_a_unit_that_cannot_be_finished_there_is_given_up_and_suspected_of_nothi
     store, result = Store(str(tmp_path / "out")), tmp_path / "result"
     for _ in range(deaths):
         assert fuse_once(FailingEngine, store, unit_of(()), result) == 9
-    assert fuse_once(ForeverEngine, store, unit_of(()), result, notice=Notice(store, 0.7)) == actors.EXIT_NODE_GOES
+    assert fuse_once(ForeverEngine, store, unit_of(()), result, notice=Notice(store, 0.7)) == actors.EXIT_NODE_LEAVES
     assert [(note["number"], note["trying"]) for note in notes(store)] == ([(deaths, None)] if deaths else [])
     assert fuse_once(EchoEngine, store, unit_of(()), result) == 0
     assert all(row[FUSED] for row in UnitBatch.unpack(pq.read_table(result)).table.to_pylist())

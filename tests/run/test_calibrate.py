@@ -9,7 +9,7 @@ from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.errors import EngineError
-from capsfusion_ray.run.calibrate import ROOMS, steady
+from capsfusion_ray.run.calibrate import FILLS, steady
 
 STEP_S, LOADING_S = 0.1, 50.0
 
@@ -63,7 +63,7 @@ def measure(engine, n):
 def test_the_speed_is_that_of_a_full_engine(room, steps, rows):
     engine = Clocked(room, steps)
     measured = measure(engine, rows)
-    assert measured.captions == engine.submitted == max(rows, ROOMS * room)
+    assert measured.captions == engine.submitted == max(rows, FILLS * room)
     assert (measured.prompt_tokens, measured.output_tokens) == (150, 40)
     full = room / (steps * STEP_S)
     assert 0.9 * full <= measured.captions_per_s <= 1.1 * full, "neither the slow first step nor the end counts"

@@ -15,12 +15,10 @@ from capsfusion_ray.core.unit_batch import BUSY_S, ENGINE_S, Apart, UnitBatch
 from capsfusion_ray.core.unit_steps import admit
 from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.models.inspect import ModelInfo, resolve_with_model
-from capsfusion_ray.run import actor as actors
 from capsfusion_ray.run.cost import cost
-from capsfusion_ray.run.pipeline import Pool
-from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.pool import Pool
 from capsfusion_ray.run.survey import base_of, speed
-from capsfusion_ray.storage import Store
+from capsfusion_ray.run.unit_fuser import start_fuser
 
 STEP_S = 0.02
 
@@ -51,11 +49,9 @@ class OneARound:
         return [Generation(self.queue.pop(0).id, "a caption", FinishReason.EOS)]
 
 
-def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(actors, "build_engine", OneARound)
-    actor = actors.FusionActor(
-        EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, AttemptLog(Store(str(tmp_path)), "run")
-    )
+def test_units_in_flight_share_the_engines_time_and_it_is_counted_once():
+    engine = OneARound()
+    fuser, _ = start_fuser(EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, lambda *_: engine)
     spent = {}
 
     def fuse(name, rows):
@@ -70,7 +66,7 @@ def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path,
         ]
         unit = WorkUnit(name, "p", 0, rows, "g")
         batch = UnitBatch(unit, admit(with_invalid(pa.Table.from_pylist(pairs)), GatesConfig()), Apart())
-        spent[name] = UnitBatch.unpack(actor(batch.pack())).spent
+        spent[name] = fuser.fuse(batch).spent
 
     units = [threading.Thread(target=fuse, args=(name, rows)) for name, rows in (("a", 10), ("b", 20))]
     for thread in units:
@@ -78,7 +74,7 @@ def test_units_in_flight_share_the_engines_time_and_it_is_counted_once(tmp_path,
     for thread in units:
         thread.join()
     worked = sum(unit[BUSY_S] for unit in spent.values())
-    assert actor._engine.steps == 30
+    assert engine.steps == 30
     assert 30 * STEP_S <= worked < 30 * STEP_S * 1.5
     assert sum(unit[ENGINE_S] for unit in spent.values()) > worked, "wall times of units in flight overlap"
 

@@ -22,7 +22,7 @@ from capsfusion_ray.dataset.layout import PROGRESS
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.errors import EngineError
 from capsfusion_ray.run import actor as actors
-from capsfusion_ray.run.engine_starts import MOST_DEATHS, Start, StartLog
+from capsfusion_ray.run.engine_starts import MAX_START_DEATHS, Start, StartLog
 from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.storage import Store
 
@@ -77,17 +77,12 @@ def live(engine, store, batch, tmp_path, patience_s=PATIENCE_S):
     raised.unlink(missing_ok=True)
 
     def life():
-        logging.getLogger().handlers.clear()  # pytest's: the actor logs to stderr
-        actors.build_engine, actors.locate = engine, str
+        logging.getLogger().handlers.clear()  # those of pytest: the actor logs to stderr
         # An engine that is said to load a model: those are rehearsed.
         config = EngineConfig(kind="transformers", device="cpu", start_patience_s=patience_s)
-        actor = actors.FusionActor(
-            config,
-            DecodeConfig(),
-            TEMPLATE,
-            AttemptLog(store, "run"),
-            starts=StartLog(store, "run", config.start_patience_s),
-        )
+        starts = StartLog(store, "run", config.start_patience_s)
+        tools = actors.ActorTools(AttemptLog(store, "run"), starts, build=engine)
+        actor = actors.FusionActor(config, DecodeConfig(), TEMPLATE, tools)
         try:
             pq.write_table(actor(batch), tmp_path / "fused")
         except EngineError as error:
@@ -121,7 +116,7 @@ def test_where_another_engine_is_up_a_fresh_process_tries_again(engine, store, b
     assert live(EchoEngine, store, batch, tmp_path) == (0, None)
     for _ in range(3):
         assert live(engine, store, batch, tmp_path, patience_s=60 * PATIENCE_S) == (actors.EXIT_NO_START, None)
-    assert "others of this run can" in capfd.readouterr().err
+    assert "other engines of this run are up" in capfd.readouterr().err
     assert notes(store)
     assert live(EchoEngine, store, batch, tmp_path) == (0, None), "mended"
     assert not notes(store), "who is up leaves no note"
@@ -145,11 +140,11 @@ def test_no_patience_ends_the_run_with_the_first(store, batch, tmp_path):
 
 
 def test_processes_that_die_while_they_start_are_counted_and_end_the_run(store, batch, tmp_path):
-    for _ in range(MOST_DEATHS):
+    for _ in range(MAX_START_DEATHS):
         assert live(Dies, store, batch, tmp_path) == (9, None)
     code, raised = live(Dies, store, batch, tmp_path)
     assert code == 0
-    assert f"did not start, {MOST_DEATHS} times in a row, and the last time its process died" in raised
+    assert f"did not start, {MAX_START_DEATHS} times in a row, and the last time its process died" in raised
 
 
 def test_an_engine_that_is_up_at_last_has_no_deaths_behind_it(store, batch, tmp_path):
@@ -167,5 +162,5 @@ def test_hope_lasts_for_the_patience_after_the_last_unit_that_was_seen(looks, pa
         if done != start.units_done:
             moved = now
         start = start.seen(done, now)
-        assert start.hopeful(True, patience_s, now) == (now - moved < patience_s)
-        assert not start.hopeful(False, patience_s, now)
+        assert start.may_retry(True, patience_s, now) == (now - moved < patience_s)
+        assert not start.may_retry(False, patience_s, now)

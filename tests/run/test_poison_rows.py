@@ -5,7 +5,7 @@ from math import ceil, log2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsfusion_ray.run.poison_rows import SHARED_DEATHS, Attempt, AttemptLog, following
+from capsfusion_ray.run.poison_rows import MAX_SHARED_DEATHS, Attempt, AttemptLog, following
 
 
 def run_to_the_end(rows, poison, unlucky=()):
@@ -35,12 +35,12 @@ def test_exactly_the_poison_rows_are_found_in_few_deaths(data, rows):
     assert sorted(row for first, last in attempt.ranges for row in range(first, last)) == sorted(
         set(range(rows)) - poison
     )
-    assert deaths <= SHARED_DEATHS + len(unlucky) * 2 + len(poison) * (ceil(log2(rows)) + 2 if rows > 1 else 2)
+    assert deaths <= MAX_SHARED_DEATHS + len(unlucky) * 2 + len(poison) * (ceil(log2(rows)) + 2 if rows > 1 else 2)
 
 
 def test_a_unit_runs_in_company_until_its_second_death():
     attempt = following(None, "run", 10)
-    for number in range(1, SHARED_DEATHS + 1):
+    for number in range(1, MAX_SHARED_DEATHS + 1):
         assert (attempt.number, attempt.alone) == (number, False)
         attempt = following(attempt, "run", 10)
     assert attempt.alone

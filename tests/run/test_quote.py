@@ -9,14 +9,15 @@ import pytest
 from capsfusion_ray.config import PlanConfig, parse_config
 from capsfusion_ray.dataset.layout import part_path
 from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.run import cluster
+from capsfusion_ray.run.executors import ray as ray_executor
+from capsfusion_ray.run.pool import Resources
 from capsfusion_ray.run.quote import estimate, expected_pool
 from capsfusion_ray.run.survey import next_plan
 from capsfusion_ray.storage import Store
 
 
 def pool(monkeypatch, *words, gpus_here=0, ray_address=""):
-    monkeypatch.setattr(cluster, "this_machine", lambda: cluster.Resources(17, gpus_here, here=True))
+    monkeypatch.setattr(ray_executor, "this_machine", lambda: Resources(17, gpus_here, here=True))
     monkeypatch.setenv("RAY_ADDRESS", ray_address)
     return expected_pool(parse_config(PlanConfig, ["input.path=in", "output.path=out", *words]))
 
@@ -45,7 +46,7 @@ def test_what_is_asked_for_is_quoted_wherever_the_plan_is_made(monkeypatch):
 def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert pool(monkeypatch, gpus_here=8, ray_address="head:6379") == (0, 1)
-    assert "RAY_ADDRESS=head:6379: what GPUs it has is not asked" in caplog.text
+    assert "RAY_ADDRESS=head:6379: its GPUs are not looked up" in caplog.text
 
 
 def test_what_is_done_already_is_not_quoted_again_and_nothing_is_written(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.run.actor import DEBUT
+from capsfusion_ray.run.engine_loop import FIRST_CAPTIONS
 
 WORDS = 60  # rows of the tiny model's vocabulary
 DECODE = DecodeConfig(num_beams=2, max_new_tokens=4, scoring="transformers")
@@ -37,7 +37,13 @@ def llama(eos_weight: float = 2.0) -> Any:
 def config(folder: Path, kind: str = "beam") -> EngineConfig:
     """One thread, one engine: lanes of another number round a score's last digit in another way."""
     return EngineConfig(
-        kind=kind, model=str(folder), device="cpu", dtype="float32", slots=DEBUT, batch_size=DEBUT, threads=1
+        kind=kind,
+        model=str(folder),
+        device="cpu",
+        dtype="float32",
+        slots=FIRST_CAPTIONS,
+        batch_size=FIRST_CAPTIONS,
+        threads=1,
     )
 
 

@@ -21,7 +21,7 @@ from capsfusion_ray.storage import Store
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import sys, ray
-from capsfusion_ray.run.cluster import patient_start
+from capsfusion_ray.run.private_cluster import patient_start
 with patient_start():  # not start_here: nobody else can join what that starts
     ray.init("local", include_dashboard=False, num_cpus=3, log_to_driver=False)
 print("address", ray.get_runtime_context().gcs_address, flush=True)

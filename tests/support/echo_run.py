@@ -1,31 +1,24 @@
-"""A whole finished run with the echo engine: shards, plan, actor, commits, compaction, manifest. Without Ray."""
+"""A whole finished run with the echo engine, in this process: the local executor runs what a cluster would."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from outputs import DiesAt
 
-from capsfusion_ray import sources
-from capsfusion_ray.config import FuseConfig, VerifyConfig, parse_config
-from capsfusion_ray.core.columns import PAIR_FIELDS
-from capsfusion_ray.core.plan import make_plan
-from capsfusion_ray.core.prompt import TEMPLATE
-from capsfusion_ray.core.unit_batch import Apart, UnitBatch
-from capsfusion_ray.core.unit_steps import admit, judge_unit
-from capsfusion_ray.dataset.compaction import compact_group
-from capsfusion_ray.dataset.layout import MANIFEST
-from capsfusion_ray.dataset.manifest import assemble
-from capsfusion_ray.dataset.plan_files import write_plan
-from capsfusion_ray.dataset.unit_files import commit
+from capsfusion_ray.config import ClusterConfig, FuseConfig, VerifyConfig, parse_config
+from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.dataset.verify import verify
-from capsfusion_ray.run.actor import FusionActor
-from capsfusion_ray.run.pipeline import Pool
-from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.driver import fuse
+from capsfusion_ray.run.executors.local import LocalExecutor
+from capsfusion_ray.run.pool import Pool
 from capsfusion_ray.storage import Store
 
 LEASE = SimpleNamespace(check=lambda: None)
+# One unit in flight: the order of the writes is the same in each run, for those who count them.
 POOL = Pool(1, 1, 1.0, 0.0, 1)
+LOCAL = ClusterConfig(kind="local", units_in_flight=1)
 
 
 def config(path, *more):
@@ -37,16 +30,13 @@ def config(path, *more):
             "engine.kind=echo",
             "source.passthrough=[lang]",
             "output.target_file_rows=10",
+            "cluster.kind=local",
             *more,
         ],
     )
 
 
 STRICT = ("gates.cut_off={action: reject, threshold: 1, flag_from: null}",)
-
-
-def actor_of(cfg, store):
-    return FusionActor(cfg.engine, cfg.decode, TEMPLATE, AttemptLog(store, "run"))
 
 
 def finished(path, partition_by="shard", *more):
@@ -69,26 +59,14 @@ def finished(path, partition_by="shard", *more):
 
 
 def fuse_here(cfg, unit_rows):
-    """What jobs/fuse.py leaves, in this process and one unit after the other; its manifest."""
-    shards = sources.discover(cfg.input, cfg.source)
-    schema = sources.frozen_schema(shards, cfg.source, cfg.filter)
-    fields = tuple((f.name, str(f.type)) for f in schema if f.name not in {p.name for p in PAIR_FIELDS})
-    base = {f"output.{key}": getattr(cfg.output, key) for key in ("target_file_mb", "target_file_rows", "partition_by")}
-    plan = make_plan(shards, base, unit_rows, fields)
-    store = Store(cfg.output.path)
-    write_plan(store, plan)
-    actor = actor_of(cfg, store)
-    for unit in plan.units:
-        shard = next(shard for shard in shards if shard.path == unit.path)
-        read = sources.read_rows(shard, unit.start, unit.stop, sources.ReadSpec(schema, cfg.source, cfg.filter))
-        filtered = {str(reason): rows for reason, rows in read.filtered.items()}
-        batch = actor(UnitBatch(unit, admit(read.table, cfg.gates), Apart(filtered)).pack())
-        commit(store, *judge_unit(UnitBatch.unpack(batch), fields, cfg.gates))
-    groups = sorted({unit.group for unit in plan.units})
-    entries = [compact_group(store, g, 1, [u for u in plan.units if u.group == g], fields, cfg.output) for g in groups]
-    manifest = assemble([plan], entries, [{"revision": 1, "kind": "base"}])
-    store.put(MANIFEST, manifest.to_bytes())
-    return manifest
+    """What `capsfusion fuse` leaves, done in this process; its manifest."""
+    fuse(dataclasses.replace(cfg, unit=dataclasses.replace(cfg.unit, rows=unit_rows), cluster=LOCAL))
+    return read_manifest(Store(cfg.output.path))
+
+
+def local():
+    """An executor for one run of an edit."""
+    return LocalExecutor(LOCAL)
 
 
 def rows_of(path, folder):

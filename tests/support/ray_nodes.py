@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from ports import free_port
 
-from capsfusion_ray.run.cluster import START_PATIENCE_S, patient_start
+from capsfusion_ray.run.private_cluster import START_PATIENCE_S, patient_start
 
 
 @dataclass(frozen=True)

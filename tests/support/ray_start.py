@@ -1,4 +1,4 @@
-"""`ray start`, with the patience of capsfusion_ray.run.cluster: python tests/support/ray_start.py --head --block …"""
+"""`ray start`, with the patience of capsfusion_ray.run.private_cluster: python tests/support/ray_start.py --head --block …"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 from ray.scripts.scripts import start
 
-from capsfusion_ray.run.cluster import patient_start
+from capsfusion_ray.run.private_cluster import patient_start
 
 if __name__ == "__main__":
     with patient_start():

@@ -17,7 +17,7 @@ from capsfusion_ray.core.unit_steps import admit, judge_unit, with_generations
 from capsfusion_ray.dataset.plan_files import write_plan
 from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.errors import CostCapReached
-from capsfusion_ray.run.pipeline import within_cap
+from capsfusion_ray.run.stages import within_cap
 from capsfusion_ray.storage import Store
 from capsfusion_ray.training.label import LabelConfig, dollars_spent, prepare
 

@@ -1,16 +1,15 @@
 """Recompute the units of damaged or missing files from the input, and put them back into the dataset: repair=true.
 
-A repair is a revision whose units are those of the damaged files. It runs under the settings of the output alone.
+It runs under the settings with which the output was made, and under no others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from capsfusion_ray.config import OutputConfig
-from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.plan import Plan, refuse_lost_input
 from capsfusion_ray.core.repeated_captions import Repeated
 from capsfusion_ray.core.types import WorkUnit
@@ -20,8 +19,8 @@ from capsfusion_ray.dataset.editions import clean
 from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
 from capsfusion_ray.dataset.replace_units import replace_units
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.run.edits.base import Revision
-from capsfusion_ray.run.pipeline import Job, Pool, run_units
+from capsfusion_ray.run.edits.base import Edit
+from capsfusion_ray.run.stages import UnitReads, shard_reads
 from capsfusion_ray.sources import Shard
 from capsfusion_ray.storage import Store
 
@@ -30,8 +29,8 @@ KIND = "repair"
 
 
 @dataclass(frozen=True)
-class Repair(Revision):
-    """One repair of one finished output. `lost`: the units of its damaged files; `shards`: the input."""
+class Repair(Edit):
+    """One repair. `lost`: the units of the damaged files; `shards`: the input."""
 
     lost: tuple[WorkUnit, ...]
     shards: Sequence[Shard]
@@ -40,29 +39,27 @@ class Repair(Revision):
     def unit_rows(self) -> dict[str, int]:
         return {unit.id: unit.rows for unit in self.lost}
 
-    def fuse(
-        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
-    ) -> Iterable[UnitSummary]:
-        return run_units(job, pool, units, {shard.path: shard for shard in self.shards})
+    def reads(self, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> list[UnitReads]:
+        return shard_reads(units, self.shards)
 
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
         return replace_units(self.rewriter, entry, self.parts, units, repeated)
 
 
 def open_repair(store: Store, plans: Sequence[Plan], output: OutputConfig, shards: Sequence[Shard]) -> Repair | None:
-    """The repair to do, with its record written; None where every file is as the manifest says. Reads all files.
+    """Read all files, and note that a repair is begun; None where every file is as the manifest says.
 
-    Raises ConfigError for an output that is not finished, that has another unfinished edit, or whose lost rows
-    include some that a takedown removed: recomputing would bring them back. Raises SourceError where the input is gone.
+    Raises ConfigError for an output that is not finished, that another edit was begun on, or whose damaged units had rows
+    taken down: recomputing would bring these back. Raises SourceError where the input is gone.
     """
     manifest = read_finished(store, "repair=true")
     unfinished = unfinished_edit(store, manifest)
     if unfinished and unfinished["kind"] == KIND:
-        damaged = dict.fromkeys(unfinished["files"], "noted by the repair that was begun")
+        damaged = dict.fromkeys(unfinished["files"], "noted when this repair was begun")
     else:
         damaged = damage(store, manifest.files)
         if not damaged:
-            clean(store, manifest)  # a repair may have been killed after its manifest
+            clean(store, manifest)  # a repair may have been killed after it published the manifest
             return None
     for path, what in damaged.items():
         log.warning("%s: %s", path, what)

@@ -1,21 +1,18 @@
 """Fuse rejected rows again, with other settings, and merge what comes of them into the dataset: retry=rejected.
 
-A retry is a revision whose units are those that hold such rejects; only the rejects among their rows are fused again.
+Its units are those that hold such rejects; of their rows only these rejects are fused again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from ray.data import Datasource
-from ray.data.block import BlockMetadata
-from ray.data.datasource import ReadTask
 
-from capsfusion_ray.config import GatesConfig, OutputConfig
+from capsfusion_ray.config import OutputConfig
 from capsfusion_ray.core.accounting import UnitSummary
 from capsfusion_ray.core.columns import INVALID, PAIR_FIELDS, REASON, extra_fields
 from capsfusion_ray.core.plan import Plan
@@ -29,16 +26,19 @@ from capsfusion_ray.dataset.manifest import GroupEntry, read_finished
 from capsfusion_ray.dataset.merge_retried import merge_retried, repeats_after_retry
 from capsfusion_ray.dataset.read_rows import RowReader, in_row_order
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.run.edits.base import Revision
-from capsfusion_ray.run.pipeline import Job, Pool, run_batches
+from capsfusion_ray.run.edits.base import Edit
+from capsfusion_ray.run.stages import Job, UnitReads
 from capsfusion_ray.storage import Store
 
-# What another model or setting cannot mend: the text itself could not be read.
+# No other model or setting changes these: the text itself could not be read.
 FINAL = frozenset((Reason.INVALID_UTF8, Reason.UNPARSABLE))
 
 
 def reasons_of(retry: str) -> tuple[str, ...]:
-    """`rejected`: every reason that may end otherwise; or some of them, separated by commas. Raises ConfigError."""
+    """The reasons that `retry` names: `rejected` for all that another setting may change, or some, separated by commas.
+
+    Raises ConfigError.
+    """
     known = {str(reason) for reason in Reason} - {str(reason) for reason in FINAL}
     if retry == "rejected":
         return tuple(sorted(known))
@@ -49,22 +49,26 @@ def reasons_of(retry: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Retry(Revision):
-    """One retry of one finished output. `reasons`: rows that were rejected for one of these are fused again."""
+class Retry(Edit):
+    """One retry. `reasons`: rows that were rejected for one of these are fused again."""
 
     reasons: tuple[str, ...]
 
     @property
     def unit_rows(self) -> dict[str, int]:
-        # A kept row has a reason too, so it may be fewer.
+        # An upper bound: a kept row has a reason too.
         counts = {unit.id: sum(unit.reasons.get(r, 0) for r in self.reasons) for unit in self.manifest.units}
         return {unit_id: rows for unit_id, rows in counts.items() if rows}
 
-    def fuse(
-        self, job: Job, pool: Pool, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]
-    ) -> Iterable[UnitSummary]:
-        source = RejectSource(job, self, entries, units)
-        return run_batches(job, pool, source, source.tasks)
+    def reads(self, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> list[UnitReads]:
+        """One read task per group: its rejected files are read once, for all its units."""
+        held = {unit.id: unit for unit in units}
+        tasks = []
+        for entry in entries:
+            if again := tuple(held[unit.id] for unit in entry.units if unit.id in held):
+                size = sum(file.bytes for file in entry.files if file.kind == "rejected")
+                tasks.append(UnitReads(ReadRejects(self.rewriter.reader, entry, again, self.reasons), len(again), size))
+        return tasks
 
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
         return merge_retried(self.rewriter, entry, self.parts, units, self.reasons, repeated)
@@ -81,73 +85,49 @@ class Retry(Revision):
 def open_retry(
     store: Store, retry: str, settings: dict[str, Any], plans: Sequence[Plan], output: OutputConfig
 ) -> Retry | None:
-    """The retry to do, noted as begun; None where the last revision was this very one.
+    """Note that a retry is begun, and return it; None where the last revision is this very retry.
 
-    Raises ConfigError for an output that is not finished, or that another revision was begun on, AccountingError for damaged rejects.
+    Raises ConfigError for an output that is not finished or that another edit was begun on, and AccountingError for
+    damaged rejected files.
     """
     manifest = read_finished(store, f"retry={retry}")
     reasons = reasons_of(retry)
     record = {"kind": "retry", "reasons": list(reasons), "settings": settings}
     last = manifest.revisions[-1]
     if all(last.get(key) == value for key, value in record.items()):
-        clean(store, manifest)  # it may have been killed after its manifest
+        clean(store, manifest)  # it may have been killed after it published the manifest
         return None
     edition = begin_edit(store, manifest, record, [file for file in manifest.files if file.kind == "rejected"])
     return Retry(store, plans, manifest, edition, output_as_begun(output, manifest), record, reasons)
 
 
-class RejectSource(Datasource):
-    """One ReadTask a group: its rejected files are read once, and its units' rejects come out as unit batches."""
+@dataclass(frozen=True)
+class ReadRejects:
+    """Reads the rows of `units`, of one group, that were rejected for one of `reasons`."""
 
-    def __init__(self, job: Job, retry: Retry, entries: Sequence[GroupEntry], units: Sequence[WorkUnit]) -> None:
-        super().__init__()
-        self._job, self._retry = job, retry
-        held = {unit.id: unit for unit in units}
-        grouped = [(entry, tuple(held[unit.id] for unit in entry.units if unit.id in held)) for entry in entries]
-        self._groups = [(entry, mine) for entry, mine in grouped if mine]
+    reader: RowReader
+    entry: GroupEntry
+    units: tuple[WorkUnit, ...]
+    reasons: tuple[str, ...]
 
-    @property
-    def tasks(self) -> int:
-        return len(self._groups)
+    def __call__(self, job: Job) -> Iterator[UnitBatch]:
+        """One batch per unit, admitted under the new settings; the unit's other rows only count."""
+        found = self._rejects()
+        schema = pa.schema([*PAIR_FIELDS, *extra_fields(self.reader.fields)])
+        for unit in self.units:
+            tables = [table.select(schema.names).cast(schema) for table in found[unit.id]]
+            # The rows of a unit may be in files of several partitions: back into their order.
+            table = in_row_order([schema.empty_table(), *tables])
+            table = table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))
+            yield UnitBatch(unit, admit(table, job.gates), Apart(not_retried=unit.rows - table.num_rows))
 
-    def get_name(self) -> str:
-        return "Rejects"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return sum(file.bytes for entry, _ in self._groups for file in entry.files if file.kind == "rejected")
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
-    ) -> list[ReadTask]:
-        tasks = []
-        for entry, units in self._groups:
-            metadata = BlockMetadata(num_rows=len(units), size_bytes=None, input_files=None, exec_stats=None)
-            read = _reader(self._retry.rewriter.reader, entry, units, self._retry.reasons, self._job.gates)
-            tasks.append(ReadTask(read, metadata))
-        return tasks
-
-
-def _reader(
-    reader: RowReader, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
-) -> Callable[[], Iterable[pa.Table]]:
-    return lambda: (batch.pack() for batch in rejects(reader, entry, units, reasons, gates))
-
-
-def rejects(
-    reader: RowReader, entry: GroupEntry, units: Sequence[WorkUnit], reasons: Sequence[str], gates: GatesConfig
-) -> Iterable[UnitBatch]:
-    """Each unit's rows that were rejected for `reasons`, admitted under the new settings; its other rows are settled."""
-    wanted = {unit.id: unit for unit in units}
-    found: dict[str, list[pa.Table]] = {unit.id: [] for unit in units}
-    for file in entry.files:
-        if file.kind == "rejected":
-            for unit_id, rows in reader.rows_of(file):
-                if unit_id in wanted:
-                    found[unit_id].append(rows.filter(pc.is_in(rows[REASON], pa.array(list(reasons), pa.string()))))
-    schema = pa.schema([*PAIR_FIELDS, *extra_fields(reader.fields)])
-    for unit in units:
-        tables = [table.select(schema.names).cast(schema) for table in found[unit.id]]
-        # Files of different partitions interleave a unit's rows: back into their order.
-        table = in_row_order([schema.empty_table(), *tables])
-        table = table.append_column(INVALID, pa.nulls(table.num_rows, pa.string()))
-        yield UnitBatch(unit, admit(table, gates), Apart(not_retried=unit.rows - table.num_rows))
+    def _rejects(self) -> dict[str, list[pa.Table]]:
+        """By unit id, a table per rejected file that holds rows of the unit."""
+        found: dict[str, list[pa.Table]] = {unit.id: [] for unit in self.units}
+        reasons = pa.array(self.reasons, pa.string())
+        for file in self.entry.files:
+            if file.kind == "rejected":
+                for unit_id, rows in self.reader.rows_of(file):
+                    if unit_id in found:
+                        found[unit_id].append(rows.filter(pc.is_in(rows[REASON], reasons)))
+        return found

@@ -21,8 +21,9 @@ from capsfusion_ray.engines.api import engine as api
 from capsfusion_ray.engines.api import openai
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, CostCapReached, EndpointDown
-from capsfusion_ray.run import actor as actors
+from capsfusion_ray.run.actor import ActorTools, FusionActor
 from capsfusion_ray.run.poison_rows import AttemptLog
+from capsfusion_ray.run.unit_fuser import start_fuser
 from capsfusion_ray.storage import Store
 
 GREEDY = DecodeConfig(num_beams=1)
@@ -338,13 +339,12 @@ def test_the_engine_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_unit_of_an_actor_comes_back_whole(teacher, tmp_path, monkeypatch):
+def test_a_unit_of_an_actor_comes_back_whole(teacher):
     """The actor's own code, without Ray: rows, order and errors of a unit through the engine."""
     teacher.script = lambda row, number: (
         400 if row == "Sentence:" and '"Poison' in teacher.bodies[-1]["messages"][0]["content"] else "good"
     )
     config = EngineConfig(kind="api", api=ApiConfig(url=teacher.url, model="m"))
-    monkeypatch.setattr(actors, "build_engine", lambda engine, decode: build_engine(config, decode))
     unit = WorkUnit("id", "shard.parquet", 0, 30, "g00000")
     names = [f'"Poison" {i}' if i == 4 else f"Lighthouse {i}" for i in range(30)]
     rows = [
@@ -357,9 +357,9 @@ def test_a_unit_of_an_actor_comes_back_whole(teacher, tmp_path, monkeypatch):
         }
         for i, name in enumerate(names)
     ]
-    batch = UnitBatch(unit, admit(pa.Table.from_pylist(rows), GatesConfig()), Apart()).pack()
-    actor = actors.FusionActor(EngineConfig(kind="echo"), GREEDY, TEMPLATE, AttemptLog(Store(str(tmp_path)), "run"))
-    table = UnitBatch.unpack(actor(batch)).table.to_pylist()
+    batch = UnitBatch(unit, admit(pa.Table.from_pylist(rows), GatesConfig()), Apart())
+    fuser, _ = start_fuser(config, GREEDY, TEMPLATE)
+    table = fuser.fuse(batch).table.to_pylist()
     assert [row[ROW_ID] for row in table] == [row["row_id"] for row in rows]
     assert [i for i, row in enumerate(table) if row[FINISH] == "error"] == [4]
     assert "status 400" in table[4][ERROR]
@@ -382,9 +382,8 @@ def test_a_refused_key_or_a_cap_fails_the_units_and_not_the_process(teacher, tmp
     ]
     table = admit(pa.Table.from_pylist(rows), GatesConfig())
     batch = UnitBatch(WorkUnit("id", "a.parquet", 0, 50, "g00000"), table, Apart()).pack()
-    actor = actors.FusionActor(
-        EngineConfig(kind="api", api=config), GREEDY, TEMPLATE, AttemptLog(Store(str(tmp_path)), "run")
-    )
+    tools = ActorTools(AttemptLog(Store(str(tmp_path)), "run"))
+    actor = FusionActor(EngineConfig(kind="api", api=config), GREEDY, TEMPLATE, tools)
     for _ in range(2):  # the second unit comes after the engine has ended
         with pytest.raises(error):
             actor(batch)

@@ -1,14 +1,14 @@
 """Damaged and missing files are named, and their units alone recomputed, wherever the repair is killed. Without Ray."""
 
+from contextlib import closing
+
 import pytest
-from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
+from echo_run import LEASE, LOCAL, POOL, STRICT, config, finished, killed_at_every_write, local, rows_of
 
 from capsfusion_ray import sources
 from capsfusion_ray.config import GateConfig, VerifyConfig
 from capsfusion_ray.core import repeated_captions as repeats
 from capsfusion_ray.core.prompt import TEMPLATE
-from capsfusion_ray.core.unit_batch import Apart, UnitBatch
-from capsfusion_ray.core.unit_steps import admit, judge_unit
 from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
 from capsfusion_ray.dataset.editions import sweep
 from capsfusion_ray.dataset.layout import MANIFEST
@@ -18,38 +18,31 @@ from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.rewriter import Rewriter
 from capsfusion_ray.dataset.takedown import takedown
 from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
-from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
-from capsfusion_ray.run.edits import base as revision_module
-from capsfusion_ray.run.edits import repair_files as repair_module
-from capsfusion_ray.run.edits.base import run_revision
+from capsfusion_ray.run.edits import base as edit_module
+from capsfusion_ray.run.edits.base import run_edit
 from capsfusion_ray.run.edits.repair_files import open_repair
-from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.run.executors.local import LocalExecutor
+from capsfusion_ray.run.stages import Job
 from capsfusion_ray.run.survey import read_spec
 from capsfusion_ray.storage import Store
 
 
-@pytest.fixture(autouse=True)
-def recomputed(monkeypatch):
-    """The graph's stages one after the other, in this process; the ids of the units that went through them."""
-    seen = []
+class Recorder(LocalExecutor):
+    """Keeps the ids of the units that it fuses."""
 
-    def run_units(job, pool, units, shards):
-        actor = actor_of(job, job.output)
-        for unit in units:
-            table = sources.read_rows(shards[unit.path], unit.start, unit.stop, job.read).table
-            batch = actor(UnitBatch(unit, admit(table, job.gates), Apart()).pack())
-            part, summary = judge_unit(UnitBatch.unpack(batch), job.fields, job.gates)
-            commit(job.output, part, summary)
-            seen.append(unit.id)
+    def __init__(self):
+        super().__init__(LOCAL)
+        self.units = []
+
+    def fuse(self, *args):
+        for summary in super().fuse(*args):
+            self.units.append(summary.id)
             yield summary
 
-    monkeypatch.setattr(repair_module, "run_units", run_units)
-    return seen
 
-
-def repair_of(path, store, partition_by="shard"):
+def repair_of(path, store, partition_by="shard", executor=None):
     """One `repair=true` command; None where nothing is left to do."""
     cfg = config(path, *STRICT, f"output.partition_by={partition_by}")
     plans = read_plans(store)
@@ -59,7 +52,8 @@ def repair_of(path, store, partition_by="shard"):
         return None
     fields = plans[0].fields
     job = Job(read_spec(cfg, fields), cfg.gates, cfg.engine, cfg.decode, TEMPLATE, fields, store, "run")
-    return run_revision(repair, job, POOL, LEASE)
+    with closing(executor or local()) as executor:
+        return run_edit(repair, job, executor, POOL, LEASE)
 
 
 def flip_a_byte(path):
@@ -79,7 +73,7 @@ def break_one(path, how, kind="data"):
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
 @pytest.mark.parametrize("kind", ["data", "rejected"])
 @pytest.mark.parametrize("how", ["missing", "corrupt"])
-def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, recomputed, how, kind, partition_by):
+def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, how, kind, partition_by):
     before = finished(tmp_path, partition_by)
     rows = rows_of(tmp_path, "data") | rows_of(tmp_path, "rejected")
     broken, units = break_one(tmp_path, how, kind)
@@ -87,8 +81,9 @@ def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, recomputed,
         verify(VerifyConfig(config(tmp_path).output))
     assert broken in str(told.value)
 
-    counts = repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by)
-    assert set(recomputed) == units
+    recorder = Recorder()
+    counts = repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by, recorder)
+    assert set(recorder.units) == units
     assert len(units) < len(before.units)
     assert (counts.fused, counts.rejected, counts.reasons) == (
         before.counts.fused,
@@ -114,7 +109,7 @@ def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, 
     first, *_, second = [file for file in read_manifest(store).files if file.kind == "data"]
     flip_a_byte(tmp_path / "out" / first.path)
     with monkeypatch.context() as patched:
-        patched.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(edit_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             repair_of(tmp_path, store)
     flip_a_byte(tmp_path / "out" / second.path)

@@ -1,31 +1,28 @@
 """Rejects fused again under other settings: merged without touching the rest, wherever it is killed. Without Ray."""
 
 import json
-from types import SimpleNamespace
+from contextlib import closing
 
 import pytest
-from echo_run import LEASE, POOL, STRICT, actor_of, config, finished, killed_at_every_write, rows_of
+from echo_run import LEASE, LOCAL, POOL, STRICT, config, finished, killed_at_every_write, local, rows_of
 from outputs import flip_a_bit
 
 from capsfusion_ray.config import VerifyConfig
 from capsfusion_ray.core.prompt import TEMPLATE
-from capsfusion_ray.core.unit_batch import UnitBatch
-from capsfusion_ray.core.unit_steps import judge_unit
 from capsfusion_ray.dataset.edit_record import refuse_unfinished_edit
 from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.dataset.plan_files import read_plans
-from capsfusion_ray.dataset.unit_files import commit
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, ConfigError, EngineError
-from capsfusion_ray.run.edits import base as revision_module
-from capsfusion_ray.run.edits import retry_rejected as retry_module
-from capsfusion_ray.run.edits.base import run_revision
-from capsfusion_ray.run.edits.retry_rejected import open_retry, reasons_of, rejects
-from capsfusion_ray.run.pipeline import Job
+from capsfusion_ray.run.edits import base as edit_module
+from capsfusion_ray.run.edits.base import run_edit
+from capsfusion_ray.run.edits.retry_rejected import open_retry, reasons_of
+from capsfusion_ray.run.executors.local import LocalExecutor
+from capsfusion_ray.run.stages import Job
 from capsfusion_ray.storage import Store
 
 
-def retry_of(path, store, *more, reasons="rejected", partition_by="shard"):
+def retry_of(path, store, *more, reasons="rejected", partition_by="shard", executor=None):
     """One `retry=…` command; None where nothing is left to do."""
     cfg = config(path, *more, f"output.partition_by={partition_by}")
     settings = {"gates": json.loads(json.dumps(more))}
@@ -33,22 +30,28 @@ def retry_of(path, store, *more, reasons="rejected", partition_by="shard"):
     if retry is None:
         return None
     job = Job(None, cfg.gates, cfg.engine, cfg.decode, TEMPLATE, retry.plans[0].fields, store, "run")
-    return run_revision(retry, job, POOL, LEASE)
+    with closing(executor or local()) as executor:
+        return run_edit(retry, job, executor, POOL, LEASE)
 
 
-@pytest.fixture(autouse=True)
-def without_ray(monkeypatch):
-    """The graph's stages one after the other, in this process."""
+class ThenDamages(LocalExecutor):
+    """Fuses all, and damages a rejected file of the output at `path` before the edit goes on."""
 
-    def run_batches(job, pool, source, tasks):
-        actor = actor_of(SimpleNamespace(engine=job.engine, decode=job.decode), job.output)
-        for entry, units in source._groups:
-            for batch in rejects(source._retry.rewriter.reader, entry, units, source._retry.reasons, job.gates):
-                part, summary = judge_unit(UnitBatch.unpack(actor(batch.pack())), job.fields, job.gates)
-                commit(job.output, part, summary)
-                yield summary
+    def __init__(self, path):
+        super().__init__(LOCAL)
+        self._path = path
 
-    monkeypatch.setattr(retry_module, "run_batches", run_batches)
+    def fuse(self, *args):
+        yield from super().fuse(*args)
+        flip_a_bit(self._path / "out" / "rejected")
+
+
+class FailsAfterOne(LocalExecutor):
+    """Its engine fails after the first unit."""
+
+    def fuse(self, *args):
+        yield next(iter(super().fuse(*args)))
+        raise EngineError("the model's captions are NaN")
 
 
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
@@ -100,23 +103,16 @@ def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
     assert retry_of(tmp_path, store).fused > manifest.counts.fused
 
 
-def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_it_is_merged(tmp_path, monkeypatch):
+def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_it_is_merged(tmp_path):
     finished(tmp_path)
-    work = retry_module.run_batches
-
-    def then_damaged(*args):
-        yield from work(*args)
-        flip_a_bit(tmp_path / "out" / "rejected")
-
-    monkeypatch.setattr(retry_module, "run_batches", then_damaged)
     with pytest.raises(AccountingError, match="damaged"):
-        retry_of(tmp_path, Store(str(tmp_path / "out")))
+        retry_of(tmp_path, Store(str(tmp_path / "out")), executor=ThenDamages(tmp_path))
 
 
 def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):
     manifest = finished(tmp_path)
     store = Store(str(tmp_path / "out"))
-    monkeypatch.setattr(revision_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(edit_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         retry_of(tmp_path, store)
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
@@ -125,22 +121,14 @@ def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypat
         refuse_unfinished_edit(store, manifest)
 
 
-def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path, monkeypatch):
+def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path):
     """Such as a model that does not load. What it had fused by then goes; the partition is the output's, whatever is asked."""
     finished(tmp_path / "calm", "lang")
     want = retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")), partition_by="lang")
     finished(tmp_path, "lang")
     store = Store(str(tmp_path / "out"))
-    work = retry_module.run_batches
-
-    def dies(*args):
-        yield next(iter(work(*args)))
-        raise EngineError("the model's captions are NaN")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(retry_module, "run_batches", dies)
-        with pytest.raises(EngineError):
-            retry_of(tmp_path, store, *STRICT, partition_by="lang")
+    with pytest.raises(EngineError):
+        retry_of(tmp_path, store, *STRICT, partition_by="lang", executor=FailsAfterOne(LOCAL))
     assert store.list("_retry")
     with pytest.raises(ConfigError, match="a retry was begun and not finished"):
         refuse_unfinished_edit(store, read_manifest(store))
