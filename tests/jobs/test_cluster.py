@@ -27,6 +27,7 @@ from capsfusion_ray.models.location import EMBEDDED
 from capsfusion_ray.run import cluster
 from capsfusion_ray.run.driver import fuse
 from capsfusion_ray.run.pool import Resources, resolve_pool
+from capsfusion_ray.run.private_cluster import TOKEN_FILE
 from capsfusion_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process_and_no_tok
     assert err.strip().endswith("interrupted; everything committed is kept, the same command again resumes")
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
-    assert not list((tmp_path / "temporary").rglob(cluster.TOKEN_FILE))
+    assert not list((tmp_path / "temporary").rglob(TOKEN_FILE))
 
 
 def wait_for_child(process, name):
