@@ -1,4 +1,4 @@
-"""How far a run is, counted from commits: a live bar in a terminal, plain lines in a log, `progress.json` for others."""
+"""Show how far a run is, counted from its commits: a live bar in a terminal, plain lines in a log, progress.json for others."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ log = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
 STORE_EVERY_S = 10.0
 BAR_WIDTH = 28
-HISTORY_POINTS = 240  # of progress.json: every other one goes when there are more
-_WINDOW_S = 300.0  # the speed shown is that of the last five minutes
+HISTORY_POINTS = 240  # at most in progress.json; when there are more, every second one is dropped
+_WINDOW_S = 300.0  # the speed that is shown is the mean of this time
 
 
 @dataclass
 class Progress:
-    """Counts committed rows. `planned` and the rows done before this process began make a resume truthful."""
+    """Counts committed rows; used as a context.
+
+    `planned`: rows of the whole output. `resumed` counts what earlier processes did, so that a resumed run shows its true
+    share, and a speed that is its own.
+    """
 
     store: Store
     planned: int
@@ -45,15 +49,15 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self.began, 0)])
         self._logged = self._stored = self.began
         self._live: Live | None = None
-        self._history: list[tuple[float, int, float]] = []  # seconds since the run first began, rows, captions/s
-        self._before_s = 0.0  # spent by earlier processes on this run
+        self._history: list[tuple[float, int, float]] = []  # seconds of work on this run, rows, captions/s
+        self._before_s = 0.0  # the seconds that earlier processes worked on this run
 
     def __enter__(self) -> Progress:
         if noted := read_note(self.store, PROGRESS):
             self._history = [tuple(point) for point in noted.get("history", [])]
             self._before_s = self._history[-1][0] if self._history else 0.0
         if self.stream.isatty():
-            # It stands there before the first commit, and through the minutes between two of them.
+            # It is shown before the first commit, and refreshed in the minutes between two commits.
             console = Console(file=self.stream)
             self._live = Live(
                 console=console, transient=True, refresh_per_second=2, get_renderable=lambda: self._bar(console.width)
@@ -67,11 +71,12 @@ class Progress:
         self._write(self.line)
 
     def resumed(self, summary: UnitSummary) -> None:
-        """Count a unit that an earlier process committed; it does not count towards the speed."""
+        """Count a unit that an earlier process committed. It does not count towards the speed."""
         self._count(summary)
         self.resumed_rows = self.rows
 
     def committed(self, summary: UnitSummary) -> None:
+        """Count a unit that this process committed; write a line or progress.json where that is due."""
         self._count(summary)
         now = time.monotonic()
         self._recent.append((now, self.rows - self.resumed_rows))
@@ -108,10 +113,11 @@ class Progress:
         )
 
     def save(self) -> None:
+        """Write progress.json. A store that refuses it is a warning: what others read of a run must not end the run."""
         spent = self._before_s + time.monotonic() - self.began
         self._history.append((round(spent, 1), self.rows, round(self.captions_per_s, 2)))
         if len(self._history) > HISTORY_POINTS:
-            self._history = self._history[::-2][::-1]  # the last one stays
+            self._history = self._history[::-2][::-1]  # keeps the last one
         state = {
             "rows": self.rows,
             "planned": self.planned,
@@ -126,11 +132,11 @@ class Progress:
         }
         try:
             write_note(self.store, PROGRESS, state)
-        except (StorageError, StoreRefused) as error:  # what others read of a run must not end the run
+        except (StorageError, StoreRefused) as error:
             log.warning("progress not written: %s", error)
 
     def _bar(self, width: int) -> Table:
-        """The bar before the line, or above it where the terminal is too narrow for both."""
+        """The bar left of the line, or above it where the terminal is too narrow for both."""
         line = self.line
         beside = width - len(line) - 2 >= BAR_WIDTH
         bar = ProgressBar(

@@ -1,7 +1,7 @@
-"""What a run tells Prometheus, through the metrics agent of each Ray node. Counts nothing that the accounting needs.
+"""Report metrics to Prometheus, through the metrics agent of each Ray node. The accounting uses none of them.
 
-Ray serves the names below with `ray_` before them. The dashboard and the alert rules in deploy/monitoring use these
-names and no others; a test checks that.
+Ray serves the names below with the prefix `ray_`. The dashboard and the alert rules in deploy/monitoring use these names
+and no others; a test checks that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from capsfusion_ray.engines.base import Engine
 from capsfusion_ray.storage import client_faults
 
 COUNTERS = {
-    "capsfusion_rows": ("Rows committed, by what became of them", ("outcome",)),
+    "capsfusion_rows": ("Rows committed, by outcome", ("outcome",)),
     "capsfusion_reasons": ("Rows rejected or filtered, by reason", ("reason",)),
     "capsfusion_flags": ("Rows of data/ that carry a flag", ("flag",)),
     "capsfusion_units": ("Units committed", ()),
@@ -53,7 +53,7 @@ GAUGES_EVERY_S = 2.0  # well below Ray's report interval of 10 s
 
 
 class EngineMonitor:
-    """What an actor tells of its engine. Made in the driver; its metrics are made where it is used."""
+    """Reports on the engine of one actor. Made in the driver; its metrics are made in the actor's process."""
 
     def __init__(self) -> None:
         self._shown = 0.0
@@ -74,10 +74,10 @@ class EngineMonitor:
 
 
 class RunMonitor:
-    """What the driver tells of its commits, while used as a context.
+    """Reports on the commits of the driver, while used as a context.
 
-    Its gauges are told again and again: Ray serves a gauge for two reports only after its process set it, so a plan that
-    was told once, or the last commit of a stalled run, would be gone when it is asked for.
+    It sets its gauges again and again: Ray serves a gauge for two reports only after its process set it, so the size of
+    the plan, or the last commit of a stalled run, would be gone when Prometheus asks for it.
     """
 
     def __init__(self, planned_rows: int, committed_rows: int, actors: int) -> None:
@@ -91,7 +91,7 @@ class RunMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tell()  # what was committed last
+        self._set_gauges()  # with the last commit
         self._leave.set()
         self._thread.join()
 
@@ -109,18 +109,18 @@ class RunMonitor:
     def _commit(self, committed_rows: int) -> None:
         self._now |= {"capsfusion_committed_rows": committed_rows, "capsfusion_committed_at": time.time()}
 
-    def _tell(self) -> None:
+    def _set_gauges(self) -> None:
         for name, value in list(self._now.items()):
             _gauge(name).set(value)
 
     def _repeat(self) -> None:
-        self._tell()
+        self._set_gauges()
         while not self._leave.wait(GAUGES_EVERY_S):
-            self._tell()
+            self._set_gauges()
 
 
 def count_store_faults() -> None:
-    """Pass on what this process' store clients met since the last call."""
+    """Count the faults that the store clients of this process have met since the last call."""
     for cause, requests in client_faults().items():
         _add("capsfusion_store_faults", requests, cause=cause)
 

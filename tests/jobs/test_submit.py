@@ -245,7 +245,7 @@ def test_a_node_that_is_drained_is_left_in_order_and_nothing_is_suspected(store,
     store.inject(Faults())
     said = run.process.communicate(timeout=900)[0]
     assert run.process.returncode == EXIT_DONE, said[-5000:]
-    assert "no other unit begins here" in said
-    assert "leaving this node: 0 units go elsewhere" in said
-    assert "on trial" not in said
+    assert "no further unit begins here" in said
+    assert "this actor ends before its node: 0 units are fused elsewhere" in said
+    assert "runs alone" not in said
     verify_all(store, "drained")
