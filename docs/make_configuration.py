@@ -1,17 +1,17 @@
-"""Write docs/configuration.md from the typed configs: python docs/make_configuration.py. A test holds the two together."""
+"""Write docs/configuration.md from the config dataclasses: python docs/make_configuration.py. A test compares the two."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import json
-import re
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig, default_of, describe, unwrap_optional
+from capsfusion_ray.config import FuseConfig, PlanConfig, VerifyConfig
+from capsfusion_ray.config.keys import Key, keys_of
 from capsfusion_ray.dataset.export import ExportConfig
 from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.pairing.job import PairConfig
@@ -25,8 +25,9 @@ from capsfusion_ray.training.label import LabelConfig
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-`python jobs/<job>.py [conf/….yaml …] key=value …`: YAML files are merged left to right, then the overrides. What is not given has
-the default below; `null` means that the program decides, as the last column says. Made by `python docs/make_configuration.py`.
+`capsfusion <job> [conf/….yaml …] key=value …`: YAML files are merged from left to right, then the overrides. A key that is not
+given has the default below; `null` means that the program decides, as the last column says. Each job lists first the keys that
+people set, then those for experts. `capsfusion <job> --help` prints the same lists. Made by `python docs/make_configuration.py`.
 """
 JOBS = (
     ("jobs/fuse.py", FuseConfig),
@@ -44,64 +45,58 @@ JOBS = (
 )
 
 
-def comments(schema: type) -> dict[str, str]:
-    """Field -> the comment on its line."""
-    found = re.findall(r"^    (\w+): [^#\n]+#\s*(.+)$", inspect.getsource(schema), re.MULTILINE)
-    return dict(found)
-
-
-def rows(section: Any, prefix: str) -> list[str]:
-    """A line of the table a key of a section with its defaults; its own sections follow it, under their longer prefix."""
-    schema = type(section)
-    hints, said, lines = typing.get_type_hints(schema), comments(schema), []
-    for field in dataclasses.fields(schema):
-        hint, value = unwrap_optional(hints[field.name]), getattr(section, field.name)
-        if dataclasses.is_dataclass(hint):
-            for inner in dataclasses.fields(hint):
-                if dataclasses.is_dataclass(unwrap_optional(typing.get_type_hints(hint)[inner.name])):
-                    raise TypeError(f"{schema.__name__}.{field.name}: sections nest at most twice")
-                want = describe(typing.get_type_hints(hint)[inner.name])
-                note = said.get(field.name, "") if inner.name == "threshold" else comments(hint).get(inner.name, "")
-                lines.append(_row(f"{prefix}{field.name}.{inner.name}", want, getattr(value, inner.name), note))
-        else:
-            lines.append(_row(f"{prefix}{field.name}", describe(hints[field.name]), value, said.get(field.name, "")))
-    return lines
-
-
-def _row(key: str, want: str, value: Any, note: str) -> str:
-    shown = json.dumps(value, default=dataclasses.asdict)
-    return "| " + " | ".join(part.replace("|", "\\|") for part in (f"`{key}`", want, f"`{shown}`", note)) + " |"
-
-
 def page() -> str:
+    """The whole page."""
+    names = {schema: job for job, schema in JOBS}
     parts = [HEAD]
     for job, schema in JOBS:
-        parts.append(f"## {job}\n")
-        own = [field for field in dataclasses.fields(schema) if field.name in schema.__annotations__]
-        inherits = len(own) < len(dataclasses.fields(schema))
-        if inherits:
-            parts.append(
-                f"The keys of {next(name for name, base in JOBS if base is schema.__base__)}; new, or with other defaults:\n"
-            )
-        top = [field for field in own if not dataclasses.is_dataclass(typing.get_type_hints(schema)[field.name])]
-        sections = [field for field in own if field not in top]
-        if top:
-            said, hints = comments(schema), typing.get_type_hints(schema)
-            lines = [_row(f.name, describe(hints[f.name]), default_of(f), said.get(f.name, "")) for f in top]
-            parts.append(_table(lines))
-        bases = {field.name: default_of(field) for field in dataclasses.fields(schema.__base__)} if inherits else {}  # type: ignore[arg-type]
-        for field in sections:
-            hint = typing.get_type_hints(schema)[field.name]
-            parts.append(f"### {field.name}\n{inspect.cleandoc(hint.__doc__ or '')}\n")
-            known = rows(bases[field.name], f"{field.name}.") if field.name in bases else []
-            parts.append(_table([line for line in rows(default_of(field), f"{field.name}.") if line not in known]))
+        base = schema.__base__ if schema.__base__ in names else None
+        parts.append(f"## {job}\n{_own_doc(schema)}\n")
+        if base:
+            parts.append(f"It has the keys of {names[base]}. These are new or have other defaults:\n")
+        known = [_row(key) for key in keys_of(base)] if base else []
+        keys = [key for key in keys_of(schema) if key.wants != "section" and _row(key) not in known]
+        common, expert = [key for key in keys if key.common], [key for key in keys if not key.common]
+        if common:
+            parts += [f"### {job}: keys that people set\n", _table(common)]
+        if expert:
+            parts += [f"### {job}: keys for experts\n", *_sections(schema, expert)]
     return "\n".join(parts)
 
 
-def _table(lines: list[str]) -> str:
-    return "\n".join(["| key | wants | default | |", "| --- | --- | --- | --- |", *lines]) + "\n"
+def _sections(schema: type, keys: list[Key]) -> list[str]:
+    """A table of the job's own keys, then one table per section under the text of that section."""
+    parts = []
+    hints = typing.get_type_hints(schema)
+    for section in dict.fromkeys(["", *(field.name for field in dataclasses.fields(schema))]):
+        if listed := [key for key in keys if key.section == section]:
+            if section:
+                parts.append(f"**{section}**: {_own_doc(hints[section])}\n")
+            parts.append(_table(listed))
+    return parts
+
+
+def _own_doc(schema: type) -> str:
+    return inspect.cleandoc(schema.__doc__ or "")
+
+
+def _row(key: Key) -> str:
+    default = json.dumps(key.default, default=dataclasses.asdict)
+    return (
+        "| "
+        + " | ".join(part.replace("|", "\\|") for part in (f"`{key.name}`", key.wants, f"`{default}`", key.text))
+        + " |"
+    )
+
+
+def _table(keys: list[Key]) -> str:
+    return "\n".join(["| key | wants | default | what it does |", "| --- | --- | --- | --- |", *map(_row, keys)]) + "\n"
+
+
+def _write(path: Path, text: Any) -> None:
+    path.write_text(text, encoding="utf-8")
+    sys.stderr.write(f"wrote {path}\n")
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    sys.stderr.write(f"wrote {PAGE}\n")
+    _write(PAGE, page())

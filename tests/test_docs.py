@@ -1,18 +1,17 @@
 """Tests that the pages agree with the program: files, targets, commands, keys, reasons and messages."""
 
 import ast
-import dataclasses
 import functools
 import re
 import runpy
 import shlex
-import typing
 from pathlib import Path
 
 import pytest
 
 from capsfusion_ray import cli
-from capsfusion_ray.config import parse_config, unwrap_optional, usage
+from capsfusion_ray.config import parse_config, usage
+from capsfusion_ray.config.keys import keys_of
 from capsfusion_ray.core.types import Reason
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.run.submit import SubmitConfig
@@ -81,15 +80,9 @@ OWN_YAML = re.compile(
 LEFT_TO_THE_READER = re.compile("…|<")
 
 
-def keys(schema, prefix=""):
-    """Every key that may be given; `key.` for those below which any name goes."""
-    hints = typing.get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        hint = unwrap_optional(hints[field.name])
-        if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name + ("." if typing.get_origin(hint) is dict else "")
+def keys(schema):
+    """Every key that may be given; a free-form dict ends in a dot, because any name may follow."""
+    return [key.name + "." * (key.wants == "mapping") for key in keys_of(schema) if key.wants != "section"]
 
 
 def known(key, schema):
@@ -131,7 +124,9 @@ def test_every_command_that_a_page_gives_would_be_parsed(page, tmp_path):
             assert known(key, SCHEMAS[job]), f"{page}: {job} has no key {key}"
         if not LEFT_TO_THE_READER.search(" ".join(words)):
             parse_config(
-                SCHEMAS[job], [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words]
+                SCHEMAS[job],
+                [str(tmp_path / word) if (tmp_path / word).is_file() else word for word in words],
+                complete=False,
             )
 
 
@@ -164,7 +159,7 @@ def test_a_wrong_command_is_found():
     for text in wrong:
         ((job, words),) = commands(text)
         with pytest.raises(ConfigError):
-            parse_config(SCHEMAS[job], words)
+            parse_config(SCHEMAS[job], words, complete=False)
     own, job = commands("capsfusion submit adress=http://head:8265 \\\n  fuse conf/demo.yaml engine.kindd=beam")
     assert own == ("capsfusion submit", ["adress=http://head:8265"])
     assert job == ("jobs/fuse.py", ["conf/demo.yaml", "engine.kindd=beam"])

@@ -12,13 +12,13 @@ import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.config import OutputConfig, section, setting
 from capsfusion_ray.core.columns import FUSED, RAW, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.core.parquet import read_schema
 from capsfusion_ray.dataset.damage import read_intact
@@ -48,19 +48,16 @@ SIZES = (
 class ExportConfig:
     """jobs/export.py"""
 
-    output: OutputConfig = field(default_factory=OutputConfig)
-    to: str = ""  # an empty or new folder, or a URL
-    to_storage: dict[str, str] = field(default_factory=dict)  # fsspec options of `to`
-    title: str = "Fused image captions"
-    license: str = "other"  # of the captions, as the hub spells it; you must know it
+    output: OutputConfig = section(OutputConfig, required=["path"])
+    to: str = setting("", "an empty or new folder, or a URL", common=True, required=True)
+    to_storage: dict[str, str] = setting({}, "fsspec options of `to`")
+    title: str = setting("Fused image captions", "title of the data card", common=True)
+    license: str = setting("other", "licence of the captions, as the hub spells it; only you know it", common=True)
 
 
 def export(cfg: ExportConfig) -> dict[str, Any]:
     """Write the folder. Raises ConfigError for an output that is not finished or a target that holds another export."""
     began = time.monotonic()
-    for key, value in (("output.path", cfg.output.path), ("to", cfg.to)):
-        if not value:
-            raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
     source, target = Store(cfg.output.path, cfg.output.storage), Store(cfg.to, cfg.to_storage)
     manifest = read_finished(source, "an export")
     files = [file for file in manifest.files if file.kind == DATA_DIR]

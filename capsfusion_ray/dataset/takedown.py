@@ -25,7 +25,6 @@ from capsfusion_ray.dataset.plan_files import read_plans
 from capsfusion_ray.dataset.rewriter import Change, Rewriter
 from capsfusion_ray.dataset.takedown_criteria import Criteria, TakedownConfig
 from capsfusion_ray.dataset.unit_files import committed
-from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -49,8 +48,6 @@ def takedown(cfg: TakedownConfig) -> dict[str, Any]:
     damaged data file.
     """
     began = time.monotonic()
-    if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<a finished output>")
     store = Store(cfg.output.path, cfg.output.storage)
     with Lease(store, cfg.takeover) as lease:
         manifest = read_finished(store, "a takedown")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capsfusion_ray.config import FilterConfig, OutputConfig
+from capsfusion_ray.config import FilterConfig, OutputConfig, section, setting
 from capsfusion_ray.core.columns import INVALID, ROW_ID, URL
 from capsfusion_ray.errors import ConfigError, SourceError
 from capsfusion_ray.sources.filters import filter_mask
@@ -27,16 +27,18 @@ _LISTS = {"urls": URL, "row_ids": ROW_ID}  # setting -> the column that its line
 class TakedownConfig:
     """The settings of a takedown: a row is removed if any of these says so."""
 
-    output: OutputConfig = field(default_factory=OutputConfig)
-    urls: str = ""  # a text file, plain or .gz: one image_url per line
-    row_ids: str = ""  # a text file, plain or .gz: one row_id per line
+    output: OutputConfig = section(OutputConfig, required=["path"])
+    urls: str = setting("", "a text file, plain or .gz, with one image_url per line", common=True)
+    row_ids: str = setting("", "a text file, plain or .gz, with one row_id per line", common=True)
     # passthrough column -> rows with a larger value are removed, e.g. {punsafe: 0.3}
-    above: dict[str, float] = field(default_factory=dict)
+    above: dict[str, float] = setting(
+        {}, "passthrough column -> remove rows with a larger value, e.g. {punsafe: 0.3}", common=True
+    )
     # passthrough column -> rows with a smaller value are removed
-    below: dict[str, float] = field(default_factory=dict)
+    below: dict[str, float] = setting({}, "passthrough column -> remove rows with a smaller value", common=True)
     # rows that the run would have left out under this filter are removed
-    filter: FilterConfig = field(default_factory=FilterConfig)
-    takeover: bool = False  # stop a driver that works on this output, and take its lease
+    filter: FilterConfig = section(FilterConfig, "remove the rows that the run would have left out under this filter")
+    takeover: bool = setting(False, "stop another driver that writes to the same output, and continue in its place")
 
     def __post_init__(self) -> None:
         if not (self.urls or self.row_ids or self.above or self.below or self.filter != FilterConfig()):

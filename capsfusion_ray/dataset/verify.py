@@ -38,8 +38,6 @@ def verify(cfg: VerifyConfig) -> dict[str, Any]:
 
     Raises AccountingError, which lists the problems found, and ConfigError for an output that is not finished.
     """
-    if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<a finished output>")
     store = Store(cfg.output.path, cfg.output.storage)
     manifest = read_manifest(store)
     if manifest is None:

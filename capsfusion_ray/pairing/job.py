@@ -19,12 +19,21 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from capsfusion_ray.config import ClusterConfig, ColumnsConfig, FilterConfig, InputConfig, SourceConfig, fingerprint
+from capsfusion_ray.config import (
+    ClusterConfig,
+    ColumnsConfig,
+    FilterConfig,
+    InputConfig,
+    SourceConfig,
+    fingerprint,
+    section,
+    setting,
+)
 from capsfusion_ray.core.columns import RESERVED, URL
 from capsfusion_ray.dataset.layout import LEASE
 from capsfusion_ray.dataset.lease import Lease
@@ -46,35 +55,43 @@ BUCKET_ROWS = 500_000  # of both tables, on average: about 120 MB of captions, U
 class TableConfig:
     """One of the two tables: its shards, and which of their columns is what."""
 
-    path: Any = ""  # a file, a glob, a folder, any fsspec URL, or a list of them
-    caption: str = ""  # empty: the first known name that the table has
-    key: str = ""  # text or integers; empty: the URL
-    url: str = ""  # empty: the first known name, if any
-    passthrough: list[str] = field(default_factory=list)  # columns carried along
-    format: Literal["auto", "parquet", "json", "jsonl", "csv", "tsv"] = "auto"  # auto: by file name
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options, e.g. {endpoint_url: http://…}
+    path: Any = setting("", "a file, a glob, a folder, any fsspec URL, or a list of these", common=True)
+    caption: str = setting("", "column of the caption; empty: the first known name that the table has", common=True)
+    key: str = setting("", "column of the key, text or integers; empty: the URL", common=True)
+    url: str = setting("", "column of the image URL; empty: the first known name, if any", common=True)
+    passthrough: list[str] = setting([], "further columns that are copied to the output", common=True)
+    format: Literal["auto", "parquet", "json", "jsonl", "csv", "tsv"] = setting("auto", "auto: by the file name")
+    storage: dict[str, str] = setting({}, "fsspec options, e.g. {endpoint_url: http://…}")
 
 
 @dataclass(frozen=True)
 class PairOutputConfig:
     """Where the paired table goes."""
 
-    path: str = ""
-    storage: dict[str, str] = field(default_factory=dict)
+    path: str = setting("", "a folder or a URL", common=True)
+    storage: dict[str, str] = setting({}, "fsspec options, e.g. {endpoint_url: http://…}")
 
 
 @dataclass(frozen=True)
 class PairConfig:
     """jobs/pair.py."""
 
-    raw: TableConfig = field(default_factory=TableConfig)
-    synthetic: TableConfig = field(default_factory=TableConfig)
-    output: PairOutputConfig = field(default_factory=PairOutputConfig)
-    normalise: Literal["none", "url"] = "none"  # url: scheme, host case, default port and fragment are no difference
-    duplicates: Literal["first", "refuse"] = "first"  # of rows with one key: take the first by shard and row, or stop
-    partitions: int | None = None  # buckets of the join, and files; null: one a 500,000 rows
-    takeover: bool = False  # take the output over from a driver that is still at work on it, who then stops
-    address: str = "auto"  # auto: the cluster of `ray job submit`, else a local one started here; or ray://…
+    raw: TableConfig = section(TableConfig, required=["path"])
+    synthetic: TableConfig = section(TableConfig, required=["path"])
+    output: PairOutputConfig = section(PairOutputConfig, required=["path"])
+    normalise: Literal["none", "url"] = setting(
+        "none", "url: ignore scheme, case of the host, default port and fragment when keys are compared", common=True
+    )
+    duplicates: Literal["first", "refuse"] = setting(
+        "first", "of several rows with one key take the first by shard and row, or stop", common=True
+    )
+    partitions: int | None = setting(None, "buckets of the join, and files of the output; null: one per 500,000 rows")
+    takeover: bool = setting(False, "stop another driver that writes to the same output, and continue in its place")
+    address: str = setting(
+        "auto",
+        "auto: the cluster of `ray job submit`, else a local one that is started here; or ray://host:10001",
+        common=True,
+    )
 
     def __post_init__(self) -> None:
         if self.partitions is not None and not 1 <= self.partitions <= 10_000:
@@ -89,8 +106,6 @@ class PairConfig:
 
 def survey(side: str, table: TableConfig, normalise: str) -> Table:
     """List a table's shards, look into each, settle its columns. Raises SourceError naming the table and what it lacks."""
-    if not table.path:
-        raise ConfigError(f"{side}.path: missing; give {side}.path=<folder or URL>")
     plain = SourceConfig(format=table.format)
     shards = tuple(discover(InputConfig(table.path, storage=table.storage), plain))
     names = _columns_of(side, table, shards)
@@ -166,8 +181,6 @@ def _check_named(side: str, table: TableConfig, shards: Sequence[Shard]) -> None
 def pair(cfg: PairConfig) -> dict[str, Any]:
     """Survey both tables, join them, write the parts and last the audit, which is returned."""
     began = time.monotonic()
-    if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<folder or URL>")
     tables = [survey(RAW_SIDE, cfg.raw, cfg.normalise), survey(SYNTHETIC_SIDE, cfg.synthetic, cfg.normalise)]
     partitions = cfg.partitions or min(-(-sum(table.rows for table in tables) // BUCKET_ROWS), 10_000)
     store = Store(cfg.output.path, cfg.output.storage)

@@ -11,11 +11,11 @@ rows, `figures` computes the figures, and `page` writes the HTML.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import OutputConfig
+from capsfusion_ray.config import OutputConfig, section, setting
 from capsfusion_ray.dataset.layout import COMPARISON, REPORT
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.reports.figures import figures
@@ -29,11 +29,15 @@ from capsfusion_ray.training.figures_file import read_figures
 class ReportConfig:
     """capsfusion report"""
 
-    output: OutputConfig = field(default_factory=OutputConfig)
-    evaluation: str = ""  # the output.path of a `capsfusion evaluate`, whose figures become a section of the page
-    beside: OutputConfig = field(default_factory=OutputConfig)  # another output of the same rows, to compare with
-    rows_per_reason: int = 25  # captions to show per reason and flag; ten times as many of rows without any
-    price_per_gpu_hour: float | None = None  # USD; null: the price that the run was given, else 2.5
+    output: OutputConfig = section(OutputConfig, required=["path"])
+    evaluation: str = setting(
+        "", "the output.path of a `capsfusion evaluate`, whose figures become a section of the page", common=True
+    )
+    beside: OutputConfig = section(OutputConfig, "another output of the same rows, to compare with")
+    rows_per_reason: int = setting(25, "captions to show per reason and flag; ten times as many of rows without any")
+    price_per_gpu_hour: float | None = setting(
+        None, "USD; null: the price that the run was given, else 2.5", common=True
+    )
 
     def __post_init__(self) -> None:
         if self.rows_per_reason < 1:
@@ -47,8 +51,6 @@ def report(cfg: ReportConfig) -> dict[str, Any]:
     Raises ConfigError for a folder that is no output, for two outputs without a common row, and for an `evaluation`
     without figures.
     """
-    if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<an output of capsfusion fuse>")
     began = time.monotonic()
     evaluation = read_figures(Path(cfg.evaluation)) if cfg.evaluation else None
     store, state = _opened(cfg.output, "output.path")

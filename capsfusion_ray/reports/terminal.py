@@ -10,13 +10,14 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from capsfusion_ray.config import section, setting
 from capsfusion_ray.core.accounting import OUTCOMES
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, RAW, REASON, ROW_ID, SYNTHETIC
 from capsfusion_ray.core.parquet import open_parquet
@@ -52,20 +53,18 @@ Row = Mapping[str, Any]
 class ShowOutput:
     """The output to show."""
 
-    path: str = ""
-    storage: dict[str, str] = field(default_factory=dict)  # fsspec options, as of capsfusion fuse
+    path: str = setting("", "a folder, or a URL such as s3://bucket/folder", common=True)
+    storage: dict[str, str] = setting({}, "fsspec options, as of capsfusion fuse")
 
 
 @dataclass(frozen=True)
 class ShowConfig:
     """capsfusion show"""
 
-    output: ShowOutput = field(default_factory=ShowOutput)
-    count: int = 8  # number of fused captions to print
+    output: ShowOutput = section(ShowOutput, required=["path"])
+    count: int = setting(8, "number of fused captions to print", common=True)
 
     def __post_init__(self) -> None:
-        if not self.output.path:
-            raise ConfigError("output.path is empty; give the output of a finished run, e.g. output.path=out/demo")
         if self.count < 1:
             raise ConfigError(f"count={self.count}: must be at least 1")
 

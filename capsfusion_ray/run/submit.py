@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from capsfusion_ray.config import without_secrets
+from capsfusion_ray.config import setting, without_secrets
 from capsfusion_ray.errors import ConfigError
 
 
@@ -29,8 +29,10 @@ from capsfusion_ray.errors import ConfigError
 class SubmitConfig:
     """Which cluster, and what its nodes need. The job and its own words follow these keys."""
 
-    address: str = "http://127.0.0.1:8265"  # the cluster's dashboard
-    runtime_env: str = "deploy/runtime_env.yaml"  # a file as `ray job submit --runtime-env` takes it
+    address: str = setting("http://127.0.0.1:8265", "URL of the cluster's dashboard", common=True)
+    runtime_env: str = setting(
+        "deploy/runtime_env.yaml", "a file as `ray job submit --runtime-env` takes it", common=True
+    )
 
 
 def submit(cfg: SubmitConfig, job: Sequence[str]) -> int:

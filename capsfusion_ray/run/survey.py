@@ -44,9 +44,6 @@ def survey(cfg: FuseConfig) -> Survey:
 
     Raises ConfigError for settings that cannot work, and SourceError for an input of which nothing is readable.
     """
-    for key, value in (("input.path", cfg.input.path), ("output.path", cfg.output.path)):
-        if not value:
-            raise ConfigError(f"{key}: missing; give {key}=<folder or URL>")
     if cfg.engine.kind == "api":
         from capsfusion_ray.engines.api.engine import check
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from capsfusion_ray.config import section, setting
 from capsfusion_ray.engines.loading import load_to_train
 from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.models.fusion_file import FUSION_FILE
@@ -19,18 +20,18 @@ from capsfusion_ray.models.fusion_file import FUSION_FILE
 class AverageOutputConfig:
     """Where the model folder is written."""
 
-    path: str = ""
+    path: str = setting("", "a new folder", common=True)
 
 
 @dataclass(frozen=True)
 class AverageConfig:
     """capsfusion average"""
 
-    models: list[str] = field(default_factory=list)  # model folders; the tokenizer and configs are those of the first
-    shares: list[float] = field(
-        default_factory=list
-    )  # weight of each model in the average, sum 1; empty: equal weights
-    output: AverageOutputConfig = field(default_factory=AverageOutputConfig)
+    models: list[str] = setting(
+        [], "model folders; the tokenizer and configs are those of the first", common=True, required=True
+    )
+    shares: list[float] = setting([], "weight of each model in the average, sum 1; empty: equal weights", common=True)
+    output: AverageOutputConfig = section(AverageOutputConfig, required=["path"])
 
 
 def average(cfg: AverageConfig) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.config import DecodeConfig, EngineConfig, section, setting
 from capsfusion_ray.core.columns import FUSED, RAW, SYNTHETIC
 from capsfusion_ray.core.parquet import open_parquet
 from capsfusion_ray.core.prompt import PromptBuilder
@@ -32,29 +32,33 @@ LOG = logging.getLogger(__name__)
 class ReferenceConfig:
     """Caption pairs with the captions that a better model wrote for them."""
 
-    path: str = ""  # a JSON, JSON lines or Parquet file, a folder of Parquet files, or the output of a job
-    raw: str = "laion_2b"
-    synthetic: str = "laion_coco"
-    reference: str = "capsfuion_official"  # this spelling is that of the published example file
-    rows: int = 500  # how many of the last rows are measured
+    path: str = setting(
+        "", "a JSON, JSON lines or Parquet file, a folder of Parquet files, or the output of a job", common=True
+    )
+    raw: str = setting("laion_2b", "column of the raw caption")
+    synthetic: str = setting("laion_coco", "column of the synthetic caption")
+    reference: str = setting("capsfuion_official", "this spelling is that of the published example file")
+    rows: int = setting(500, "how many of the last rows are measured", common=True)
 
 
 @dataclass(frozen=True)
 class EvaluateOutputConfig:
     """Where the figures are written: `<path>/figures.json`, `figures.md` and `captions.jsonl`. Empty: they are only printed."""
 
-    path: str = ""
+    path: str = setting("", "a folder; empty: print the figures only", common=True)
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """capsfusion evaluate"""
 
-    data: ReferenceConfig = field(default_factory=ReferenceConfig)
-    fused: str = ""  # the folder of a finished output to measure; empty: the model of `engine` writes the captions
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    output: EvaluateOutputConfig = field(default_factory=EvaluateOutputConfig)
+    data: ReferenceConfig = section(ReferenceConfig, required=["path"])
+    fused: str = setting(
+        "", "the folder of a finished output to measure; empty: the model of `engine` writes the captions", common=True
+    )
+    engine: EngineConfig = section(EngineConfig)
+    decode: DecodeConfig = section(DecodeConfig)
+    output: EvaluateOutputConfig = section(EvaluateOutputConfig)
 
 
 def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:

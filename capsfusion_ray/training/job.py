@@ -48,8 +48,6 @@ def train(cfg: TrainConfig) -> dict[str, Any]:
 def _with_absolute_paths(cfg: TrainConfig) -> TrainConfig:
     """Make relative paths absolute, because Ray starts its workers in another folder."""
     triples = located(cfg.data.path)
-    if not cfg.output.path:
-        raise ConfigError("output.path is empty; give output.path=<the folder to save the model in>")
     return dataclasses.replace(
         cfg,
         data=dataclasses.replace(cfg.data, path=str(triples.resolve())),

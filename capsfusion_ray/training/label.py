@@ -7,7 +7,7 @@ fuse job does the rest. Knows no Ray.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from capsfusion_ray.config import (
     ApiConfig,
@@ -18,6 +18,7 @@ from capsfusion_ray.config import (
     GateConfig,
     GatesConfig,
     UnitConfig,
+    section,
 )
 from capsfusion_ray.core.prompt import TEMPLATE
 from capsfusion_ray.dataset.layout import RETRY_DIR
@@ -50,11 +51,11 @@ class LabelConfig(FuseConfig):
     """capsfusion label: the settings of `capsfusion fuse` with other defaults. engine.api.max_dollars limits all runs together."""
 
     # A stopped run loses what it paid for units that were not committed: at most units_in_flight units per actor.
-    unit: UnitConfig = field(default_factory=lambda: UnitConfig(rows=100))
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(kind="api", api=ApiConfig(prompt=TEACHER_PROMPT)))
-    decode: DecodeConfig = field(default_factory=lambda: DecodeConfig(num_beams=1, max_new_tokens=200))
-    gates: GatesConfig = field(default_factory=_strict)
-    cluster: ClusterConfig = field(default_factory=lambda: ClusterConfig(max_actors=1, gpus_per_actor=0.0))
+    unit: UnitConfig = section(lambda: UnitConfig(rows=100))
+    engine: EngineConfig = section(lambda: EngineConfig(kind="api", api=ApiConfig(prompt=TEACHER_PROMPT)))
+    decode: DecodeConfig = section(lambda: DecodeConfig(num_beams=1, max_new_tokens=200))
+    gates: GatesConfig = section(_strict)
+    cluster: ClusterConfig = section(lambda: ClusterConfig(max_actors=1, gpus_per_actor=0.0))
 
 
 def prepare(cfg: LabelConfig) -> LabelConfig:
@@ -67,8 +68,6 @@ def prepare(cfg: LabelConfig) -> LabelConfig:
         raise ConfigError(
             f"engine.kind={cfg.engine.kind}: `capsfusion label` needs engine.kind=api; use `capsfusion fuse` for other engines"
         )
-    if not cfg.output.path:
-        raise ConfigError("output.path: missing; give output.path=<folder or URL>")
     check(cfg.engine.api, cfg.decode)
     cap = cfg.engine.api.max_dollars
     if cap is None:

@@ -6,11 +6,31 @@ from pathlib import Path
 import pytest
 
 from capsfusion_ray.cli import EXIT_DONE, run_job
-from capsfusion_ray.config import FuseConfig, VerifyConfig, as_dict, fingerprint, parse_config, to_yaml, without_secrets
+from capsfusion_ray.config import (
+    FuseConfig,
+    PlanConfig,
+    VerifyConfig,
+    as_dict,
+    fingerprint,
+    parse_config,
+    to_yaml,
+    usage,
+    without_secrets,
+)
+from capsfusion_ray.config.keys import keys_of
 from capsfusion_ray.dataset.export import ExportConfig
+from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.errors import ConfigError
+from capsfusion_ray.pairing.job import PairConfig
+from capsfusion_ray.reports.job import ReportConfig
+from capsfusion_ray.reports.terminal import ShowConfig
+from capsfusion_ray.training.average import AverageConfig
 from capsfusion_ray.training.config import TrainConfig
+from capsfusion_ray.training.evaluate import EvaluateConfig
+from capsfusion_ray.training.label import LabelConfig
 
+SCHEMAS = [FuseConfig, PlanConfig, VerifyConfig, LabelConfig, PairConfig, ExportConfig, TakedownConfig, ReportConfig]
+SCHEMAS += [ShowConfig, TrainConfig, AverageConfig, EvaluateConfig]
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -24,7 +44,7 @@ def test_later_arguments_win_over_earlier_ones(tmp_path):
     a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
     a.write_text("decode: {num_beams: 1, max_new_tokens: 10}\nengine: {kind: echo}\n")
     b.write_text("decode: {num_beams: 2}\n")
-    cfg = parse_config(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"])
+    cfg = parse_config(FuseConfig, [str(a), str(b), "decode.max_new_tokens=20"], complete=False)
     assert (cfg.decode.num_beams, cfg.decode.max_new_tokens, cfg.engine.kind) == (2, 20, "echo")
 
 
@@ -66,14 +86,14 @@ def test_help_names_every_key_with_its_default(capsys):
 
 
 def test_a_text_value_is_taken_literally():
-    cfg = parse_config(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"])
+    cfg = parse_config(FuseConfig, ["source.columns.raw=null", "output.path=s3://b/[x]{y}"], complete=False)
     assert cfg.source.columns.raw == "null"
     assert cfg.output.path == "s3://b/[x]{y}"
 
 
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        parse_config(FuseConfig, []).engine.kind = "echo"
+        parse_config(FuseConfig, [], complete=False).engine.kind = "echo"
 
 
 def test_saved_config_loads_again_and_hides_secrets(tmp_path):
@@ -129,7 +149,7 @@ def test_fingerprint_does_not_depend_on_key_order():
     "path", [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name != "train"], ids=lambda p: p.name
 )
 def test_every_fragment_of_conf_loads(path):
-    assert as_dict(parse_config(FuseConfig, [str(path)]))
+    assert as_dict(parse_config(FuseConfig, [str(path)], complete=False))
 
 
 @pytest.mark.parametrize("name", ["finetune", "reinforce"])
@@ -138,7 +158,45 @@ def test_what_a_fragment_demands_must_be_given(name):
     fragment = str(CONF / "train" / f"{name}.yaml")
     with pytest.raises(ConfigError, match=r"it leaves model\.path to you; give model\.path=…"):
         parse_config(TrainConfig, [fragment, "optim.steps=2000"])
-    assert parse_config(TrainConfig, [fragment, "model.path=out/model"]).model.path == "out/model"
+    given = ["model.path=out/model", "data.path=triples.json", "output.path=out"]
+    assert parse_config(TrainConfig, [fragment, *given]).model.path == "out/model"
+
+
+@pytest.mark.parametrize(
+    ("schema", "given", "missing"),
+    [
+        (FuseConfig, ["output.path=o"], "input.path"),
+        (PlanConfig, ["input.path=i"], "output.path"),
+        (VerifyConfig, [], "output.path"),
+        (LabelConfig, ["input.path=i"], "output.path"),
+        (PairConfig, ["raw.path=r", "output.path=o"], "synthetic.path"),
+        (PairConfig, ["raw.path=r", "synthetic.path=s"], "output.path"),
+        (ExportConfig, ["output.path=o"], "to"),
+        (TakedownConfig, ["urls=u"], "output.path"),
+        (ReportConfig, ["beside.path=b"], "output.path"),
+        (ShowConfig, [], "output.path"),
+        (TrainConfig, ["output.path=o"], "data.path"),
+        (TrainConfig, ["data.path=d"], "output.path"),
+        (AverageConfig, ["output.path=o"], "models"),
+        (EvaluateConfig, [], "data.path"),
+    ],
+)
+def test_a_required_key_that_is_missing_is_named(schema, given, missing):
+    with pytest.raises(ConfigError, match=rf"^{missing}: missing; give {missing}=… \(\w.+\)$"):
+        parse_config(schema, given)
+    assert parse_config(schema, given, complete=False)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_every_key_of_every_job_has_an_explanation(schema):
+    assert [key.name for key in keys_of(schema) if not key.text and key.wants != "section"] == []
+
+
+def test_help_shows_first_the_keys_that_people_set():
+    people, experts = usage(FuseConfig).split("Keys for experts")
+    assert people.count("\n  ") <= 25
+    assert "  input.path=" in people
+    assert "  engine.stall_s=900.0  (float) a decode step" in experts
 
 
 def test_each_job_has_its_own_schema():

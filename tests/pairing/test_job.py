@@ -260,7 +260,6 @@ def test_what_cannot_be_a_key_or_a_caption_is_said_before_anything_starts(tmp_pa
     write(tmp_path / "t/a.parquet", [{"hash": 0.5, "TEXT": "x", "id": 7}])
     path = str(tmp_path / "t")
     for table, normalise, message in (
-        (TableConfig(), "none", r"raw\.path: missing"),
         (TableConfig(path), "none", "no column is known as its key; it has hash, TEXT, id; set raw.key=NAME"),
         (TableConfig(path, key="hash"), "none", "raw.key=hash: it is double; a key must be text or integers"),
         (TableConfig(path, key="id"), "url", "raw.key=id: it is int64; normalise=url is for text"),

@@ -87,7 +87,7 @@ def with_invalid(table):
 
 
 def figures(gpus):
-    cfg = parse_config(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"])
+    cfg = parse_config(PlanConfig, ["unit.captions_per_s=50", "cluster.price_per_gpu_hour=3"], complete=False)
     units = tuple(WorkUnit(name, "p", start, start + 900, "g") for name, start in (("a", 0), ("b", 900)))
     plan = Plan(1, {}, 900, (), units, ())
     done = [
@@ -112,7 +112,7 @@ def test_vllm_can_be_planned_and_its_sampling_is_part_of_what_decides_the_output
     model = ModelInfo("{raw}{synthetic}", "0", False, None, {})
 
     def base(*words):
-        cfg = parse_config(PlanConfig, ["engine.kind=vllm", "decode.num_beams=1", *words])
+        cfg = parse_config(PlanConfig, ["engine.kind=vllm", "decode.num_beams=1", *words], complete=False)
         resolve_with_model(cfg.engine, cfg.decode, model)
         assert speed(cfg, device) > 0
         return base_of(cfg, model)

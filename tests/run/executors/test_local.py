@@ -16,7 +16,7 @@ from drivers import resumable
 from lighthouses import captions
 from outputs import flip_a_bit, snapshot
 
-from capsfusion_ray.config import ClusterConfig, FuseConfig, VerifyConfig, parse_config
+from capsfusion_ray.config import ClusterConfig, EngineConfig, FuseConfig, VerifyConfig, parse_config
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.dataset.manifest import read_manifest
 from capsfusion_ray.dataset.verify import verify
@@ -67,7 +67,7 @@ def run(corpus, output, *more, executor=None):
 
 
 def check(output):
-    return verify(VerifyConfig(parse_config(FuseConfig, [f"output.path={output}"]).output, deep=True))["rows"]
+    return verify(parse_config(VerifyConfig, [f"output.path={output}", "deep=true"]))["rows"]
 
 
 def test_a_whole_command_runs_without_ray_and_without_torch(corpus, tmp_path):
@@ -208,7 +208,7 @@ def test_a_bug_keeps_its_traceback_and_names_its_unit(corpus, tmp_path, monkeypa
 
 def test_one_process_holds_one_engine():
     executor = LocalExecutor(ClusterConfig(kind="local", max_actors=4))
-    assert executor.resolve_pool(parse_config(FuseConfig, ["engine.kind=echo"]).engine, 100).max_actors == 1
+    assert executor.resolve_pool(EngineConfig(kind="echo"), 100).max_actors == 1
     with pytest.raises(ConfigError, match=r"cluster\.min_actors=2 with cluster\.kind=local"):
         LocalExecutor(ClusterConfig(kind="local", min_actors=2))
 
