@@ -133,7 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {name}: no such job; {hint}", file=sys.stderr)
         return EXIT_USAGE
     job = JOBS[name]
-    schema, call = _named(job.config), _named(job.call)
+    try:
+        schema, call = _named(job.config), _named(job.call)
+    except UsageError as error:  # a package that only this job needs is not installed
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
     if name == "submit":
         at = next((i for i, word in enumerate(words) if word in JOBS), len(words))
         words, submitted = words[:at], words[at:]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
+from capsfusion_ray.config.extras import install_hint
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Occupancy, prompt_fault
 from capsfusion_ray.engines.loading import load_tokenizer, one_line
@@ -103,7 +104,7 @@ def _import_vllm() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"engine.kind=vllm: it is not in this environment ({error}); vLLM pins other versions than ours and wants one of its own: "
-            "make submit RUNTIME_ENV=deploy/runtime_env_vllm.yaml, or pip install 'capsfusion-ray[vllm]' without constraints.txt"
+            f"make submit RUNTIME_ENV=deploy/runtime_env_vllm.yaml, or {install_hint('vllm')} without constraints.txt"
         ) from error
     return vllm
 

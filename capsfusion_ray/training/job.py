@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from capsfusion_ray.config import ClusterConfig
+from capsfusion_ray.config.extras import imports_of
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.run import cluster
 from capsfusion_ray.training.config import TrainConfig
 from capsfusion_ray.training.loop import CURVE, fit, run_folder
 from capsfusion_ray.training.triples import located
+
+with imports_of("train"):
+    import matplotlib  # draw_curve needs it when hours of training are over: a missing package is found before
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
 
 
 def train(cfg: TrainConfig) -> dict[str, Any]:
@@ -109,8 +113,6 @@ def _refuse_another_run(cfg: TrainConfig, path: Path) -> None:
 
 def draw_curve(curve: list[dict[str, float]], folder: Path) -> None:
     """Write the learning curve to `curve.md` and `curve.png`."""
-    import matplotlib
-
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

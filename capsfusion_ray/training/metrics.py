@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from capsfusion_ray.config.extras import imports_of
+
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _NUMBER = re.compile(r"\d+")
 _CAPITALISED = re.compile(r"(?<![^\W_])[A-Z][^\W_]*")
@@ -54,7 +56,8 @@ def words_of(text: str) -> list[str]:
 
 def measure(examples: Sequence[Example]) -> dict[str, float]:
     """Compute all figures of one system. Shares and scores are in [0, 1], CIDEr in [0, 10]; words is a mean number."""
-    from sacrebleu.metrics import BLEU, CHRF  # of the extra `evaluate`; fusing does not need it
+    with imports_of("evaluate"):
+        from sacrebleu.metrics import BLEU, CHRF
 
     fused, references = [e.fused for e in examples], [e.reference for e in examples]
     tokens, reference_tokens = [words_of(f) for f in fused], [words_of(r) for r in references]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sacrebleu.metrics import BLEU
-
+from capsfusion_ray.config.extras import imports_of
 from capsfusion_ray.training.config import RewardConfig
 from capsfusion_ray.training.metrics import (
     PASTED,
@@ -20,6 +19,9 @@ from capsfusion_ray.training.metrics import (
     words_of,
 )
 from capsfusion_ray.training.triples import Triple, passes
+
+with imports_of("train"):
+    from sacrebleu.metrics import BLEU
 
 
 class Reward:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from capsfusion_ray.config.extras import install_hint
 from capsfusion_ray.engines.beam.cache import Cache, Prefix, write_columns
 from capsfusion_ray.engines.beam.kernels.attention import decode_attention, prefill_attention
 from capsfusion_ray.engines.beam.kernels.elementwise import rms_norm, rotate
@@ -228,7 +229,7 @@ def _no_numba(weights: Weights) -> str:
     """Return why the numba kernel cannot run here, or "" if it can."""
     if not _float32_on_cpu(weights):
         return f"numba computes in float32 on a CPU, and this model is in {weights.dtype} on {weights.device.type}"
-    return "" if find_spec("numba") else "numba is not installed"
+    return "" if find_spec("numba") else f"numba is not installed ({install_hint('cpu')})"
 
 
 def _float32_on_cpu(weights: Weights) -> bool:
