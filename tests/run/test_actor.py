@@ -1,4 +1,4 @@
-"""An actor's process dies for real, and the next one finds out why. Without Ray: a fork stands for a restarted actor."""
+"""The process of an actor really dies, and the next one finds out why. Without Ray: each life of an actor is a forked process."""
 
 import json
 import logging
@@ -61,17 +61,17 @@ class StalledEngine(EchoEngine):
 
 
 class FailingEngine(EchoEngine):
-    """Dies whatever it is given."""
+    """Ends its process with every step."""
 
     def step(self):
         os._exit(9)
 
 
-PATIENCE_S = 300  # a step of these engines takes microseconds, of a starved machine minutes
+PATIENCE_S = 300  # a step of these engines takes microseconds, and minutes on a starved machine
 
 
 def fuse_once(engine, store, batch, result, stall_s=PATIENCE_S, notice=None):
-    """One life of an actor: its exit code, and where it lived the unit's table."""
+    """Run one process of an actor; its exit code. If it fused the unit, its table is in the file `result`."""
 
     def live():
         logging.getLogger().handlers.clear()  # those of pytest: the actor logs to stderr
@@ -80,7 +80,7 @@ def fuse_once(engine, store, batch, result, stall_s=PATIENCE_S, notice=None):
         actor = actors.FusionActor(config, DecodeConfig(), TEMPLATE, tools)
         pq.write_table(actor(batch), result)
         if notice:
-            actor(batch)  # as Ray Data does, which knows of no notice
+            actor(batch)  # Ray Data knows of no notice and sends the next unit
 
     process = multiprocessing.get_context("fork").Process(target=live)
     process.start()
@@ -101,7 +101,7 @@ def test_the_rows_that_kill_their_worker_are_rejected_and_the_others_fused(tmp_p
     assert {int(row[ROW_ID].split(":")[1]) for row in table if row[FINISH] == "crash"} == poison
     assert all("died" in row[ERROR] for row in table if row[FINISH] == "crash")
     assert all(row[FUSED] for row in table if row[FINISH] != "crash")
-    assert not store.list("_run/attempts"), "a unit that came through leaves no note"
+    assert not store.list("_run/attempts"), "a fused unit leaves no note"
 
 
 @pytest.mark.parametrize(("engine", "stall_s", "code"), [(DeadEngine, PATIENCE_S, 70), (StalledEngine, 1.0, 71)])
@@ -111,7 +111,7 @@ def test_a_dead_or_stalled_engine_ends_its_process_and_says_why(tmp_path, engine
     assert ("illegal memory access" in said and "shard.parquet:0" in said) if code == 70 else "in step" in said
 
 
-def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, monkeypatch):
+def test_a_unit_that_kills_every_worker_ends_the_run_with_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(poison_rows, "MAX_DEATHS", 3)
     store, batch, result = Store(str(tmp_path)), unit_of(()), tmp_path / "result"
     codes = [fuse_once(FailingEngine, store, batch, result) for _ in range(4)]
@@ -119,7 +119,7 @@ def test_a_unit_that_kills_every_worker_stops_the_run_with_its_name(tmp_path, mo
 
 
 def test_a_bug_stops_the_run_with_its_traceback_and_its_units_name(tmp_path, capfd):
-    """Whichever stage it is in: the fusion or the commit."""
+    """In each of the stages that know the unit: the fusion and the commit."""
     whole = UnitBatch.unpack(unit_of(()))
     broken = UnitBatch(whole.unit, whole.table.drop_columns(["laion_2b"]))
     assert fuse_once(EchoEngine, Store(str(tmp_path)), broken.pack(), tmp_path / "result") == 1
@@ -144,7 +144,7 @@ class ForeverEngine(EchoEngine):
 
 
 class Notice:
-    """A node that will be gone in so many seconds, as soon as another attempt is noted than those of before."""
+    """Says that the node leaves in `seconds`, as soon as the store holds other notes of attempts than at the start."""
 
     def __init__(self, store, seconds):
         self._store, self._seconds = store, seconds
@@ -164,7 +164,7 @@ def hasty(monkeypatch):
     monkeypatch.setattr(actors, "LEAVE_S", 0.3)
 
 
-def test_on_a_node_that_goes_the_unit_under_way_is_finished_and_no_other_begins(tmp_path, hasty):
+def test_on_a_node_that_leaves_the_unit_under_way_is_finished_and_no_other_begins(tmp_path, hasty):
     store, result = Store(str(tmp_path / "out")), tmp_path / "result"
     assert (
         fuse_once(SlowEngine, store, unit_of(()), result, notice=Notice(store, PATIENCE_S)) == actors.EXIT_NODE_LEAVES
@@ -174,8 +174,8 @@ def test_on_a_node_that_goes_the_unit_under_way_is_finished_and_no_other_begins(
 
 
 @pytest.mark.parametrize("deaths", [0, 1, 3])
-def test_a_unit_that_cannot_be_finished_there_is_given_up_and_suspected_of_nothing(tmp_path, hasty, deaths):
-    """However often it died before: three times means that it runs alone, and whose row is on trial must not be accused."""
+def test_a_unit_that_cannot_be_finished_there_is_given_up_and_none_of_its_rows_is_accused(tmp_path, hasty, deaths):
+    """However often its workers died before. After three deaths it runs alone, and the rows that it tries must not be accused."""
     store, result = Store(str(tmp_path / "out")), tmp_path / "result"
     for _ in range(deaths):
         assert fuse_once(FailingEngine, store, unit_of(()), result) == 9

@@ -1,4 +1,4 @@
-"""The speed that a calibration reports is that of a full engine, not of one that fills or runs dry."""
+"""A calibration reports the speed of a full engine, not of one that is filling or emptying."""
 
 import time
 
@@ -38,7 +38,7 @@ class Clocked:
         self.now += STEP_S if self._began else LOADING_S
         self._began = True
         while self._queue and len(self._slots) < self._room:
-            # The first ones end one after the other: rows at mixed depths, as in a batch that was refilled many times.
+            # The first captions end one after the other, so that the rows have mixed lengths, as after many refills.
             self._slots.append(
                 [self._queue.pop(0), self._steps if self._given >= self._room else self._given % self._steps + 1]
             )
@@ -69,12 +69,12 @@ def test_the_speed_is_that_of_a_full_engine(room, steps, rows):
     assert 0.9 * full <= measured.captions_per_s <= 1.1 * full, "neither the slow first step nor the end counts"
 
 
-def test_an_engine_that_writes_everything_in_one_step_has_a_speed_too():
+def test_an_engine_that_writes_everything_in_one_step_has_a_speed():
     measured = steady(EchoEngine(EngineConfig(kind="echo"), DecodeConfig()), prompts(5), "cpu", time.monotonic)
     assert measured.captions == 5
     assert measured.captions_per_s > 0
 
 
-def test_a_model_that_writes_nothing_is_an_error_that_says_why():
+def test_a_model_that_writes_nothing_is_an_error_with_the_reason():
     with pytest.raises(EngineError, match="none of 8 prompts became a caption: NaN"):
         measure(Clocked(2, 3, fails=True), 8)

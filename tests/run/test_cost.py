@@ -1,4 +1,4 @@
-"""What a run cost beside what the plan said: the engines' own time, once, however many units shared it."""
+"""The cost in the manifest: estimate and actual. Engine time that several units share is counted once."""
 
 import threading
 import time
@@ -23,8 +23,8 @@ from capsfusion_ray.run.unit_fuser import start_fuser
 STEP_S = 0.02
 
 
-class OneARound:
-    """A caption a step, in the order in which they came."""
+class OnePerStep:
+    """Writes one caption per step, in the order of submission."""
 
     def __init__(self, *_):
         self.queue, self.steps = [], 0
@@ -50,7 +50,7 @@ class OneARound:
 
 
 def test_units_in_flight_share_the_engines_time_and_it_is_counted_once():
-    engine = OneARound()
+    engine = OnePerStep()
     fuser, _ = start_fuser(EngineConfig(kind="echo"), DecodeConfig(), TEMPLATE, lambda *_: engine)
     spent = {}
 
@@ -96,7 +96,7 @@ def figures(gpus):
     return cost(cfg, Pool(1, 4, 1.0, gpus, 2), plan, done)
 
 
-def test_estimate_and_actual_stand_beside_each_other():
+def test_the_cost_holds_the_estimate_and_the_actual_figures():
     assert figures(1.0) == {
         "gpus_per_actor": 1.0,
         "usd_per_gpu_hour": 3,

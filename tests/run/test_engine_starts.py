@@ -1,4 +1,4 @@
-"""An engine that does not start, and whose fault it is. Without Ray: a fork stands for an actor's process."""
+"""An engine that does not start ends the run or is started again. Without Ray: each process of an actor is a fork."""
 
 import json
 import logging
@@ -26,12 +26,12 @@ from capsfusion_ray.run.engine_starts import MAX_START_DEATHS, Start, StartLog
 from capsfusion_ray.run.poison_rows import AttemptLog
 from capsfusion_ray.storage import Store
 
-PATIENCE_S = 0.3  # a thirtieth of it between two starts
-OUTLIVED_S = 300  # no process here takes so long
+PATIENCE_S = 0.3  # an actor waits a thirtieth of it between two starts
+PROCESS_S = 300  # no process here takes so long
 
 
 class Dies:
-    """While its model loads, as a process without memory does."""
+    """Ends its process while its model loads, as the kernel ends one without memory."""
 
     def __init__(self, *_):
         os._exit(9)
@@ -72,13 +72,13 @@ def batch():
 
 
 def live(engine, store, batch, tmp_path, patience_s=PATIENCE_S):
-    """One process of one actor: its exit code, and what its first unit raised."""
+    """Run one process of one actor; its exit code, and what its first unit raised."""
     raised = tmp_path / "raised"
     raised.unlink(missing_ok=True)
 
     def life():
         logging.getLogger().handlers.clear()  # those of pytest: the actor logs to stderr
-        # An engine that is said to load a model: those are rehearsed.
+        # This kind loads a model, so its engine writes one caption before it counts as started.
         config = EngineConfig(kind="transformers", device="cpu", start_patience_s=patience_s)
         starts = StartLog(store, "run", config.start_patience_s)
         tools = actors.ActorTools(AttemptLog(store, "run"), starts, build=engine)
@@ -90,7 +90,7 @@ def live(engine, store, batch, tmp_path, patience_s=PATIENCE_S):
 
     process = multiprocessing.get_context("fork").Process(target=life)
     process.start()
-    process.join(OUTLIVED_S)
+    process.join(PROCESS_S)
     return process.exitcode, raised.read_text() if raised.exists() else None
 
 
@@ -99,30 +99,30 @@ def notes(store):
 
 
 @pytest.mark.parametrize("engine", [FailsByName, NoStep])
-def test_where_no_engine_is_up_the_first_unit_says_what_is_wrong(engine, store, batch, tmp_path):
+def test_while_no_engine_is_up_the_first_unit_raises_what_is_wrong(engine, store, batch, tmp_path):
     code, raised = live(engine, store, batch, tmp_path)
     assert code == 0
     assert raised in (f"{why} (on {socket.gethostname()})" for why in ("no memory for its weights", "no C compiler"))
 
 
-def test_where_no_engine_is_up_what_is_no_error_of_ours_keeps_its_traceback(store, batch, tmp_path, capfd):
+def test_while_no_engine_is_up_an_error_that_is_not_ours_keeps_its_traceback(store, batch, tmp_path, capfd):
     code, _ = live(Fails, store, batch, tmp_path)
     assert code == 1
     assert "CUDA error: no device" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("engine", [Fails, FailsByName, NoStep])
-def test_where_another_engine_is_up_a_fresh_process_tries_again(engine, store, batch, tmp_path, capfd):
+def test_while_another_engine_is_up_a_fresh_process_tries_again(engine, store, batch, tmp_path, capfd):
     assert live(EchoEngine, store, batch, tmp_path) == (0, None)
     for _ in range(3):
         assert live(engine, store, batch, tmp_path, patience_s=60 * PATIENCE_S) == (actors.EXIT_NO_START, None)
     assert "other engines of this run are up" in capfd.readouterr().err
     assert notes(store)
-    assert live(EchoEngine, store, batch, tmp_path) == (0, None), "mended"
-    assert not notes(store), "who is up leaves no note"
+    assert live(EchoEngine, store, batch, tmp_path) == (0, None), "the cause is removed"
+    assert not notes(store), "an actor whose engine is up leaves no note"
 
 
-def test_patience_lasts_while_the_run_moves_and_ends_after_it(store, batch, tmp_path):
+def test_patience_lasts_while_the_run_advances_and_ends_after_it(store, batch, tmp_path):
     assert live(EchoEngine, store, batch, tmp_path) == (0, None)
     for done in range(3):
         store.put(PROGRESS, json.dumps({"units_done": done}).encode())
@@ -131,10 +131,10 @@ def test_patience_lasts_while_the_run_moves_and_ends_after_it(store, batch, tmp_
     time.sleep(PATIENCE_S)
     assert live(FailsByName, store, batch, tmp_path)[1].startswith("no memory for its weights")
     time.sleep(PATIENCE_S)
-    assert live(EchoEngine, store, batch, tmp_path) == (0, None), "who is mended late is up all the same"
+    assert live(EchoEngine, store, batch, tmp_path) == (0, None), "an engine that is repaired late starts all the same"
 
 
-def test_no_patience_ends_the_run_with_the_first(store, batch, tmp_path):
+def test_without_patience_the_first_failed_start_ends_the_run(store, batch, tmp_path):
     assert live(EchoEngine, store, batch, tmp_path) == (0, None)
     assert live(FailsByName, store, batch, tmp_path, patience_s=0)[1].startswith("no memory for its weights")
 
@@ -147,7 +147,7 @@ def test_processes_that_die_while_they_start_are_counted_and_end_the_run(store, 
     assert f"did not start, {MAX_START_DEATHS} times in a row, and the last time its process died" in raised
 
 
-def test_an_engine_that_is_up_at_last_has_no_deaths_behind_it(store, batch, tmp_path):
+def test_a_start_that_succeeds_resets_the_count_of_deaths(store, batch, tmp_path):
     for engine, code in ((Dies, 9), (Dies, 9), (EchoEngine, 0), (Dies, 9)):
         assert live(engine, store, batch, tmp_path)[0] == code
     [note] = notes(store)
@@ -155,7 +155,7 @@ def test_an_engine_that_is_up_at_last_has_no_deaths_behind_it(store, batch, tmp_
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1e4)), min_size=1), st.floats(0, 1e4))
-def test_hope_lasts_for_the_patience_after_the_last_unit_that_was_seen(looks, patience_s):
+def test_a_start_may_be_retried_until_the_patience_has_passed_since_the_last_advance(looks, patience_s):
     now, moved, start = 0.0, 0.0, Start("run", 1, -1, 0.0, "host")
     for done, later in looks:
         now += later

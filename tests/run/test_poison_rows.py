@@ -1,4 +1,4 @@
-"""A row that kills its worker is found, alone, in few deaths; no other row is blamed."""
+"""A row that kills its worker is found in few deaths, and no other row is rejected."""
 
 from math import ceil, log2
 
@@ -9,7 +9,7 @@ from capsfusion_ray.run.poison_rows import MAX_SHARED_DEATHS, Attempt, AttemptLo
 
 
 def run_to_the_end(rows, poison, unlucky=()):
-    """The attempt that came through, and how many workers died; `unlucky` attempts die whatever they do."""
+    """The attempt that succeeded, and how many workers died; the attempts numbered in `unlucky` die in any case."""
     attempt, deaths = following(None, "run", rows), 0
     while True:
         dies = attempt.number in unlucky
@@ -38,7 +38,7 @@ def test_exactly_the_poison_rows_are_found_in_few_deaths(data, rows):
     assert deaths <= MAX_SHARED_DEATHS + len(unlucky) * 2 + len(poison) * (ceil(log2(rows)) + 2 if rows > 1 else 2)
 
 
-def test_a_unit_runs_in_company_until_its_second_death():
+def test_a_unit_shares_the_engine_until_its_second_death():
     attempt = following(None, "run", 10)
     for number in range(1, MAX_SHARED_DEATHS + 1):
         assert (attempt.number, attempt.alone) == (number, False)
@@ -46,11 +46,11 @@ def test_a_unit_runs_in_company_until_its_second_death():
     assert attempt.alone
 
 
-def test_the_attempts_of_a_killed_driver_are_no_deaths():
+def test_attempts_under_a_killed_driver_do_not_count_as_deaths():
     assert following(Attempt("before", 7, ((0, 10),)), "now", 10) == following(None, "now", 10)
 
 
-def test_the_log_keeps_an_attempt_until_the_unit_came_through(store):
+def test_the_log_keeps_an_attempt_until_the_unit_is_fused(store):
     log = AttemptLog(store, "run")
     first = log.begin("u1", 8)
     log.note("u1", first.on((0, 8)))

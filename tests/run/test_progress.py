@@ -1,4 +1,4 @@
-"""How far a run is: a bar that stands from the first moment and fits the terminal, plain lines in a log, rows counted from commits."""
+"""Progress: a bar that is shown from the first moment and fits the terminal, plain lines in a log, rows counted from commits."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [60, 100, 160])
-def test_the_bar_stands_before_the_first_commit_and_fits_the_terminal(tmp_path, terminal, monkeypatch, columns):
+def test_the_bar_is_shown_before_the_first_commit_and_fits_the_terminal(tmp_path, terminal, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     progress = Progress(Store(str(tmp_path)), 4000, 4, 2, terminal)
     with progress:
@@ -55,7 +55,7 @@ def test_the_bar_stands_before_the_first_commit_and_fits_the_terminal(tmp_path, 
     drawn = [line for line in re.split(r"[\r\n]", first) if "\u2501" in line or "rows" in line]
     assert max(map(len, drawn)) <= columns
     assert ESCAPE.sub("", terminal.getvalue()).splitlines()[-1].startswith("1,000/4,000 rows (25.0%)"), (
-        "the last word stays"
+        "the last line stays on the screen"
     )
 
 
@@ -68,7 +68,7 @@ def test_a_log_line_goes_above_the_bar_and_not_into_it(tmp_path, terminal, monke
     assert "a shard is damaged" in lines
 
 
-def test_a_resume_counts_all_rows_and_only_its_own_speed(tmp_path, monkeypatch):
+def test_a_resumed_run_counts_all_rows_and_shows_its_own_speed(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("capsfusion_ray.run.progress.time.monotonic", lambda: clock[0])
     log = io.StringIO()

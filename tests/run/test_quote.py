@@ -1,4 +1,4 @@
-"""For what machine `plan` quotes: for the one that is asked for; left open, for the one that a run here would take."""
+"""The machine that `plan` quotes for: the one that the settings ask for, else the one that a run here would use."""
 
 import logging
 
@@ -22,7 +22,7 @@ def pool(monkeypatch, *words, gpus_here=0, ray_address=""):
     return expected_pool(parse_config(PlanConfig, ["input.path=in", "output.path=out", *words]))
 
 
-def test_a_box_with_gpus_is_quoted_with_them(monkeypatch):
+def test_a_machine_with_gpus_is_quoted_with_them(monkeypatch):
     assert pool(monkeypatch, gpus_here=8) == (1, 8)
     assert pool(monkeypatch, "cluster.max_actors=4", gpus_here=8) == (1, 4)
     assert pool(monkeypatch, "cluster.gpus_per_actor=1", gpus_here=8) == (1, 8)
@@ -32,18 +32,18 @@ def test_a_box_with_gpus_is_quoted_with_them(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [("engine.device=cpu",), ("engine.kind=echo",), ("cluster.gpus_per_actor=0",)])
-def test_who_wants_no_gpu_is_quoted_none(monkeypatch, words):
-    assert pool(monkeypatch, *words, gpus_here=8) == (0, 16), "an actor a core, as a run takes; one core reads"
+def test_settings_that_use_no_gpu_are_quoted_without(monkeypatch, words):
+    assert pool(monkeypatch, *words, gpus_here=8) == (0, 16), "one actor per core, as a run would have; one core reads"
 
 
-def test_what_is_asked_for_is_quoted_wherever_the_plan_is_made(monkeypatch):
+def test_what_the_settings_ask_for_is_quoted_on_any_machine(monkeypatch):
     assert pool(monkeypatch, "cluster.gpus_per_actor=1", "cluster.max_actors=16") == (1, 16)
     assert pool(monkeypatch, "engine.device=cuda") == (1, 1)
     assert pool(monkeypatch, "cluster.gpus_per_actor=1", "cluster.min_actors=2", gpus_here=1) == (1, 2)
     assert pool(monkeypatch) == (0, 16)
 
 
-def test_a_named_cluster_is_not_asked_and_the_quote_says_so(monkeypatch, caplog):
+def test_a_named_cluster_is_not_looked_up_and_the_log_says_so(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert pool(monkeypatch, gpus_here=8, ray_address="head:6379") == (0, 1)
     assert "RAY_ADDRESS=head:6379: its GPUs are not looked up" in caplog.text

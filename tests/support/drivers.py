@@ -1,4 +1,4 @@
-"""`python jobs/<job>.py …` as processes of their own, killed where asked, and a Ray cluster that outlives them, for them to join."""
+"""Run `python jobs/<job>.py …` as processes, kill them where asked, and start a Ray cluster for them to join."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAD = """
 import sys, ray
 from capsfusion_ray.run.private_cluster import patient_start
-with patient_start():  # not start_here: nobody else can join what that starts
+with patient_start():  # not start_here: no other process can join what that starts
     ray.init("local", include_dashboard=False, num_cpus=3, log_to_driver=False)
 print("address", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
@@ -31,7 +31,7 @@ sys.stdin.read()
 
 @contextmanager
 def ray_head() -> Iterator[str]:
-    """The address of a head node with 3 logical CPUs, which ends when its standard input does."""
+    """The address of a head node with 3 logical CPUs. It ends when its standard input is closed."""
     head = subprocess.Popen(
         [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -46,7 +46,7 @@ def ray_head() -> Iterator[str]:
 
 
 class Driver:
-    """Starts them against the cluster at `address`."""
+    """Starts jobs that join the cluster at `address`."""
 
     def __init__(self, address: str) -> None:
         self.env = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO"}
@@ -58,14 +58,14 @@ class Driver:
         )
 
     def run(self, job: str, *args: object, code: int = 0) -> Any:
-        """The result of a job that ends well, else what it said on stderr."""
+        """Run a job that must end with exit code `code`; its result, or its stderr where the code is not 0."""
         process = self.start(job, *args)
         out, err = process.communicate(timeout=1500)
         assert process.returncode == code, f"exit {process.returncode}, wanted {code}\n{err[-3000:]}"
         return json.loads(out.splitlines()[-1]) if code == 0 else err
 
     def kill_at(self, seen: Callable[[], int], enough: float, job: str, *args: object, later_s: float = 0.0) -> int:
-        """SIGKILL to a job, so long after it has made what `seen` counts; how much it had made then."""
+        """Start a job and SIGKILL it `later_s` after `seen()` has reached `enough`; the value of `seen()` then."""
         process = self.start(job, *args)
         while process.poll() is None and seen() < enough:
             time.sleep(0.001)
@@ -76,7 +76,10 @@ class Driver:
         return seen()
 
     def kill_fuse(self, store: Store, kills: int, units: int, *args: object) -> list[int]:
-        """SIGKILL to so many runs of `units` units on `store`, at random moments after each one's first commit; what a resume found after each."""
+        """SIGKILL `kills` runs of `units` units on `store`, each at a random moment after its first commit.
+
+        Returns how many units a resume finds after each kill.
+        """
         chance = random.Random(7)
         found: list[int] = []
         while len(found) < kills:
@@ -88,6 +91,6 @@ class Driver:
 
 
 def resumable(store: Store) -> int:
-    """How many units a resume will find: those with a part, and those of compacted groups."""
-    parts = committed(store)  # first: parts go once their group's entry exists
+    """How many units a resume finds: those with a part, and those of compacted groups."""
+    parts = committed(store)  # read first: parts are deleted once the entry of their group exists
     return len(parts | {unit.id for group in read_groups(store) for unit in group.units})

@@ -2,9 +2,9 @@
 
     python tests/support/ray_nodes.py <CPUs of each worker …>
 
-Each node is a raylet of its own. It prints one JSON line once all are up, adds a node for every further number that it
-reads, whose raylet's pid it prints, and ends with its standard input: a process of its own, so that its environment is the
-cluster's, and nothing outlives a killed test.
+Each node is a raylet of its own. The script prints one JSON line once all nodes are up. For every number that it then
+reads it adds a node and prints the pid of its raylet. It ends when its standard input is closed, so nothing outlives a
+killed test; and it is a process of its own, so that its environment is that of the cluster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from capsfusion_ray.run.private_cluster import START_PATIENCE_S, patient_start
 
 @dataclass(frozen=True)
 class Nodes:
-    """Where to reach them."""
+    """Where to reach the nodes."""
 
     gcs: str  # RAY_ADDRESS of a driver
     dashboard: str  # RAY_ADDRESS of `ray job submit`
@@ -38,7 +38,7 @@ class Nodes:
     _process: subprocess.Popen[str]
 
     def join(self, cpus: int) -> psutil.Process:
-        """The raylet of a node that joins; all that runs on the node are its children."""
+        """Add a node; its raylet, whose children are all processes of the node."""
         assert self._process.stdin
         self._process.stdin.write(f"{cpus}\n")
         self._process.stdin.flush()
@@ -51,7 +51,7 @@ def raylet_of(node: Any) -> psutil.Process:
 
 
 def lose(raylet: psutil.Process) -> Sequence[psutil.Process]:
-    """SIGKILL to a node's raylet and to all that it started, as if its power went. Which they were."""
+    """SIGKILL the raylet of a node and all that it started, as if its power failed; which processes these were."""
     processes = [raylet, *raylet.children(recursive=True)]
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -61,10 +61,11 @@ def lose(raylet: psutil.Process) -> Sequence[psutil.Process]:
 
 @contextmanager
 def ray_nodes(*worker_cpus: int, env: Mapping[str, str]) -> Iterator[Nodes]:
-    """`env`, beside this process' own, is the environment of all daemons, workers and submitted drivers."""
+    """Start the nodes. All daemons, workers and submitted drivers get the environment of this process, and `env`."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's entrypoint is `python …`
     command = [sys.executable, __file__, *map(str, worker_cpus)]
-    # A submitted job joins the cluster that wrote its address into Ray's folder last: each has a folder, of a short name for sockets.
+    # A submitted job joins the cluster that last wrote its address into Ray's folder, so each cluster has a folder of its
+    # own; its name is short because sockets need a short path.
     with TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
         all_env = {**os.environ, "PATH": path, "RAY_TMPDIR": folder, **env}
         with subprocess.Popen(
@@ -76,7 +77,7 @@ def ray_nodes(*worker_cpus: int, env: Mapping[str, str]) -> Iterator[Nodes]:
 
 
 def _next_line(process: subprocess.Popen[str]) -> Any:
-    """Of what it tells, amid what Ray says."""
+    """The next JSON line; lines that Ray prints are skipped."""
     assert process.stdout
     return next(json.loads(line) for line in process.stdout if line.startswith("{"))
 
@@ -88,8 +89,8 @@ def serve(worker_cpus: list[int]) -> None:
         "num_cpus": 0,
         "include_dashboard": True,
         "dashboard_host": "127.0.0.1",
-        "dashboard_port": free_port(),  # Ray looks from 8265 on, where another cluster's may be
-        "dashboard_agent_listen_port": 0,  # patient_start finds one; Ray's own 52365 may be another cluster's
+        "dashboard_port": free_port(),  # Ray's default, 8265 or the next ones, may belong to another cluster
+        "dashboard_agent_listen_port": 0,  # patient_start finds one; Ray's default 52365 may belong to another cluster
     }
     with patient_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -110,7 +111,7 @@ def serve(worker_cpus: list[int]) -> None:
 
 
 def wait_for_agent(head: Any) -> None:
-    """The head is up before its agent, which starts the submitted drivers: until then the dashboard takes no job."""
+    """Wait for the agent of the head: it starts the submitted drivers, and comes up later than the head."""
     until = time.monotonic() + START_PATIENCE_S
     while time.monotonic() < until:
         with socket.socket() as s:

@@ -1,4 +1,4 @@
-"""`ray start`, with the patience of capsfusion_ray.run.private_cluster: python tests/support/ray_start.py --head --block …"""
+"""`ray start` with `patient_start` of capsfusion_ray.run.private_cluster: python tests/support/ray_start.py --head --block …"""
 
 from __future__ import annotations
 

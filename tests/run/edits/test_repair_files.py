@@ -1,4 +1,4 @@
-"""Damaged and missing files are named, and their units alone recomputed, wherever the repair is killed. Without Ray."""
+"""A repair names damaged and missing files and recomputes their units alone, wherever it is killed. The local executor runs it."""
 
 from contextlib import closing
 
@@ -63,7 +63,7 @@ def flip_a_byte(path):
 
 
 def break_one(path, how, kind="data"):
-    """Damage the first file of a kind; its path in the output and the units it holds."""
+    """Damage the first file of a kind; its path in the output, and the ids of its units."""
     entry = next(file for file in read_manifest(Store(str(path / "out"))).files if file.kind == kind)
     file = path / "out" / entry.path
     file.unlink() if how == "missing" else flip_a_byte(file)
@@ -77,9 +77,9 @@ def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, how, kind, 
     before = finished(tmp_path, partition_by)
     rows = rows_of(tmp_path, "data") | rows_of(tmp_path, "rejected")
     broken, units = break_one(tmp_path, how, kind)
-    with pytest.raises(AccountingError, match="repair=true") as told:
+    with pytest.raises(AccountingError, match="repair=true") as refused:
         verify(VerifyConfig(config(tmp_path).output))
-    assert broken in str(told.value)
+    assert broken in str(refused.value)
 
     recorder = Recorder()
     counts = repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by, recorder)
@@ -95,14 +95,14 @@ def test_only_the_units_of_the_damaged_file_are_recomputed(tmp_path, how, kind, 
     assert repair_of(tmp_path, Store(str(tmp_path / "out")), partition_by) is None, "nothing is left to do"
 
 
-def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
+def test_a_repair_killed_at_any_write_and_repeated_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
     killed_at_every_write(
         tmp_path, repair_of, rows_of(tmp_path / "calm", "data"), prepare=lambda path: break_one(path, "corrupt")
     )
 
 
-def test_damage_that_a_killed_repair_did_not_know_of_is_repaired_next(tmp_path, monkeypatch):
+def test_damage_that_came_after_a_killed_repair_began_is_repaired_by_the_next(tmp_path, monkeypatch):
     finished(tmp_path)
     want = rows_of(tmp_path, "data")
     store = Store(str(tmp_path / "out"))
@@ -155,7 +155,7 @@ def test_rows_that_were_taken_down_do_not_come_back(tmp_path):
     assert store.get(MANIFEST) == before
 
 
-def test_lost_input_is_named_before_the_repair_is_begun(tmp_path):
+def test_a_lost_shard_is_named_before_the_repair_is_begun(tmp_path):
     manifest = finished(tmp_path)
     break_one(tmp_path, "missing")
     (tmp_path / "in" / "a.parquet").unlink()

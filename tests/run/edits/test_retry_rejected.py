@@ -1,4 +1,4 @@
-"""Rejects fused again under other settings: merged without touching the rest, wherever it is killed. Without Ray."""
+"""A retry fuses rejects again under other settings and touches nothing else, wherever it is killed. The local executor runs it."""
 
 import json
 from contextlib import closing
@@ -55,7 +55,7 @@ class FailsAfterOne(LocalExecutor):
 
 
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
-def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition_by):
+def test_rows_that_pass_now_move_to_data_and_nothing_else_changes(tmp_path, partition_by):
     before = finished(tmp_path, partition_by)
     rejected = before.counts.reasons["cut_off"]
     assert rejected > 4
@@ -65,8 +65,8 @@ def test_what_passes_now_moves_over_and_nothing_else_changes(tmp_path, partition
 
     counts = retry_of(tmp_path, Store(str(tmp_path / "out")), partition_by=partition_by)
     assert counts.fused == before.counts.fused + rejected
-    assert counts.reasons["null_caption"] == 2, "no setting mends a missing caption"
-    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
+    assert counts.reasons["null_caption"] == 2, "no setting brings a missing caption back"
+    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "files that were there are not touched"
     now = rows_of(tmp_path, "data")
     assert fused_before.items() <= now.items()
     assert len(now) == counts.fused
@@ -86,13 +86,13 @@ def test_a_retry_that_changes_nothing_keeps_every_reject(tmp_path):
     verify(VerifyConfig(config(tmp_path).output, deep=True))
 
 
-def test_killed_at_every_write_and_repeated_it_ends_the_same(tmp_path):
+def test_a_retry_killed_at_any_write_and_repeated_ends_the_same(tmp_path):
     finished(tmp_path / "calm")
     retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")))
     killed_at_every_write(tmp_path, retry_of, rows_of(tmp_path / "calm", "data"))
 
 
-def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
+def test_a_retry_refuses_damaged_rejects(tmp_path):
     manifest = finished(tmp_path)
     store = Store(str(tmp_path / "out"))
     bad = flip_a_bit(tmp_path / "out" / "rejected")
@@ -103,13 +103,13 @@ def test_damaged_rejects_are_not_written_anew_as_if_they_were_whole(tmp_path):
     assert retry_of(tmp_path, store).fused > manifest.counts.fused
 
 
-def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_it_is_merged(tmp_path):
+def test_a_file_that_is_damaged_while_a_retry_fuses_ends_it_before_the_merge(tmp_path):
     finished(tmp_path)
     with pytest.raises(AccountingError, match="damaged"):
         retry_of(tmp_path, Store(str(tmp_path / "out")), executor=ThenDamages(tmp_path))
 
 
-def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypatch):
+def test_other_edits_are_refused_until_a_killed_retry_is_finished(tmp_path, monkeypatch):
     manifest = finished(tmp_path)
     store = Store(str(tmp_path / "out"))
     monkeypatch.setattr(edit_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -121,8 +121,8 @@ def test_another_command_waits_for_the_retry_that_was_killed(tmp_path, monkeypat
         refuse_unfinished_edit(store, manifest)
 
 
-def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_path):
-    """Such as a model that does not load. What it had fused by then goes; the partition is the output's, whatever is asked."""
+def test_a_retry_whose_engine_failed_may_be_replaced_by_one_with_other_settings(tmp_path):
+    """What the first one had fused is deleted. The partition is that of the output, whatever the command says."""
     finished(tmp_path / "calm", "lang")
     want = retry_of(tmp_path / "calm", Store(str(tmp_path / "calm" / "out")), partition_by="lang")
     finished(tmp_path, "lang")
@@ -138,7 +138,7 @@ def test_a_retry_whose_engine_failed_gives_way_to_one_with_other_settings(tmp_pa
 
 
 @pytest.mark.parametrize("wrong", ["", "invalid_utf8", "repetitions", "repetition;cut_off"])
-def test_reasons_that_do_not_exist_or_cannot_be_mended_are_refused(wrong):
+def test_reasons_that_do_not_exist_or_that_no_setting_changes_are_refused(wrong):
     with pytest.raises(ConfigError, match="must be 'rejected', or some of"):
         reasons_of(wrong)
 
