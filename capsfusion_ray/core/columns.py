@@ -1,4 +1,4 @@
-"""Every column name of the dataset, a unit file and a unit's table, and their frozen Arrow types. No I/O, no Ray, no torch."""
+"""The names and Arrow types of all columns: of data files, of parts, and of a unit's table during a run. No I/O, no Ray, no torch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pyarrow as pa
 
 from capsfusion_ray.core.parquet import read_ipc_schema
 
-# ---------------------------------------------------------------- columns inside the run (a unit's table of caption pairs)
+# ---------------------------------------------------------------- columns of a unit's table during the run
 ROW_ID = "row_id"  # input path relative to the input root + ":" + row number in that file
 URL = "image_url"
 RAW = "laion_2b"  # the web's alt text
 SYNTHETIC = "laion_coco"  # the captioner's sentence
-FUSED = "capsfusion"  # ours; in a reject: what the engine wrote, if anything
-FLAGS = "flags"  # gates that matched but whose action is "flag"
+FUSED = "capsfusion"  # the fused caption; in a rejected row: what the engine wrote, if anything
+FLAGS = "flags"  # the gates that matched and whose action is "flag"
 REFERENCE = "reference"  # a published fused caption, where the input has one
 
-INVALID = "_invalid"  # the reader's side column: why a row cannot be used
-INVALID = "_invalid"  # the reader's side column: why a row cannot be used
-FINISH = "_finish"  # how the engine ended a row, on its way to the gates
-ERROR = "_error"
+# These three are dropped before the part is written.
+INVALID = "_invalid"  # the reader writes here why a row cannot be used
+FINISH = "_finish"  # why the engine stopped (FinishReason)
+ERROR = "_error"  # the engine's error of a row
 
-# ---------------------------------------------------------------- what a part holds beside them
+# ---------------------------------------------------------------- columns that a part has besides
 OUTCOME = "outcome"
 REASON = "reason"
 DETAIL = "detail"
@@ -62,7 +62,7 @@ _SERIALIZED = "arrow:"
 
 
 def name_of_type(type: pa.DataType) -> str:
-    """A column's type as a plan notes it: Arrow's alias, or, where it has none (a list, a time zone), its serialized form."""
+    """A column's type as a plan holds it: Arrow's alias, or the serialized type where it has none (a list, a time zone)."""
     try:
         if pa.type_for_alias(str(type)) == type:
             return str(type)
@@ -72,17 +72,17 @@ def name_of_type(type: pa.DataType) -> str:
 
 
 def type_of_name(name: str) -> pa.DataType:
-    """The inverse of name_of_type."""
+    """The inverse of name_of_type. Raises ForeignType for an extension type that may run code."""
     if name.startswith(_SERIALIZED):
         return read_ipc_schema(base64.b64decode(name.removeprefix(_SERIALIZED))).field(0).type
     return pa.type_for_alias(name)
 
 
 def extra_fields(noted: Iterable[tuple[str, str]]) -> list[pa.Field]:
-    """A plan's reference and passthrough columns, as it notes them: (name, name_of_type)."""
+    """The reference and passthrough columns as Arrow fields. `noted`: (name, name_of_type) of each, from a plan."""
     return [pa.field(name, type_of_name(type_)) for name, type_ in noted]
 
 
 def part_schema(fields: Sequence[tuple[str, str]]) -> pa.Schema:
-    """The frozen schema of a part: the dataset's columns, the reject's, and the tokens spent."""
+    """The schema of a part: the columns of data/ and rejected/, the outcome, and the tokens. `fields`: as Plan.fields."""
     return pa.schema([*DATA_FIELDS, *extra_fields(fields), *PART_FIELDS])

@@ -1,10 +1,10 @@
-"""Open Parquet files of strangers without running code from them. Every Parquet file that the project reads passes here.
+"""Open Parquet files without running code from them. Every Parquet file that the project reads is opened here.
 
-A Parquet file may say, in its footer's `ARROW:schema`, that a column has an Arrow extension type. pyarrow then calls the Python
-class that is registered under that name, and some of these unpickle what the file holds: Ray registers
-`ray.data.arrow_pickled_object`, whose cells are pickles. So no extension type of a file is ever resolved here: where a footer
-names one, the file is read without its `ARROW:schema`, as the plain storage types that Parquet itself knows. Columns of
-a type that is harmless as its storage are read so; a column of any other extension type is refused when it is asked for.
+A Parquet file can declare, in `ARROW:schema` of its footer, that a column has an Arrow extension type. pyarrow then calls the
+Python class that is registered for that type, and some of these classes unpickle bytes of the file: Ray registers
+`ray.data.arrow_pickled_object`, whose cells are pickles. So this module resolves no extension type of a file: where a footer
+has one, the file is read without its `ARROW:schema`, as the plain storage types that Parquet itself knows. Columns of a type in
+HARMLESS_TYPES are read as their storage type. A column of any other extension type is refused when it is asked for.
 
 Knows bytes and types; no store, no captions.
 """
@@ -24,15 +24,15 @@ import pyarrow.parquet as pq
 from capsfusion_ray.errors import SourceError
 
 MAGIC = b"PAR1"
-TAIL_BYTES = 64 << 10  # one read holds the footer of most files
-MAX_FOOTER_BYTES = 256 << 20  # 100,000 row groups of 20 columns need 200 MB; a claim above that is damage
+TAIL_BYTES = 64 << 10  # read first: it contains the footer of most files
+MAX_FOOTER_BYTES = 256 << 20  # 100,000 row groups of 20 columns need 200 MB; a larger length is damage
 
-# Arrow's own types whose storage says the same: 16 bytes, text, a number of 0 or 1.
+# Arrow's own types that lose nothing as their storage type: 16 bytes, text, a number of 0 or 1.
 HARMLESS_TYPES = frozenset({"arrow.uuid", "arrow.json", "arrow.bool8"})
 
 _SCHEMA_KEY = b"ARROW:schema"
 _EXTENSION_KEY = b"ARROW:extension:name"
-# A key that pyarrow does not know, of the same length: a footer keeps its offsets when the one stands for the other.
+# Replacements of the same length, which pyarrow does not know: with them in their place a footer keeps its offsets.
 _UNKNOWN_SCHEMA_KEY = b"ARROW_schema"
 _UNKNOWN_EXTENSION_KEY = b"ARROW_extension_name"
 # Thrift's compact form of the entry: the key's text, then field 2 of type binary, its length (a varint), its bytes.
@@ -40,30 +40,30 @@ _SCHEMA_ENTRY = re.compile(re.escape(_SCHEMA_KEY) + rb"\x18([\x80-\xff]{0,4}[\x0
 
 
 class ForeignType(SourceError, ValueError):
-    """A column has an extension type that is not read. A ValueError, too: a reader of shards counts it as damage of that shard."""
+    """A column has an extension type that is not read. It is also a ValueError: a reader of shards treats it as damage of the shard."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a file says of itself. `metadata` resolves no extension type; `refused`: column -> the extension type that bars it."""
+    """The metadata of a file, without any extension type. `refused`: column -> the extension type for which it is not read."""
 
     metadata: pq.FileMetaData
     refused: Mapping[str, str]
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns and types as they are read, with the file's own key-value metadata."""
+        """Columns and types as they are read, with the key-value metadata of the file."""
         return self.metadata.schema.to_arrow_schema()
 
     def check(self, columns: Sequence[str] | None, where: str) -> None:
-        """Raises ForeignType where one of `columns` (None: any column) may not be read; `where` names the file."""
+        """Raises ForeignType where one of `columns` (None: all columns) must not be read. `where`: the file, for the message."""
         for name, kind in self.refused.items():
             if columns is None or name in columns:
                 raise ForeignType(f"{where}: {foreign_type(name, kind)}" if where else foreign_type(name, kind))
 
 
 def foreign_type(column: str, kind: str) -> str:
-    """What is said of a column that is not read."""
+    """The message for a column that is not read."""
     return (
         f"column {column!r} has the Arrow extension type {kind!r}, which may run code and is not read; "
         "write the column as plain text, numbers or lists"
@@ -71,9 +71,9 @@ def foreign_type(column: str, kind: str) -> str:
 
 
 def read_footer(source: Any) -> Footer:
-    """The footer of an open Parquet file: `source` has size(), seek() and read(), or is a Python file.
+    """The footer of an open Parquet file. `source`: a Python file, or an object with size(), seek() and read().
 
-    Raises ValueError or pa.ArrowInvalid for what is no Parquet file.
+    Raises ValueError or pa.ArrowInvalid where it is no Parquet file.
     """
     data = _footer_bytes(source)
     encoded = _arrow_schema_entry(data)
@@ -87,9 +87,9 @@ def read_footer(source: Any) -> Footer:
 
 
 def open_parquet(source: Any, columns: Sequence[str] | None = None, where: str = "", **options: Any) -> pq.ParquetFile:
-    """A ParquetFile of which `columns` (None: all) may be read; `where` names it in errors, `options` are ParquetFile's.
+    """A ParquetFile, from which `columns` (None: all) can be read. `where`: the file, for messages; `options`: of ParquetFile.
 
-    Raises ForeignType where one of them has an extension type that is not read.
+    Raises ForeignType where one of these columns has an extension type that is not read.
     """
     footer = read_footer(source)
     footer.check(columns, where)
@@ -97,7 +97,7 @@ def open_parquet(source: Any, columns: Sequence[str] | None = None, where: str =
 
 
 def read_schema(source: Any, where: str = "") -> pa.Schema:
-    """The Arrow schema of a Parquet file, with its metadata. Raises ForeignType where a column has an extension type."""
+    """The Arrow schema of a Parquet file, with its metadata. Raises ForeignType where a column has an extension type that is not read."""
     footer = read_footer(source)
     footer.check(None, where)
     return footer.schema
@@ -119,7 +119,7 @@ def _footer_bytes(source: Any) -> bytes:
     size = source.seek(0, 2)
     size = source.tell() if size is None else size
     if size < 12:
-        raise ValueError(f"no Parquet file: {size} bytes")
+        raise ValueError(f"no Parquet file: it has {size} bytes, fewer than the smallest Parquet file")
     source.seek(max(0, size - TAIL_BYTES))
     tail = bytes(source.read())
     if tail[-4:] != MAGIC:
@@ -140,7 +140,7 @@ def _parsed(footer: bytes) -> pq.FileMetaData:
 
 
 def _arrow_schema_entry(footer: bytes) -> bytes | None:
-    """The value of `ARROW:schema`; empty where there is none; None where it stands in any unusual form."""
+    """The value of `ARROW:schema`; empty where there is none; None where it is encoded in an unusual way."""
     if _SCHEMA_KEY not in footer:
         return b""
     found = _SCHEMA_ENTRY.search(footer)
@@ -151,7 +151,7 @@ def _arrow_schema_entry(footer: bytes) -> bytes | None:
 
 
 def _decoded(encoded: bytes) -> bytes | None:
-    """Base64 decoded; None unless every decoder reads the same bytes in it."""
+    """The decoded Base64 text; None where decoders could disagree about its bytes."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except binascii.Error:
@@ -160,10 +160,10 @@ def _decoded(encoded: bytes) -> bytes | None:
 
 
 def _foreign_columns(encoded: bytes) -> dict[str, str]:
-    """Columns of an `ARROW:schema` that may not be read."""
+    """Column -> extension type, of the columns of an `ARROW:schema` that must not be read."""
     data = _decoded(encoded)
     if data is None:
-        return {}  # the file is read as Parquet's own types
+        return {}  # the file is read as Parquet's own types, so nothing is resolved
     try:
         return _plain_schema(data)[1]
     except (pa.ArrowException, ValueError, OSError):

@@ -1,7 +1,7 @@
-"""Which captions does a run repeat for many different pairs? Counted at each group's compaction, judged over the whole run.
+"""Find captions that a run wrote for many different pairs: counted per group at its compaction, judged over the whole run.
 
-A model that lost its way writes "The product is shown in the image." for thousands of pairs, and each of these captions
-passes every gate by itself. Pure: knows no store and no Ray. Captions are held as 64 bits of a hash.
+A model that fails may write "The product is shown in the image." for thousands of pairs, and each of these captions alone
+passes every gate. Captions are kept as 64 bits of a hash. Pure: knows no store and no Ray.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ import pyarrow.compute as pc
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, SYNTHETIC
 from capsfusion_ray.core.types import Outcome, Reason
 
-RECORDED = 1000  # of a group's captions, the most repeated; a group that has no more is counted whole
-MIN_PAIRS = 20  # a caption of fewer pairs is in no run a repeated one
+RECORDED = 1000  # how many captions a group's entry keeps, the most repeated ones; smaller groups keep all
+MIN_PAIRS = 20  # a caption of fewer pairs never counts as repeated
 REPEATED = str(Reason.REPEATED_CAPTION)
 
 
 @dataclass(frozen=True)
 class Repeated:
-    """The captions that a run repeats too often, caption's hash -> pairs, and whether their rows are rejected or flagged."""
+    """The captions that a run repeats too often. `pairs`: caption_key -> pairs; `reject`: reject their rows, otherwise flag them."""
 
     pairs: dict[str, int]
     reject: bool
 
     def detail(self, caption: str) -> str:
+        """The `detail` of a row that is rejected for this caption."""
         return f"{self.pairs[caption_key(caption)]} pairs got this caption"
 
 
 class Tally:
-    """How many different pairs of one group got the same caption."""
+    """Counts how many different pairs of one group got each caption."""
 
     def __init__(self) -> None:
-        self._hashes: list[np.ndarray] = []  # (rows, 2) uint64: of the caption, of its pair
+        self._hashes: list[np.ndarray] = []  # (rows, 2) uint64: hash of the caption, hash of its pair
 
     def add(self, rows: pa.Table) -> None:
-        """Count rows of data/; kept ones, whose caption no engine wrote, are left out."""
+        """Count rows of data/, but not the kept ones: no engine wrote their caption."""
         rows = rows.filter(_written(rows))
         captions = b"".join(map(_digest, rows[FUSED].to_pylist()))
         pairs = zip(rows[RAW].to_pylist(), rows[SYNTHETIC].to_pylist(), strict=True)
@@ -51,7 +52,7 @@ class Tally:
         )
 
     def most_repeated(self, most: int | None = RECORDED) -> dict[str, int]:
-        """Caption's hash -> pairs, for the `most` most repeated or all; of equals, those whose hash is lowest in all groups."""
+        """caption_key -> pairs, of the `most` most repeated captions (None: of all); among equals, of those with the lowest hash."""
         if not self._hashes:
             return {}
         distinct = np.unique(np.concatenate(self._hashes), axis=0)
@@ -61,7 +62,9 @@ class Tally:
 
 
 def after_retry(noted: dict[str, int], gone: Tally, come: Tally) -> dict[str, int]:
-    """What a group notes after a retry: `gone` were rejected for their caption and are fused again, `come` was written now."""
+    """A group's counts after a retry. `noted`: before it; `gone`: rows that were rejected for their caption and are fused
+    again; `come`: rows that the retry wrote.
+    """
     counts = Counter(noted)
     counts.subtract(gone.most_repeated(None))
     counts.update(come.most_repeated(None))
@@ -70,7 +73,7 @@ def after_retry(noted: dict[str, int], gone: Tally, come: Tally) -> dict[str, in
 
 
 def repeated(groups: Iterable[dict[str, int]], fused: int, threshold: float) -> dict[str, int]:
-    """Caption's hash -> pairs, of those that `threshold` of the run's `fused` rows got, and MIN_PAIRS at least."""
+    """caption_key -> pairs, of captions with at least MIN_PAIRS pairs and a share of `threshold` of the run's `fused` rows."""
     totals: Counter[str] = Counter()
     for group in groups:
         totals.update(group)
@@ -79,7 +82,7 @@ def repeated(groups: Iterable[dict[str, int]], fused: int, threshold: float) -> 
 
 
 def holds(rows: pa.Table, captions: Repeated) -> pa.Array:
-    """Which rows of a file have one of these captions; none of a rejected file's."""
+    """Which rows of a data file have one of these captions; rows of rejected/ never do."""
     if REASON in rows.column_names:
         return pa.array([False] * rows.num_rows)
     written = _written(rows).to_pylist()
@@ -89,7 +92,7 @@ def holds(rows: pa.Table, captions: Repeated) -> pa.Array:
 
 
 def mark_part(part: pa.Table, captions: Repeated) -> tuple[pa.Table, pa.Array]:
-    """A part whose fused rows with one of these captions are flagged or rejected, and which rows these are."""
+    """The part with its fused rows of these captions flagged or rejected, and which rows these are."""
     columns = {name: part[name].to_pylist() for name in (FUSED, OUTCOME, REASON, DETAIL, FLAGS)}
     hits = [
         o == Outcome.FUSED and caption_key(text) in captions.pairs
@@ -108,13 +111,13 @@ def mark_part(part: pa.Table, captions: Repeated) -> tuple[pa.Table, pa.Array]:
 
 
 def _written(rows: pa.Table) -> pa.Array:
-    """Which rows' captions an engine wrote: the first flag of a kept row says that it is one."""
+    """Which rows have a caption that an engine wrote. The first flag of a kept row is "kept"."""
     kept = [bool(flags) and flags[0] == Outcome.KEPT for flags in rows[FLAGS].to_pylist()]
     return pc.invert(pa.array(kept, pa.bool_()))
 
 
 def caption_key(text: str) -> str:
-    """What stands for a caption in the counts."""
+    """The hash under which a caption is counted, as hexadecimal text."""
     return _digest(text).hex()
 
 

@@ -1,4 +1,4 @@
-"""The nouns as frozen dataclasses and enums. No I/O, no Ray, no torch."""
+"""What all rooms talk about, as frozen dataclasses and enums: outcomes, reasons, prompts, generations, units. No I/O, no Ray, no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """Where a planned row ended."""
+    """What became of a row that was read."""
 
     FUSED = "fused"
-    KEPT = "kept"  # one source was kept as it is, by policy
+    KEPT = "kept"  # one of the two captions was taken as it is, because a gate's setting says so
     REJECTED = "rejected"
 
 
 class Reason(StrEnum):
-    """Why a row was rejected, kept or flagged. The README's table is checked against this list."""
+    """Why a row was rejected, kept or flagged. A test compares the table in the docs with this list."""
 
     # before the engine
     NULL_CAPTION = "null_caption"
@@ -42,11 +42,11 @@ class Reason(StrEnum):
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
     # after the run
-    REPEATED_CAPTION = "repeated_caption"  # too many different pairs got this very caption
+    REPEATED_CAPTION = "repeated_caption"  # too many different pairs got this same caption
 
 
 class FilterReason(StrEnum):
-    """Why a row was left out on a column's value: counted, not stored."""
+    """Which filter left a row out. Such rows are counted and not stored."""
 
     PUNSAFE = "punsafe"
     PWATERMARK = "pwatermark"
@@ -59,9 +59,9 @@ class FinishReason(StrEnum):
     """Why an engine stopped writing."""
 
     EOS = "eos"
-    LENGTH = "length"  # max_new_tokens reached without EOS
+    LENGTH = "length"  # max_new_tokens were written without an end-of-sequence token
     ERROR = "error"  # this row failed; Generation.error says why
-    CRASH = "crash"  # this row killed the process it was fused in, alone and twice
+    CRASH = "crash"  # this row ended the engine's process twice while no other row was in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class CaptionPair:
 class Prompt:
     """What an engine gets for one caption pair.
 
-    `prefix_ids` (the constant instruction, the same tuple object for every prompt of a run) + `suffix_ids` are the
-    token ids of `text` as the model's tokenizer gives them, BOS included. Engines that take text (echo, api) find both
-    tuples empty. `raw` and `synthetic` are the captions as they stand in the prompt, after truncation.
+    `prefix_ids` + `suffix_ids` are the token ids of `text`, BOS included. The prefix is the constant instruction: the same
+    tuple object in every prompt of a run. Both are empty for engines that take text (echo, api). `raw` and `synthetic` are
+    the captions as they are in the prompt, after truncation.
     """
 
     id: str
@@ -96,10 +96,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What an engine wrote for the prompt of the same id.
+    """What an engine wrote for the prompt with the same id.
 
-    `text` is stripped, special tokens skipped. `score` is the winning hypothesis' score under the configured scoring
-    (log-probability over length), 0.0 where an engine has none. `error` is empty unless finish is ERROR.
+    `text` has no special tokens and no white space around it. `score` is the best hypothesis' score under the configured
+    scoring (log-probability over length), 0.0 where an engine has none. `error` is empty unless `finish` is ERROR.
     """
 
     id: str
@@ -112,13 +112,13 @@ class Generation:
 
     @classmethod
     def failed(cls, prompt: Prompt, error: str) -> Generation:
-        """For a row that the engine could not write; `error` says why."""
+        """The generation of a row that the engine could not fuse; `error`: the cause."""
         return cls(prompt.id, "", FinishReason.ERROR, prompt.tokens, error=f"{prompt.id}: {error}")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one row, and why."""
+    """The outcome of one row, its reason, and the flags of a row that stays in the dataset."""
 
     outcome: Outcome
     reason: Reason | None = None
@@ -128,13 +128,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class WorkUnit:
-    """A row range [start, stop) of one shard; the unit of retry, commit and resume."""
+    """A row range [start, stop) of one shard, which is fused, committed and retried as a whole."""
 
     id: str
     path: str
     start: int
     stop: int
-    group: str  # the group of input shards that it is compacted with, e.g. g00017
+    group: str  # the group of input shards whose units are compacted together, e.g. g00017
 
     @property
     def rows(self) -> int:

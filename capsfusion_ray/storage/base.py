@@ -1,4 +1,4 @@
-"""What a kind of store must do, and the errors that all kinds share. Knows no store in particular."""
+"""The interface of a kind of store, and what all kinds share: errors, and files that explain their errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from capsfusion_ray.errors import StorageError, UsageError
 
 
 class ClientFaults:
-    """Requests that a store's client saw fail, by cause, in this process; the client repeats most of them by itself."""
+    """Counts this process' requests to a store that failed, by cause. The client repeats most of them by itself."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,7 +26,7 @@ class ClientFaults:
             self._new[cause] += 1
 
     def take(self) -> Counter[str]:
-        """Those since the last call."""
+        """Cause (an HTTP status, or an exception's name) -> requests that failed since the last call."""
         with self._lock:
             new, self._new = self._new, Counter()
         return new
@@ -40,7 +40,7 @@ class StoreRefused(UsageError):
 
 
 class StoreFull(StorageError):
-    """No space left: not waited out, somebody must free some."""
+    """The store has no space left. Nothing waits for that: a person must free some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class StoredFile:
 
 
 class Backend(Protocol):
-    """What a kind of store must do. Paths are relative and checked. Missing objects raise FileNotFoundError."""
+    """What a kind of store must do. Paths are relative and checked already. Missing objects raise FileNotFoundError."""
 
     conditional_put: bool
 
@@ -65,14 +65,14 @@ class Backend(Protocol):
     def put_if_absent(self, path: str, data: bytes) -> str | None: ...
     def put_if_match(self, path: str, data: bytes, etag: str) -> str | None: ...
     def delete(self, path: str) -> None: ...
-    def open_input(self, path: str, sequential: bool) -> Any: ...  # a NativeFile, or a file of Python's kind
+    def open_input(self, path: str, sequential: bool) -> Any: ...  # a pyarrow NativeFile or a Python file
     def explain(self, error: Exception, action: str, url: str) -> Exception: ...
 
 
 class WatchedFile:
-    """A file of fsspec whose errors come out as ours: pyarrow passes them through its readers unchanged.
+    """A file of fsspec that raises our errors; pyarrow's readers pass them on unchanged.
 
-    Without it, a reader cannot tell a store that fails (StorageError: retry) from a damaged file (an Arrow or OS error).
+    Without it, a reader could not tell a store that fails (StorageError, retried) from a damaged file (an Arrow or OS error).
     """
 
     def __init__(self, file: Any, explain: Callable[[Exception], Exception]) -> None:
@@ -80,7 +80,7 @@ class WatchedFile:
         self._explain = explain
 
     def read(self, size: int = -1) -> bytes:
-        """`size` bytes, or what is left; an answer that came short is completed, or a reader would see a damaged file."""
+        """`size` bytes, or all that are left. An answer that is too short is completed: a reader would see a damaged file."""
         try:
             if self._file.size is None:
                 return bytes(self._file.read(size))
@@ -90,7 +90,7 @@ class WatchedFile:
             while len(data) < wanted:
                 more = bytes(self._file.read(wanted - len(data)))
                 if not more:
-                    raise OSError(f"{len(data)} of {wanted} bytes came")
+                    raise OSError(f"only {len(data)} of {wanted} bytes arrived")
                 data += more
             return data
         except Exception as error:
@@ -123,31 +123,35 @@ class WatchedFile:
 
 
 def digest(data: bytes) -> str:
+    """The etag of stores that have none of their own."""
     return hashlib.sha256(data).hexdigest()
 
 
 def other_error(error: Exception, action: str, url: str, at: str = "") -> Exception:
+    """Our error for an error of the operating system or of a library, with the URL and the way out. `at`: the endpoint."""
     if isinstance(error, FileNotFoundError):
         if action.startswith("write"):
-            return StoreRefused(f"{url}: cannot {action} it{at}: no such folder can be made; choose another place")
-        return FileNotFoundError(f"{url}: cannot {action} it{at}: no such object")
+            return StoreRefused(f"{url}: cannot {action} it{at}: this folder cannot be created; choose another one")
+        return FileNotFoundError(f"{url}: cannot {action} it{at}: there is no such object")
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EOPNOTSUPP):
         return StoreRefused(
-            f"{url}: cannot {action} it{at}: {os.strerror(number)}; choose a place this user may {action}"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; choose a folder or bucket in which this user may {action}"
         )
     if number in (errno.ENOTDIR, errno.EISDIR):
         return StoreRefused(
-            f"{url}: cannot {action} it{at}: {os.strerror(number)}; part of the path is a file, or the whole a folder"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; a part of the path is a file, or the whole path is a folder; choose another path"
         )
     if number == errno.ENAMETOOLONG:
         return StoreRefused(
-            f"{url}: cannot {action} it{at}: {os.strerror(number)}; a shorter output path or partition value will do"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; use a shorter output path or shorter partition values"
         )
     if number in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(
-            f"{url}: cannot {action} it{at}: {os.strerror(number)}; free some, and the same command goes on"
+            f"{url}: cannot {action} it{at}: {os.strerror(number)}; free some and run the same command again; it continues"
         )
     if isinstance(error, (ImportError, ValueError)) and "://" in url:
-        return StoreRefused(f"{url}: fsspec cannot open this kind of URL: {error}")
+        return StoreRefused(
+            f"{url}: fsspec cannot open this kind of URL ({error}); install what it names, or use a folder or s3://"
+        )
     return StorageError(f"{url}: cannot {action} it{at}: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Any other fsspec URL as a store. Knows no conditional writes, so two drivers at once are not safe on it."""
+"""Any other fsspec URL as a store. It has no conditional writes, so two drivers must not use it at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from capsfusion_ray.storage.base import StoredFile, digest, other_error
 
 
 class FsspecBackend:
-    """Whatever fsspec opens. No conditional writes: look, then write."""
+    """Any filesystem of fsspec. Instead of a conditional write it looks and then writes."""
 
     conditional_put = False
 
@@ -39,7 +39,7 @@ class FsspecBackend:
     def put(self, path: str, data: bytes) -> str:
         try:
             self.fs.pipe_file(self._full(path), data)
-        except FileNotFoundError:  # a store with real folders
+        except FileNotFoundError:  # a filesystem with real folders
             self.fs.makedirs(self._full(path).rpartition("/")[0], exist_ok=True)
             self.fs.pipe_file(self._full(path), data)
         return digest(data)

@@ -16,7 +16,7 @@ from capsfusion_ray.storage.base import StoredFile, digest, other_error
 
 
 class LocalBackend:
-    """A folder. Temporary name, fsync, then one atomic link (first wins) or rename (last wins)."""
+    """A folder. Writes a temporary file, calls fsync, then links it (the first writer wins) or renames it (the last one wins)."""
 
     conditional_put = True
 
@@ -30,7 +30,7 @@ class LocalBackend:
             return
         seen = set()
         for folder, folders, names in os.walk(top, followlinks=True, onerror=_raise_unless_absent):
-            if (real := os.path.realpath(folder)) in seen:  # a link to a folder above: walk it once
+            if (real := os.path.realpath(folder)) in seen:  # a symbolic link to a folder above: list it once
                 folders.clear()
                 continue
             seen.add(real)
@@ -40,8 +40,8 @@ class LocalBackend:
                     size = file.stat().st_size
                 except FileNotFoundError:
                     if not file.is_symlink():
-                        continue  # deleted since the listing
-                    size = 0  # a dangling link is a damaged file, not an absent one
+                        continue  # deleted since os.walk listed it
+                    size = 0  # a link without a target counts as a damaged file, not as an absent one
                 yield StoredFile(file.relative_to(self.root).as_posix(), size)
 
     def exists(self, path: str) -> bool:
@@ -68,12 +68,12 @@ class LocalBackend:
             except FileExistsError:
                 try:
                     return digest(data) if self.get(path)[0] == data else None
-                except FileNotFoundError:  # deleted since: it was there first all the same
+                except FileNotFoundError:  # deleted meanwhile; another writer was first all the same
                     return None
         return digest(data)
 
     def put_if_match(self, path: str, data: bytes, etag: str) -> str | None:
-        # flock: released by the kernel when its holder dies, so a killed driver never leaves the manifest locked
+        # The kernel releases flock when its holder ends, so a killed driver never leaves the manifest locked.
         if not self.exists(path):
             return None
         with (self.root / path).with_name(f".{Path(path).name}.lock").open("ab") as lock:
@@ -91,7 +91,7 @@ class LocalBackend:
                     path.unlink()
                     deleted += 1
             except FileNotFoundError:
-                continue  # its writer lives, and has just finished
+                continue  # its writer has just finished
         return deleted
 
     def open_input(self, path: str, sequential: bool) -> pa.NativeFile:
@@ -102,7 +102,7 @@ class LocalBackend:
 
     @contextmanager
     def _temporary(self, path: str, data: bytes) -> Iterator[Path]:
-        """`data`, safe on disk, under a hidden name that no reader's glob matches, in the folder of `path`."""
+        """A temporary file with `data`, written to disk, in the folder of `path`; its hidden name matches no reader's pattern."""
         final = self.root / path
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
@@ -112,7 +112,7 @@ class LocalBackend:
                 file.flush()
                 os.fsync(file.fileno())
             yield temporary
-            folder = os.open(final.parent, os.O_RDONLY)  # the new name itself must survive a power cut too
+            folder = os.open(final.parent, os.O_RDONLY)  # the new name must survive a power failure, too
             try:
                 os.fsync(folder)
             finally:
@@ -122,6 +122,6 @@ class LocalBackend:
 
 
 def _raise_unless_absent(error: OSError) -> None:
-    """os.walk hides errors; a folder without permission must not look empty."""
+    """os.walk ignores errors unless told otherwise, and a folder without permission must not look empty."""
     if not isinstance(error, FileNotFoundError):
         raise error

@@ -1,4 +1,4 @@
-"""An S3-compatible bucket as a store, through s3fs. Knows S3's error codes, time-outs and conditional writes."""
+"""An S3-compatible bucket as a store, through s3fs: its error codes, time-outs and conditional writes."""
 
 from __future__ import annotations
 
@@ -12,42 +12,47 @@ from s3fs import S3FileSystem
 
 from capsfusion_ray.storage.base import FAULTS, StoredFile, StoreRefused, other_error
 
-S3_CONNECT_TIMEOUT_S = 5  # a healthy store answers in milliseconds; a dead address should cost seconds, not minutes
-S3_READ_TIMEOUT_S = 20  # between two packets, not for a whole object: a stalled connection is dropped and tried again
-S3_ATTEMPTS = 5  # of botocore; s3fs repeats them 5 times: 25 requests in about 40 s got 20 of 20 through at 30% 503s
-SHORT_ATTEMPTS = 5  # an object that came shorter than its size: a proxy or gateway cut it, and framed it as whole
-CONFLICT_ATTEMPTS = 6  # 409 to a conditional PUT: another writer is at it this moment; S3 asks for a repeat
+S3_CONNECT_TIMEOUT_S = (
+    5  # a healthy store answers in milliseconds; an address without a server should cost seconds, not minutes
+)
+S3_READ_TIMEOUT_S = (
+    20  # between two packets, not for a whole object: a stalled connection is closed and the request repeated
+)
+# Attempts of botocore; s3fs repeats these 5 times. So 25 requests in about 40 s: at 30% of 503s, 20 of 20 calls succeeded.
+S3_ATTEMPTS = 5
+SHORT_ATTEMPTS = 5  # of a GET with fewer bytes than the object has: a proxy cut it and declared it complete
+CONFLICT_ATTEMPTS = 6  # of a conditional PUT with answer 409: another writer writes the object now; S3 asks to repeat
 
 S3_OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "anon", "profile")
 
 
 class S3Backend:
-    """A bucket and a prefix, through s3fs. Every write is one PUT: radosgw ignores conditions on multipart ones."""
+    """A bucket and a prefix, through s3fs. Every write is one PUT: radosgw ignores the conditions of multipart uploads."""
 
     conditional_put = True
-    _bare_etags = False  # this store wants them without quotes
+    _bare_etags = False  # True for a store that wants If-Match without quotes
 
     def __init__(self, root: str, options: Mapping[str, str]) -> None:
         unknown = sorted(options.keys() - set(S3_OPTIONS))
         if unknown:
             raise StoreRefused(f"{root}: unknown storage option {unknown[0]!r}; s3 takes {', '.join(S3_OPTIONS)}")
         self.bucket, _, self.prefix = root.removeprefix("s3://").partition("/")
-        named = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token") and v}
+        given = {k: v for k, v in options.items() if k in ("endpoint_url", "key", "secret", "token") and v}
         self.endpoint = options.get("endpoint_url", "") or "AWS"
         self.fs = S3FileSystem(
-            **named,
+            **given,
             session=_session(tuple(sorted(options.items()))),
             anon=options.get("anon", "").lower() in ("true", "1", "yes"),
             client_kwargs={"region_name": options["region"]} if options.get("region") else {},
             config_kwargs={
                 "connect_timeout": S3_CONNECT_TIMEOUT_S,
                 "read_timeout": S3_READ_TIMEOUT_S,
-                "retries": {"mode": "legacy", "max_attempts": S3_ATTEMPTS - 1},  # botocore counts repeats here
-                "request_checksum_calculation": "when_required",  # radosgw answers 411 to the chunked default
+                "retries": {"mode": "legacy", "max_attempts": S3_ATTEMPTS - 1},  # botocore counts the repeats only
+                "request_checksum_calculation": "when_required",  # radosgw answers 411 to the default, which is chunked
                 "response_checksum_validation": "when_required",
             },
             use_listings_cache=False,  # other processes write here; a cached listing would hide commits
-            # One GET an object. In pieces, s3fs leaves zeros where a piece comes short, and does not repeat a cut one.
+            # One GET per object. With several, s3fs leaves zeros where a piece is too short, and does not repeat it.
             max_concurrency=1,
         )
 
@@ -61,7 +66,9 @@ class S3Backend:
             page = self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=key, **token)
             for item in page.get("Contents", ()):
                 under = not key or item["Key"] == key or item["Key"].startswith(key + "/")
-                if under and not item["Key"].endswith("/"):  # a name ending in "/" is a console's empty folder mark
+                if under and not item["Key"].endswith(
+                    "/"
+                ):  # consoles mark an empty folder by a name that ends with "/"
                     path = item["Key"][len(self.prefix) + 1 if self.prefix else 0 :]
                     yield StoredFile(path, item["Size"], item["ETag"].strip('"'))
             if not page.get("IsTruncated"):
@@ -85,12 +92,12 @@ class S3Backend:
         while before is not None:
             data = self.fs.cat_file(f"{self.bucket}/{self._key(path)}")
             after = self._head(path)
-            if before == after:  # not replaced in between: bytes and etag belong together
+            if before == after:  # the object was not replaced meanwhile: the bytes belong to the etag
                 if len(data) == before[0]:
                     return data, before[1]
                 short += 1
                 if short == SHORT_ATTEMPTS:
-                    raise OSError(f"{len(data)} of its {before[0]} bytes came, {short} times")
+                    raise OSError(f"only {len(data)} of its {before[0]} bytes arrived, {short} times in a row")
             before = after
         raise FileNotFoundError(path)
 
@@ -109,7 +116,7 @@ class S3Backend:
         if put is None and not self._bare_etags:
             head = self._head(path)
             if head is not None and head[1] == etag:
-                # Refused, although it is this etag: radosgw 16 takes the quotes, as they are in HTTP, for part of it.
+                # Refused although the etag is this one: radosgw 16 compares it together with the quotes that HTTP needs.
                 put = self._put_if(path, data, IfMatch=etag)
                 self._bare_etags = put is not None
         return put
@@ -132,13 +139,13 @@ class S3Backend:
         raise AssertionError("the last attempt returns or raises")
 
     def _etag_if_ours(self, path: str, data: bytes) -> str | None:
-        """A PUT whose answer was lost is repeated by the client and refused, although the object is ours: compare."""
+        """The etag if the object holds `data`: a PUT whose answer was lost is repeated by the client, and the repeat is refused."""
         head = self._head(path)
         if head is None or head[0] != len(data):
             return None
         try:
             stored, etag = self.get(path)
-        except FileNotFoundError:  # deleted since: it was there first all the same
+        except FileNotFoundError:  # deleted meanwhile; another writer was first all the same
             return None
         return etag if stored == data else None
 
@@ -146,7 +153,7 @@ class S3Backend:
         self.fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(path))
 
     def open_input(self, path: str, sequential: bool) -> Any:
-        # parquet asks for exact ranges (a cache would fetch more); a stream reads ahead so that a block is one request
+        # A Parquet reader asks for exact ranges, so a cache would only fetch more. A stream reads ahead: one request per block.
         cache, block = ("readahead", 16 << 20) if sequential else ("none", 5 << 20)
         return self.fs.open(f"{self.bucket}/{self._key(path)}", "rb", cache_type=cache, block_size=block)
 
@@ -163,7 +170,7 @@ class S3Backend:
             "ExpiredToken",
             "InvalidToken",
             "AuthorizationHeaderMalformed",
-            "400",  # any of them, in answer to HEAD, which has no body
+            "400",  # any of these, as the answer to HEAD, which has no body
         ):
             return StoreRefused(
                 f"{where}: credentials not accepted ({code}); check storage key and secret, or AWS_* and region"
@@ -172,27 +179,25 @@ class S3Backend:
             return StoreRefused(
                 f"{where}: no credentials; give storage key and secret, set AWS_*, or input.storage.anon=true to read"
             )
-        if code == "403":  # the answer to HEAD, which has no body: it may be either
-            return StoreRefused(
-                f"{where}: access denied (403); check storage key and secret, and that they are permitted to"
-            )
+        if code == "403":  # the answer to HEAD, which has no body: wrong credentials or no permission
+            return StoreRefused(f"{where}: access denied (403); check storage key and secret, and their permissions")
         if code in ("AccessDenied", "Forbidden", "AllAccessDisabled"):
             return StoreRefused(f"{where}: access denied ({code}); these credentials need permission to {action} here")
         if code == "NotImplemented":
-            return StoreRefused(f"{where}: the store lacks conditional writes ({error}); use one that has them")
+            return StoreRefused(f"{where}: the store has no conditional writes ({error}); use one that has them")
         return other_error(error, action, url, f" at {self.endpoint}")
 
 
 @functools.cache
 def _session(options: tuple[tuple[str, str], ...]) -> AioSession:
-    """One for all stores of a process with these options: s3fs then gives them one client, which costs a second of CPU."""
+    """One session for all stores of a process with these options: s3fs then shares one client, which costs a second of CPU."""
     session = AioSession(profile=dict(options).get("profile") or None)
     session.register("needs-retry.s3", _note_fault)
     return session
 
 
 def _note_fault(response: Any = None, caught_exception: Exception | None = None, **_: Any) -> None:
-    """botocore asks after every request whether it must be repeated; this listener only counts those that failed."""
+    """botocore asks its listeners after every request whether to repeat it; this one only counts the failed requests."""
     if caught_exception is not None:
         FAULTS.note(type(caught_exception).__name__)
     elif response is not None and (status := response[0].status_code) >= 429:
@@ -200,7 +205,7 @@ def _note_fault(response: Any = None, caught_exception: Exception | None = None,
 
 
 def _s3_code(error: BaseException | None) -> str:
-    """The store's own error code: s3fs maps errors to OSErrors, with the ClientError as cause."""
+    """The store's error code, or nothing. s3fs raises OSErrors, with botocore's ClientError as their cause."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

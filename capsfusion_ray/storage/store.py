@@ -157,7 +157,7 @@ class Store:
         for condition, holds in (("If-None-Match", kept), ("If-Match", swaps)):
             if self.conditional_put and not holds:
                 raise StoreRefused(
-                    f"{self.url(path)}: the store ignores the condition {condition} of a write; use a store that has conditional writes"
+                    f"{self.url(path)}: the store does not follow the condition {condition} of a write; use a store that has conditional writes"
                 )
 
     def _call(self, action: str, path: str, work: Callable[[], T]) -> T:

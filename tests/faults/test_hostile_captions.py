@@ -202,6 +202,6 @@ def test_a_partition_value_too_long_for_a_name_is_refused_clearly(finished: Fini
         dataclasses.replace(finished.output, path=str(tmp_path), partition_by=PARTITION),
     )
     commit(store, part, summarise(UnitBatch(unit, part), part))
-    with pytest.raises(UsageError, match="File name too long; a shorter output path or partition value"):
+    with pytest.raises(UsageError, match="File name too long; use a shorter output path or shorter partition value"):
         compact_group(store, "g00000", 1, [unit], fields, output)
     assert store.list("_units"), "the part stays"

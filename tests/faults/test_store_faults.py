@@ -169,7 +169,7 @@ def test_an_object_that_always_comes_short_is_an_error_and_no_content(
 ) -> None:
     calm.put("u", b"x" * 100)
     proxy.inject(Faults(1.0, ("short",), frozenset(("GetObject",))))
-    with pytest.raises(StorageError, match="50 of its 100 bytes came"):
+    with pytest.raises(StorageError, match="only 50 of its 100 bytes arrived, 5 times in a row"):
         store.get("u")
 
 

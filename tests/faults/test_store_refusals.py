@@ -196,5 +196,5 @@ def test_a_job_on_a_full_disk_fails_and_can_be_repeated(
     with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
         while True:
             filler.write(b"f" * 4096)
-    assert fuse_to(str(small_disk / "out"), {}, tmp_path) == EXIT_FAILED, "no usage error: the same command goes on"
+    assert fuse_to(str(small_disk / "out"), {}, tmp_path) == EXIT_FAILED, "no usage error: the same command continues"
     assert "No space left on device; free some" in capfd.readouterr().err
