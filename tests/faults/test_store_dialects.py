@@ -79,6 +79,8 @@ def test_etags_that_are_wanted_bare_are_sent_bare(store: Store) -> None:
     indirect=["store"],
 )
 def test_a_store_without_conditions_is_refused_and_left_clean(store: Store, condition: str) -> None:
-    with pytest.raises(StoreRefused, match=f"the store does not follow the condition {condition} of a write; use a store that has"):
+    with pytest.raises(
+        StoreRefused, match=f"the store does not follow the condition {condition} of a write; use a store that has"
+    ):
         store.check_writable("_run")
     assert store.list() == []
