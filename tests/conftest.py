@@ -39,7 +39,7 @@ unexpected: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=2, help="of the driver, in tests/job -k killed")
+    parser.addoption("--kills", type=int, default=2, help="of the driver, in tests/jobs -k killed")
     parser.addoption("--kill-engine", choices=("echo", "beam"), default="echo", help="what fuses there")
 
 

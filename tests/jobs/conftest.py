@@ -1,4 +1,4 @@
-"""A corpus, and one real Ray cluster for all job tests: drivers join it as processes of their own."""
+"""A corpus, and one real Ray cluster that the drivers of all job tests join."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

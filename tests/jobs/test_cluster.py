@@ -1,4 +1,4 @@
-"""Joining a cluster: one that is gone, a SIGTERM on the way, and the model on every node before the pool starts."""
+"""Joining a cluster: one that is gone, a SIGTERM while Ray starts, and the model on every node before the pool starts."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def shard(tmp_path):
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "http://127.0.0.1:{}", "no-address", "no-such-host.invalid:{}"]
 )
-def test_a_cluster_that_is_gone_is_one_line_in_seconds(address, shard, tmp_path, monkeypatch, capsys):
+def test_a_cluster_that_is_gone_is_an_error_of_one_line_within_seconds(address, shard, tmp_path, monkeypatch, capsys):
     address = address.format(free_port())
     monkeypatch.setattr(cluster, "ANSWER_PATIENCE_S", 0.3)
     monkeypatch.setenv("RAY_ADDRESS", address)
@@ -64,7 +64,7 @@ def test_an_empty_address_joins_no_cluster(monkeypatch):
 
 
 @pytest.mark.parametrize("daemon", ["gcs_server", "raylet"])
-def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process_and_no_token(daemon, shard, tmp_path):
+def test_a_sigterm_while_ray_starts_ends_with_a_message_and_leaves_no_process_and_no_token(daemon, shard, tmp_path):
     (tmp_path / "temporary").mkdir()
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"TMPDIR": str(tmp_path / "temporary"), "RAY_TMPDIR": "/tmp"}  # Ray's sockets need a short path
@@ -87,7 +87,7 @@ def test_sigterm_while_ray_starts_ends_in_words_and_leaves_no_process_and_no_tok
 
 
 def wait_for_child(process, name):
-    """The processes below it, once one of that name is among them."""
+    """The child processes of `process`, as soon as one of them has this name."""
     while process.poll() is None:
         below = psutil.Process(process.pid).children(recursive=True)
         for child in below:
@@ -101,8 +101,8 @@ def wait_for_child(process, name):
 
 
 @pytest.mark.timeout(1800)
-def test_a_head_that_is_lost_ends_the_run_and_another_cluster_goes_on(corpus, tmp_path, monkeypatch):
-    """SIGKILL to all processes of the head node, while units are under way: the driver, elsewhere, does not wait for ever."""
+def test_a_head_that_is_lost_ends_the_run_and_another_cluster_resumes_it(corpus, tmp_path, monkeypatch):
+    """SIGKILL to all processes of the head node while units are in flight: the driver, which is elsewhere, must not wait for ever."""
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # a minute by default
     output = Store(str(tmp_path / "out"))
     words = [
@@ -177,13 +177,11 @@ def test_every_node_has_the_model_of_a_bucket_before_the_pool_starts(shard, tmp_
         assert done.stderr.index("the model is on 2 nodes") < done.stderr.index("1 of 1 units to fuse")
         content = content_hash(Store(str(TINY)))
         assert json.loads((tmp_path / "out/manifest.json").read_text())["base"]["engine.model"] == content
-        assert sorted(path.name for path in (home / FOLDER).iterdir()) == [content, f"{content}.lock"], (
-            "one copy of it, whole"
-        )
+        assert sorted(path.name for path in (home / FOLDER).iterdir()) == [content, f"{content}.lock"], "one whole copy"
         saved = (tmp_path / "out/_run/config-r001.yaml").read_text()
-        assert content in saved, "the settings that are saved name the very model"
+        assert content in saved, "the saved settings name the content of the model"
         assert options(server)["secret"] not in saved
-        # A node that cannot get it: one line, before the pool, whatever Ray makes of the exception.
+        # A node that cannot fetch it: an error of one line, before the pool starts.
         (home / FOLDER).rename(home / "moved")
         (home / FOLDER).write_text("in the way")
         failed = run(f"output.path={tmp_path / 'out2'}")

@@ -1,4 +1,4 @@
-"""Inputs that are empty, tiny or broken, through the real job: a clear end, and every row accounted for."""
+"""Empty, tiny and broken inputs through the real job: every row is accounted for, or the error says what must change."""
 
 import datetime as dt
 import json
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from lighthouses import captions
 
-pytestmark = pytest.mark.timeout(3600)  # each driver starts a dozen Ray processes
+pytestmark = pytest.mark.timeout(3600)  # each driver starts a dozen processes of Ray
 
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1")
 
@@ -23,7 +23,7 @@ def test_a_messy_input_gives_every_row_an_outcome(corpus, tmp_path, driver):
     rows[2]["laion_2b"] = "lighthouse " * 100_000  # 1.1 MB
     rows[4] = dict(rows[3])
     text = pa.array([row["laion_2b"] for row in rows], pa.string())
-    # Row 5 gets a byte that no UTF-8 text holds; Arrow carries it as long as nobody validates.
+    # Row 5 gets a byte that no UTF-8 text holds; Arrow does not validate it.
     broken = pa.array([None if v is None else v.encode() for v in text.to_pylist()], pa.binary()).to_pylist()
     broken[5] = b"Caf\xe9 Lighthouse, 1905"
     table = pa.Table.from_pylist(rows)
@@ -40,9 +40,9 @@ def test_a_messy_input_gives_every_row_an_outcome(corpus, tmp_path, driver):
     assert done["rows"]["planned"] == 400 + 10 + 6
     drawn = sum(
         done["rejects"].pop(gate, 0) for gate in ("instruction_echo", "unsupported_number", "cut_off")
-    )  # as echo errs
+    )  # faults that the echo engine makes
     assert drawn < 416 * 0.05
-    # The megabyte is cut to the prompt's budget: what is written of it is too short for it, and a reject, not a loss.
+    # The caption of 1.1 MB is cut to the budget of the prompt, so its fused caption is too short: a reject, not a loss.
     assert done["rejects"] == {
         "null_caption": 1,
         "empty_caption": 1,
@@ -66,7 +66,7 @@ def test_one_row_and_no_row(tmp_path, driver):
     one, none = tmp_path / "one", tmp_path / "none"
     for folder, count in ((one, 1), (none, 0)):
         folder.mkdir()
-        # Carried along: types that Arrow knows by no single word.
+        # Columns that are carried along, of types whose Arrow names have parameters.
         seen = {"tags": ["sea", None], "taken": dt.datetime(2019, 7, 1, 12, tzinfo=dt.UTC), "price": Decimal("1.50")}
         schema = pa.Table.from_pylist([row | seen for row in captions("x", 1)]).schema
         pq.write_table(
@@ -81,7 +81,7 @@ def test_one_row_and_no_row(tmp_path, driver):
         driver.run("verify", f"output.path={tmp_path}/out-{folder.name}", "deep=true")
 
 
-def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
+def test_errors_of_the_settings_are_raised_before_anything_starts(tmp_path, driver):
     """Exit 2 within seconds, with the thing, the value and the way out."""
     folder, shard = tmp_path / "in", tmp_path / "in" / "shard.parquet"
     assert "input.path" in driver.run(
@@ -113,7 +113,7 @@ def test_what_must_change_is_said_before_anything_starts(tmp_path, driver):
 
 
 def test_an_engine_that_cannot_start_says_why(tmp_path, driver):
-    """Known in the worker only: a refusal made there reaches the user as one made at the door."""
+    """Only the worker can know it: its refusal reaches the user in one line, like one of the driver."""
     pq.write_table(pa.Table.from_pylist(captions("x", 3)), tmp_path / "shard.parquet")
     settings = ("engine.kind=transformers", "decode.scoring=reference", *ECHO[1:])
     said = driver.run("fuse", f"input.path={tmp_path}/shard.parquet", f"output.path={tmp_path}/out", *settings, code=2)

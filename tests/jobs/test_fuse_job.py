@@ -1,4 +1,4 @@
-"""The job as a user runs it: real processes, a real Ray cluster, SIGKILL and SIGTERM from outside."""
+"""The fuse job as a user runs it: real processes, a real Ray cluster, SIGKILL and SIGTERM from outside."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ BEAM = ("engine.dtype=float32", "engine.threads=1", *ECHO[1:])
 
 @pytest.mark.timeout(3600)
 def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
-    """One output's life: a pilot, the whole, nothing left to do, a new shard, a changed setting."""
+    """One output: a pilot, the whole input, the same command again, a new shard, a changed setting."""
     output = tmp_path / "out"
     paths = (f"input.path={corpus}", f"output.path={output}")
     args = ("conf/gates/report_only.yaml", *paths, *ECHO, "unit.rows=30", "output.target_file_rows=100")
@@ -59,9 +59,9 @@ def test_run_resume_extend_and_refuse(corpus, tmp_path, driver):
 
 @pytest.mark.timeout(3600)
 def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver, pytestconfig):
-    """SIGKILL at random moments after the first commit; the same command ends with the undisturbed run's very files.
+    """SIGKILL at random moments after the first commit; the same command ends with the files of an undisturbed run.
 
-    Twice in `make test`. Ten times, with a real model: pytest tests/job -k killed --kills 10 --kill-engine beam
+    Two kills in `make test`. Ten kills with a real model: pytest tests/jobs -k killed --kills 10 --kill-engine beam
     """
     settings = ECHO if pytestconfig.option.kill_engine == "echo" else BEAM
     args = (f"input.path={corpus}", *settings, "unit.rows=5", "output.target_file_rows=32")
@@ -78,12 +78,12 @@ def test_killed_drivers_lose_nothing_and_double_nothing(corpus, tmp_path, driver
     driver.run("verify", f"output.path={output}", "deep=true")
     assert snapshot(output) == snapshot(undisturbed)
     assert last["rows"] == calm["rows"]
-    assert not list((output / "_units").glob("*.parquet")), "parts go once they are compacted"
+    assert not list((output / "_units").glob("*.parquet")), "parts are deleted once their group is compacted"
 
 
 @pytest.mark.timeout(3600)
 def test_a_second_driver_is_refused_and_a_terminated_one_is_resumed(corpus, tmp_path, driver):
-    """Two processes on one output, then SIGTERM to the one at work; the same command ends with the undisturbed run's very files."""
+    """Two drivers on one output, then SIGTERM to the running one; the same command ends with the files of an undisturbed run."""
     args = (f"input.path={corpus}", *BEAM, "unit.rows=5", "output.target_file_rows=32")
     undisturbed = tmp_path / "undisturbed"
     driver.run("fuse", *args, f"output.path={undisturbed}")

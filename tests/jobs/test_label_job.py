@@ -1,4 +1,4 @@
-"""jobs/label.py as a user runs it: a teacher that misbehaves, a cost cap that stops it, the same command again, labels to train on."""
+"""jobs/label.py as a user runs it: a teacher that fails often, a cost cap that ends the run, the same command again, and labels to train on."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def raw_caption(prompt):
 
 @pytest.fixture
 def teacher():
-    """Fuses well, but fails at first for one row in three, each time in another way."""
+    """A teacher that fails at the first request for one row in three, each time in another way, and answers well after that."""
 
     def script(row, number):
         serial = int(re.search(r"\d+", row)[0])
@@ -37,7 +37,7 @@ def teacher():
 
 
 def label(*arguments):
-    """Exit code, the last line's object where there is one, and all that was said."""
+    """The exit code, the object of the last line where the code is 0, and stdout with stderr."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"RAY_AUTH_MODE": "disabled", "CAPSFUSION_API_KEY": KEY, "NO_PROXY": "127.0.0.1"}
     ended = subprocess.run(
@@ -53,7 +53,7 @@ def label(*arguments):
 
 
 @pytest.mark.timeout(1800)
-def test_labels_of_a_teacher_that_misbehaves_stop_at_the_cap_and_go_on_with_a_higher_one(teacher, corpus, tmp_path):
+def test_labelling_with_a_teacher_that_fails_stops_at_the_cap_and_resumes_with_a_higher_one(teacher, corpus, tmp_path):
     output = tmp_path / "labels"
     command = [
         f"input.path={corpus}",

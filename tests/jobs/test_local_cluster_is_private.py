@@ -1,6 +1,6 @@
-"""A run without an address starts Ray for itself alone: on loopback, with a token of its own, and with nothing left afterwards.
+"""A run without an address starts Ray for itself alone: on loopback, with a token of its own, and nothing is left afterwards.
 
-The driver's environment is that of a user who turned Ray's tokens off, and who has a token of another cluster.
+The environment of the driver is that of a user who turned Ray's tokens off and who has a token of another cluster.
 """
 
 import http.client
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OTHER_TOKEN = "0ther-clusters-t0ken"
 USER = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": OTHER_TOKEN}
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_K8S_TOKEN_AUTH")
-# It starts a cluster for each line that it reads, says what real tasks on it answered, and ends it if the line is "disconnect".
+# It reads lines: "start" starts a cluster and prints what real tasks on it answered; "disconnect" ends the cluster.
 DRIVER = f"""
 import json, os, sys
 import ray
@@ -65,12 +65,12 @@ for line in sys.stdin:
         say(auth={{name: os.environ.get(name) for name in {NAMES}}})
 """
 ANSWERS = {"here": True, "answers": [0, 2, 4, 6, 3, 10_000_000]}
-# They answer whoever asks with figures of the cluster, and take nothing: Ray has no setting that would make them want a token.
+# They serve metrics of the cluster without a token, and accept nothing: Ray has no setting that makes them ask for one.
 METRICS_PORTS = {
     44217: "the autoscaler's",
     44227: "the dashboard's, which runs without a page",
 }  # and the agent's, of AGENT_PORT_RANGE
-HEALTH = "/grpc.health.v1.Health/Check"  # says whether the server is up, to whoever asks
+HEALTH = "/grpc.health.v1.Health/Check"  # says whether the server is up, without a token
 HTTP_PATHS = (
     "/",
     "/metrics",
@@ -104,7 +104,7 @@ class Driver:
         return [me, *me.children(recursive=True)]
 
     def token_file(self):
-        """As the daemons know it."""
+        """The path that the daemons have in their environment."""
         gcs = next(process for process in self.tree() if process.name() == "gcs_server")
         return Path(gcs.environ().get("RAY_AUTH_TOKEN_PATH", "/no-token"))
 
@@ -142,7 +142,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run():
-    """A local run in its middle, once its agents are up: they come after the tasks that need none of them."""
+    """A run that has started a cluster, once the agents of Ray are up: tasks run before that."""
     with driver() as started:
         assert started.ask("start") == ANSWERS
         until = time.monotonic() + 120
@@ -157,7 +157,7 @@ def run():
 
 
 def listeners(driver):
-    """What the processes of a run receive on, by TCP or UDP."""
+    """All TCP and UDP sockets on which the processes of a run receive."""
     found = set()
     for process in driver.tree():
         try:
@@ -177,7 +177,7 @@ def test_every_socket_is_on_loopback(run):
         return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
     names = {one.process for one in run.listeners}
-    assert {"gcs_server", "raylet", "ray::RuntimeEnvAgent"} <= names, "it looks at the right processes"
+    assert {"gcs_server", "raylet", "ray::RuntimeEnvAgent"} <= names, "the test looks at the right processes"
     assert [one for one in run.listeners if not loopback(one.address)] == []
 
 
@@ -197,7 +197,7 @@ def request(port, method, path, body, headers):
 @pytest.mark.parametrize(
     "headers", [{}, {"Authorization": f"Bearer {OTHER_TOKEN}"}], ids=["no token", "a token of another cluster"]
 )
-def test_nobody_runs_a_command_by_http_or_learns_more_than_figures(run, headers, tmp_path):
+def test_without_the_token_http_runs_no_command_and_serves_only_metrics(run, headers, tmp_path):
     file = tmp_path / "a command ran"
     job = json.dumps({"entrypoint": f"touch '{file}'"})
     headers = headers | {"Content-Type": "application/json"}
@@ -217,13 +217,13 @@ def test_nobody_runs_a_command_by_http_or_learns_more_than_figures(run, headers,
     time.sleep(3)  # a job that was accepted takes a moment to begin
     assert not file.exists()
     assert others == []
-    assert len(refused) == 1, "the agent of runtime environments; that of jobs serves no HTTP at all"
+    assert len(refused) == 1, "the agent of runtime environments refuses; the agent of jobs serves no HTTP"
     (agents,) = figures - METRICS_PORTS.keys()
     assert agents in private_cluster.AGENT_PORT_RANGE
 
 
-def test_the_runs_own_token_is_what_is_asked_for(run):
-    """What the test above is refused, the token opens."""
+def test_the_token_of_the_run_is_accepted(run):
+    """With the token the request is answered that was refused without it."""
     headers = {"Authorization": f"Bearer {run.token}"}
     answers = [
         request(one.port, "POST", "/get_runtime_envs_info", b"", headers)
@@ -240,14 +240,16 @@ def methods():
         if module.name.endswith("_pb2"):
             for service in importlib.import_module(module.name).DESCRIPTOR.services_by_name.values():
                 yield from (f"/{service.full_name}/{method.name}" for method in service.methods)
-    yield from (f"/ray.rpc.ObjectManagerService/{name}" for name in ("Push", "Pull", "FreeObjects"))  # C++ alone has it
+    yield from (
+        f"/ray.rpc.ObjectManagerService/{name}" for name in ("Push", "Pull", "FreeObjects")
+    )  # a service that only Ray's C++ code has
     yield HEALTH
 
 
 @pytest.mark.parametrize(
     "metadata", [(), (("authorization", f"Bearer {OTHER_TOKEN}"),)], ids=["no token", "a token of another cluster"]
 )
-def test_no_grpc_method_answers(run, metadata):
+def test_without_the_token_no_grpc_method_answers(run, metadata):
     refused, answered = Counter(), []
     for one in run.listeners:
         seen = set()
@@ -272,7 +274,7 @@ def test_no_grpc_method_answers(run, metadata):
         "ray::DashboardAgent": 1,
         "ray::Counter": 1,
     }  # raylet: of nodes and of objects
-    assert Counter(servers) <= refused, "and the driver and the other workers"
+    assert Counter(servers) <= refused, "the driver and the other workers refuse too"
 
 
 def test_the_token_is_in_no_command_line_and_no_log_and_only_the_user_can_read_it(run):
@@ -300,9 +302,7 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_nothing(last):
         first, token = started.token_file(), started.token_file().read_text()
         processes = started.tree()
         after = started.ask("disconnect")
-        assert after == {"auth": dict.fromkeys(NAMES) | USER}, (
-            "the user's settings are back, for a cluster that is joined next"
-        )
+        assert after == {"auth": dict.fromkeys(NAMES) | USER}, "the settings of the user are restored"
         assert not first.parent.exists()
         assert started.ask("start") == ANSWERS
         second = started.token_file()
@@ -319,7 +319,7 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_nothing(last):
 
 @pytest.fixture
 def ray_reads_the_environment_again():
-    """monkeypatch brings the variables back, Ray's copy of them it does not know."""
+    """monkeypatch restores the variables; Ray must read them again."""
     yield
     ray_private.set_auth({name: os.environ.get(name) for name in NAMES})
 
@@ -328,7 +328,9 @@ def ray_reads_the_environment_again():
     "user",
     [{}, USER, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file", "RAY_ENABLE_K8S_TOKEN_AUTH": "true"}],
 )
-def test_the_users_settings_do_not_weaken_it_and_come_back(user, ray_reads_the_environment_again, monkeypatch):
+def test_settings_of_the_user_do_not_change_the_token_and_are_restored(
+    user, ray_reads_the_environment_again, monkeypatch
+):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     for name, value in user.items():
@@ -345,4 +347,4 @@ def test_the_users_settings_do_not_weaken_it_and_come_back(user, ray_reads_the_e
         assert file.exists()
     assert not file.parent.exists()
     assert {name: os.environ.get(name) for name in NAMES} == dict.fromkeys(NAMES) | user
-    assert get_authentication_mode() == mode, "Ray's own idea of it is back too"
+    assert get_authentication_mode() == mode, "and Ray has read them again"

@@ -1,4 +1,4 @@
-"""Nodes that are lost under a run, all of them at last, and an actor whose memory is at an end: the files of an undisturbed run."""
+"""A run loses nodes, for a while all of them, or an actor runs out of memory: it ends with the files of an undisturbed run."""
 
 import time
 from contextlib import contextmanager, suppress
@@ -14,7 +14,7 @@ from capsfusion_ray.storage import Store
 
 FUSION_ACTOR = "ray::MapWorker(MapBatches(FusionActor))"  # as Ray names its process
 NODE_CPUS = 2
-GAP_S = 45.0  # without any node; Ray's own patience with a silent one is 15 s
+GAP_S = 45.0  # without any node; Ray gives a silent node up after 15 s
 SETTINGS = [
     "engine.dtype=float32",
     "engine.threads=1",
@@ -23,13 +23,13 @@ SETTINGS = [
     "unit.rows=5",
 ]
 UNITS = 80
-ROOM_FOR_ONE = "cluster.cpus_per_actor=1.2"  # a node has 2: one actor, and what reads and commits
+ONE_PER_NODE = "cluster.cpus_per_actor=1.2"  # a node has 2 CPUs: for one actor, and for reads and commits
 pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture
 def cluster():
-    """A head without CPUs: what runs, runs on the nodes that join it."""
+    """A head without CPUs: all tasks and actors run on the nodes that join it."""
     with ray_nodes(env={}) as nodes:
         yield nodes
 
@@ -44,7 +44,7 @@ def calm(corpus, tmp_path, driver):
 
 @contextmanager
 def node(cluster):
-    """One that joins, and that is lost in the end, if it was not before."""
+    """A node that joins, and that is killed at the end if it still runs."""
     raylet = cluster.join(NODE_CPUS)
     yield raylet
     if raylet.is_running():
@@ -52,7 +52,7 @@ def node(cluster):
 
 
 def actors(raylet):
-    """The processes of its node that fuse."""
+    """The fusion actors on the node of `raylet`."""
     found = []
     for process in raylet.children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -62,11 +62,11 @@ def actors(raylet):
 
 
 class Run:
-    """A fuse job, while things happen to it."""
+    """A fuse job that runs while its nodes are lost."""
 
     def __init__(self, cluster, corpus, output, actors):
         self.driver, self.store = Driver(cluster.gcs), Store(str(output))
-        pool = [f"cluster.min_actors={actors}", f"cluster.max_actors={actors}", ROOM_FOR_ONE]
+        pool = [f"cluster.min_actors={actors}", f"cluster.max_actors={actors}", ONE_PER_NODE]
         self.process = self.driver.start("fuse", f"input.path={corpus}", f"output.path={output}", *SETTINGS, *pool)
 
     @property
@@ -75,21 +75,21 @@ class Run:
 
     def wait_for(self, seen):
         while not seen():
-            self.must_go_on()
+            self.must_run()
             time.sleep(0.05)
 
-    def must_go_on(self):
+    def must_run(self):
         assert self.process.poll() is None, self.process.communicate()[1][-5000:]
 
     def end(self):
-        """Once it ended well, and its output was verified."""
+        """Wait for the job, which must end well, and verify its output."""
         said = self.process.communicate(timeout=900)[1]
         assert self.process.returncode == 0, said[-5000:]
         self.driver.run("verify", f"output.path={self.store.root}", "deep=true")
 
 
 def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none(cluster, corpus, calm, tmp_path):
-    """SIGKILL to all processes of a node that fuses; later to those of the other; then a gap; then a node joins, and ends the run."""
+    """SIGKILL to all processes of one node, later to those of the other; no node for GAP_S; then two nodes join and finish the run."""
     output = tmp_path / "out"
     with node(cluster) as first, node(cluster) as second:
         run = Run(cluster, corpus, output, actors=2)
@@ -101,7 +101,7 @@ def test_one_of_two_nodes_is_killed_then_the_other_and_for_a_while_there_is_none
     none_left = run.units
     assert none_left < UNITS, "the run was over before its nodes were"
     time.sleep(GAP_S)
-    run.must_go_on()
+    run.must_run()
     assert run.units == none_left
     with node(cluster), node(cluster):
         run.end()
@@ -121,7 +121,7 @@ def test_an_actor_without_memory_is_killed_by_the_kernel_and_its_units_are_fused
             (actor,) = actors(only)
             put_into(cgroup, actor.pid)
             gone, _ = psutil.wait_procs([actor], timeout=120)
-            assert gone, "it needed no more memory"
+            assert gone, "the actor needed no more memory"
             assert run.units < UNITS, "the run was over before its actor was"
             run.end()
     finally:

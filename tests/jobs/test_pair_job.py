@@ -1,4 +1,4 @@
-"""`jobs/pair.py` as a user runs it: a real Ray cluster, SIGKILL from outside in either pass, and jobs/fuse.py on what it made."""
+"""`jobs/pair.py` as a user runs it: a real Ray cluster, a SIGKILL in each pass, then jobs/fuse.py on the pairs."""
 
 import json
 
@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 SHARDS, ROWS = 6, 50  # of each table
-KEYS = SHARDS * ROWS  # of the raw table; the synthetic one has those from LONELY on, and as many more
+KEYS = SHARDS * ROWS  # keys of the raw table; the synthetic table has as many, from key LONELY on
 LONELY = 60
 ECHO = ("engine.kind=echo", "cluster.gpus_per_actor=0", "cluster.max_actors=1")
 
 
 def write(folder, rows):
-    """In shards that take every SHARDS-th row: no key stands in the two tables at the same place."""
+    """Write shards that take every SHARDS-th row: no key is at the same place in both tables."""
     folder.mkdir()
     for shard in range(SHARDS):
         pq.write_table(pa.Table.from_pylist(rows[shard::SHARDS]), folder / f"{shard}.parquet", row_group_size=16)
@@ -39,7 +39,7 @@ def tables(tmp_path):
 
 
 @pytest.mark.timeout(3600)
-def test_a_pairing_killed_in_either_pass_is_ended_by_the_same_command_and_fused(tables, tmp_path, driver):
+def test_a_pairing_killed_in_either_pass_is_finished_by_the_same_command_and_fused(tables, tmp_path, driver):
     output = tmp_path / "pairs"
     args = (*tables, f"output.path={output}")
     patterns = ("_pair/exchange/*.arrow", "_pair/buckets/*.json")
@@ -69,7 +69,7 @@ def test_a_pairing_killed_in_either_pass_is_ended_by_the_same_command_and_fused(
 
 
 @pytest.mark.timeout(3600)
-def test_what_must_change_is_said_in_one_line(tables, tmp_path, driver):
+def test_an_error_of_the_settings_is_one_line(tables, tmp_path, driver):
     output = f"output.path={tmp_path}/pairs"
     said = driver.run("pair", *tables, output, "duplicates=refuse", code=2)
     assert "duplicates=refuse: rows whose key an earlier row has: raw: 1 rows (1 with another caption)" in said

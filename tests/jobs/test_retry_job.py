@@ -1,4 +1,4 @@
-"""`retry=rejected` as a user runs it: a real Ray cluster, SIGKILL from outside while it fuses and while it merges."""
+"""`retry=rejected` as a user runs it: a real Ray cluster, and a SIGKILL while it fuses and another while it merges."""
 
 import pyarrow.dataset as ds
 import pytest
@@ -18,7 +18,7 @@ STRICT, MILD = (
 
 
 @pytest.mark.timeout(3600)
-def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_ended_by_the_same_command(corpus, tmp_path, driver):
+def test_a_retry_killed_while_it_fuses_and_while_it_merges_is_finished_by_the_same_command(corpus, tmp_path, driver):
     output = tmp_path / "out"
     args = (f"input.path={corpus}", f"output.path={output}", *SETTINGS)
     before = driver.run("fuse", *args, *STRICT)

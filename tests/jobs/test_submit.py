@@ -1,4 +1,4 @@
-"""The job as a cluster runs it: submitted through its dashboard, on a head and two workers, from and to an S3 server."""
+"""The fuse job submitted through the dashboard of a cluster: a head and two workers, input and output on an S3 server."""
 
 import io
 import json
@@ -53,25 +53,25 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nodes(store):
-    """The cluster. Its processes know the bucket from their environment, as pods do."""
+    """The cluster. Its processes have the credentials of the bucket in their environment, as pods do."""
     aws = {
         "AWS_ENDPOINT_URL": store.url,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": KEYS["key"],
         "AWS_SECRET_ACCESS_KEY": KEYS["secret"],
-        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15",  # of the killed driver, whose share holds the next one's pool down
+        "RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S": "15",  # until then the CPUs that a killed driver asked for are missing to the next one
     }
     with ray_nodes(2, 2, env=aws) as nodes:
         yield nodes
 
 
 def slow(seconds):
-    """An actor's last request for a unit is a deletion: it is kept busy so long, and no CPU is."""
+    """Delay every deletion: an actor's last request for a unit is one, so the actor is kept busy so long, without CPU."""
     return Faults(1.0, ("stall",), frozenset(["DeleteObject"]), stall_s=seconds)
 
 
 class Submission:
-    """`make submit`, as a process."""
+    """One `capsfusion submit` as a process."""
 
     def __init__(self, nodes, *args):
         line = [sys.executable, "-m", "capsfusion_ray", "submit", f"address={nodes.dashboard}", "fuse", *args]
@@ -85,7 +85,7 @@ class Submission:
         return self.process.poll() is not None
 
     def result(self, code=EXIT_DONE):
-        """The job's JSON line, or all that was said; `code` is how the job must have ended."""
+        """Wait for the job, which must end with `code`; its JSON line, or for another code than 0 all its output."""
         said = self.process.communicate(timeout=900)[0]
         assert self.process.returncode == code, f"exit {self.process.returncode}, wanted {code}\n{said[-5000:]}"
         return (
@@ -116,7 +116,7 @@ def read(store, key):
 
 
 def verify_all(store, output):
-    """`verify` exits 0; and every row id of the input is in the output once, which is seen without it."""
+    """`verify` must exit 0, and every row id of the input must be in the output once, which is checked without `verify`."""
     storage = f"output.storage={{endpoint_url: '{store.server}', key: {KEYS['key']}, secret: {KEYS['secret']}, region: us-east-1}}"
     assert run_job(VerifyConfig, verify, [f"output.path=s3://{BUCKET}/{output}", "deep=true", storage]) == EXIT_DONE
     files = [key for folder in ("data", "rejected") for key in keys(store, f"{output}/{folder}/")]
@@ -126,7 +126,7 @@ def verify_all(store, output):
 
 
 class Pool(list):
-    """How many actors were alive, whenever that changed, as the cluster itself tells."""
+    """The numbers of living actors over time, as the cluster reports them."""
 
     def __init__(self, nodes):
         super().__init__([0])
@@ -141,7 +141,7 @@ class Pool(list):
 
 
 def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shrinks(store, nodes):
-    """SIGKILL of the driver on the head after a few commits; the same job, on more actors, resumes and ends well."""
+    """SIGKILL to the driver on the head after a few commits; the same job resumes with more actors."""
     store.inject(slow(1.0))
     first = Submission(nodes, *fuse("out", "cluster.max_actors=1"))
     refused = Submission(nodes, *fuse("out", "output.target_file_md=1"))
@@ -151,7 +151,7 @@ def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shri
     driver = psutil.Process(json.loads(read(store, "out/_run/lease.json"))["pid"])
     assert "jobs/fuse.py" in driver.cmdline()
     driver.send_signal(signal.SIGKILL)
-    assert "output.target_file_mb" in refused.result(code=EXIT_USAGE), "the job's own exit code, in seconds"
+    assert "output.target_file_mb" in refused.result(code=EXIT_USAGE), "the exit code of the job itself, within seconds"
     first.result(code=128 + signal.SIGKILL)
 
     store.inject(slow(5.0))
@@ -171,8 +171,8 @@ def test_killed_and_submitted_again_it_loses_nothing_and_its_pool_grows_and_shri
     verify_all(store, "out")
 
 
-def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
-    """Not in what is said, in the output, in any log of the cluster, or in its list of jobs; and it is not submitted at all."""
+def test_a_secret_on_the_command_line_is_stored_nowhere(store, nodes):
+    """Neither in the messages, nor in the output, the logs of the cluster or its list of jobs; and submit refuses it."""
     store.inject(Faults())
     storage = SECRETS | {"endpoint_url": store.url, "region": "us-east-1"}
     words = fuse(
@@ -204,7 +204,7 @@ def test_a_secret_of_the_command_line_is_nowhere_but_on_it(store, nodes):
         assert not [place for place, data in (written | logs).items() if secret.encode() in data]
 
 
-def test_credentials_that_expire_in_the_middle_stop_the_run_and_a_renewal_goes_on(store, nodes):
+def test_credentials_that_expire_end_the_run_and_renewed_ones_resume_it(store, nodes):
     store.inject(slow(1.0))
     first = Submission(nodes, *fuse("expired", "cluster.max_actors=1"))
     while len(keys(store, "expired/_units/")) < 2:
@@ -220,8 +220,8 @@ def test_credentials_that_expire_in_the_middle_stop_the_run_and_a_renewal_goes_o
     verify_all(store, "expired")
 
 
-def test_a_node_that_is_drained_is_left_in_order_and_nothing_is_suspected(store, nodes):
-    """As Ray drains a node that got SIGTERM: its actor takes no other unit and goes before the node does. It ends with one worker less."""
+def test_an_actor_leaves_a_drained_node_in_time_and_no_row_is_suspected(store, nodes):
+    """Ray drains a node that got SIGTERM: the actor there begins no further unit and ends before the node does."""
     store.inject(slow(1.0))
     run = Submission(
         nodes, *fuse("drained", "cluster.min_actors=2", "cluster.max_actors=2", "cluster.cpus_per_actor=1")
@@ -240,7 +240,7 @@ def test_a_node_that_is_drained_is_left_in_order_and_nothing_is_suspected(store,
     assert accepted, why
     began = time.monotonic()
     while [actor for actor in list_actors(address=nodes.dashboard, filters=alive) if actor.node_id == gone]:
-        assert time.monotonic() - began < GRACE_S, "the actor stayed until its node was taken"
+        assert time.monotonic() - began < GRACE_S, "the actor stayed until its node was gone"
         time.sleep(0.2)
     store.inject(Faults())
     said = run.process.communicate(timeout=900)[0]

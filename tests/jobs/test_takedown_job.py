@@ -1,4 +1,4 @@
-"""jobs/takedown.py as a user runs it, SIGKILLed from outside: the same command again ends it, and jobs/verify.py exits 0."""
+"""jobs/takedown.py as a user runs it, killed by SIGKILL: the same command finishes it, and jobs/verify.py exits 0."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from capsfusion_ray.storage import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = 100
-ENDS_S = 600
+MAX_SECONDS = 600
 
 
 def started(job, *args):
@@ -28,7 +28,7 @@ def started(job, *args):
 
 def ended(process):
     """The last line of a process that exits 0."""
-    out, err = process.communicate(timeout=ENDS_S)
+    out, err = process.communicate(timeout=MAX_SECONDS)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
@@ -38,7 +38,7 @@ def rewritten(out):
     return len(list((out / "_run/groups").glob("*-e002.json")))
 
 
-def test_a_takedown_killed_three_times_is_ended_by_the_same_command(tmp_path):
+def test_a_takedown_killed_three_times_is_finished_by_the_same_command(tmp_path):
     out = tmp_path / "out"
     output = OutputConfig(str(out), target_file_rows=4)
     units = [WorkUnit(f"u{i}", f"s{i}.parquet", 0, 8, f"g{i:05d}") for i in range(GROUPS)]
