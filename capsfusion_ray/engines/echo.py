@@ -1,8 +1,8 @@
-"""An engine without a model: for plumbing and scale. Deterministic, no torch, no tokenizer.
+"""An engine without a model, to test the pipeline and its scale. Deterministic; it needs no torch and no tokenizer.
 
-It writes a caption out of both sources, of the length of a real one, so that everything after it works as after a model: now and then,
-as often as in the 8,000 published captions (docs/gates.md), a caption has one of the faults that the gates know. The fault is
-drawn from the two captions alone, so that it is the same in every unit, run and process.
+It composes a caption from both sources, about as long as a real one, so that all later stages work as with a model. Some
+captions have one of the faults that the gates know, as often as the 8,000 published captions (docs/gates.md). The fault is
+drawn from a hash of the two captions, so it is the same in each unit, run and process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from capsfusion_ray.config import DecodeConfig, EngineConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 from capsfusion_ray.engines.base import Occupancy
 
-# Words that no gate minds: they name nothing, count nothing and say nothing of the task.
+# Words to which no gate reacts: they contain no name, no number and nothing about the task.
 _PADDING = """and around it there are many other things to see that are not told about here because they are small or far away
 or partly hidden behind larger ones while some light falls from above onto this scene and makes it look calm and quiet just as
 one would expect on such a day with nothing else going on nearby and nobody walking past or standing still"""
@@ -27,7 +27,7 @@ class EchoEngine:
     def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
         self._max_words = decode.max_new_tokens
         self._queue: list[Prompt] = []
-        self._words_around = 0  # of the instruction, which every prompt repeats: counted once
+        self._words_around = 0  # words of the instruction, which all prompts share, so it is counted once
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[] for _ in texts]
@@ -54,7 +54,7 @@ class EchoEngine:
         words = caption.text.split()
         ended = caption.ended and len(words) <= self._max_words
         written = words[: self._max_words]
-        # Words stand for tokens here; no tokenizer is loaded.
+        # Token counts are counts of words, because there is no tokenizer.
         return Generation(
             prompt.id,
             " ".join(written),
@@ -69,24 +69,24 @@ def _words(text: str) -> int:
 
 
 class Caption(NamedTuple):
-    """What a model with a limit on its tokens would have written; `ended`: before that limit."""
+    """A caption, and whether it ended before the limit of tokens."""
 
     text: str
     ended: bool = True
 
 
 def write(raw: str, synthetic: str) -> Caption:
-    """The caption of a pair: nearly always a faultless one."""
+    """Return the caption of a pair. Most have no fault."""
     raw, synthetic = raw.strip(" .!?"), synthetic.strip(" .!?")
     first, _, rest = synthetic.partition(" ")
-    # With another first word it is no verbatim copy.
+    # The first word differs from the source's, so that the caption is no verbatim copy.
     woven = f"{'The' if first.lower() == 'this' else 'This'} {rest or first}: {raw}"
     draw = zlib.crc32(f"{raw}\n{synthetic}".encode("utf-8", "replace")) / 2**32
     fault = next((name for name, until in _UNTIL if draw < until), None)
     return Caption(f"{woven}.") if fault is None else _faulty(fault, woven, raw, synthetic)
 
 
-# How often the published captions have a fault: of 8,000, what docs/gates.md counts.
+# The share of captions with each fault, as docs/gates.md counts them in the 8,000 published captions.
 FAULTS = {
     "instruction_echo": 109 / 8000,
     "phrase of the instruction": 232 / 8000,

@@ -1,4 +1,4 @@
-"""Any causal language model, through HF's own `generate`: static batches, left padding. Slow, and it runs what `beam` refuses."""
+"""Runs any causal language model with HF's `generate`, in static batches. Slower than `beam`, but it runs all models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from capsfusion_ray.errors import ConfigError, EngineError
 
 
 class TransformersEngine:
-    """One `generate` call a step, `engine.batch_size` prompts each; see `engines.base.Engine` for the protocol.
+    """Implements engines.base.Engine with one `generate` call per step, for `engine.batch_size` prompts.
 
-    Raises ConfigError for beams under decode.scoring=reference: transformers 5.x divides a hypothesis by its generated
-    length and has no hook for 4.28.1's padded full length, so its captions would silently be other ones.
+    Raises ConfigError for several beams with decode.scoring=reference. transformers 5.x divides the score of a hypothesis
+    by its generated length and cannot be told to use the padded full length of 4.28.1, so its captions would differ.
     """
 
     def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
@@ -31,7 +31,7 @@ class TransformersEngine:
 
     @classmethod
     def from_loaded(cls, loaded: LoadedModel, engine: EngineConfig, decode: DecodeConfig) -> TransformersEngine:
-        """An engine over a model that is already in memory."""
+        """Build an engine for a model that is already in memory."""
         _refuse_reference_beams(decode)
         built = cls.__new__(cls)
         built._start(loaded, engine, decode)
@@ -42,7 +42,8 @@ class TransformersEngine:
         self._engine = engine
         self._decode = decode.resolved()
         pad, rows = loaded.tokenizer.pad_token_id, loaded.model.get_input_embeddings().weight.shape[0]
-        # Masked, so any will do that the model has a row for: many a LLaMA's pad token was added, and its weights were not.
+        # Padding is masked, so any id with a row in the embedding will do. Many LLaMA tokenizers have an added pad token
+        # that the weights lack.
         self._pad_id = loaded.eos_ids[0] if pad is None or pad >= rows else pad
         self._queue: deque[Prompt] = deque()
         self._failed: list[Generation] = []
@@ -56,7 +57,7 @@ class TransformersEngine:
 
     @property
     def occupancy(self) -> Occupancy:
-        """Between two batches: the next one."""
+        """The size of the next batch. A batch is never in progress between two steps."""
         return Occupancy(min(len(self._queue), self._engine.batch_size), self._engine.batch_size)
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
@@ -68,7 +69,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """Generate one batch, in the order of submission."""
+        """Generate one batch, in the order in which prompts were submitted."""
         finished, self._failed = self._failed, []
         batch = [self._queue.popleft() for _ in range(min(self._engine.batch_size, len(self._queue)))]
         if not batch:
@@ -93,7 +94,7 @@ class TransformersEngine:
             )
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"engine.batch_size={len(batch)}: out of memory ({error}); set a lower engine.batch_size"
+                f"engine.batch_size={len(batch)}: out of memory ({error}); set engine.batch_size to a lower number"
             ) from error
         for prompt, new_ids, failed in zip(batch, out_BS[:, width:].tolist(), watch.failed_rows(), strict=True):
             finished.append(
@@ -114,7 +115,7 @@ class TransformersEngine:
 
 
 class _Watch:
-    """HF's LogitsProcessor hook: notes rows whose scores are NaN, and blocks repeated n-grams of the generated text."""
+    """A LogitsProcessor of HF. It records the rows with NaN scores, and blocks repeated n-grams of the generated text."""
 
     def __init__(self, rows: int, prompt_columns: int, no_repeat_ngram: int) -> None:
         self._rows = rows
@@ -123,7 +124,7 @@ class _Watch:
         self._failed_B: Tensor | None = None
 
     def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
-        """`tokens` [B*K, columns so far] and `scores` [B*K, V]; a row that is done still passes through."""
+        """Process the scores [B*K, V] of the token after `tokens` [B*K, columns so far]. Rows that are done are included."""
         failed_B = scores.view(self._rows, -1).isnan().any(dim=1)
         self._failed_B = failed_B if self._failed_B is None else self._failed_B | failed_B
         if self._no_repeat_ngram:

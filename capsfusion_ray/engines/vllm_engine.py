@@ -1,8 +1,8 @@
-"""vLLM in this process: for models that do not fit one GPU, that `beam` refuses, or that are to sample. Imports vllm when chosen.
+"""Runs vLLM in this process: for models that do not fit one GPU, that `beam` refuses, or for sampled captions.
 
-Captions are greedy, or sampled where engine.vllm.temperature is above 0: vLLM has no beam search that can be fed while it runs, so
-they are never those of engine.kind=beam. Its kernels depend on what else is in the batch: greedy captions may differ a little
-from run to run, and sampled ones do.
+Captions are greedy, or sampled if engine.vllm.temperature is above 0. They are never those of engine.kind=beam, because
+vLLM has no beam search that takes new prompts while it runs. The results of its kernels depend on the other rows of a
+batch, so greedy captions may differ slightly from run to run.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from capsfusion_ray.engines.loading import load_tokenizer, one_line
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.models.cache import folder_of
 
-SLOTS = 256  # captions in work together, of engine.slots=null: vLLM's own choice depends on its version and the GPU
+SLOTS = 256  # captions decoded together if engine.slots=null; vLLM's own default depends on its version and the GPU
 
 
 class VllmEngine:
-    """vLLM's LLMEngine, one of its steps a step; prompts come in between, so that its batch is refilled as captions end.
+    """Implements engines.base.Engine with vLLM's LLMEngine: one step of vLLM per step.
 
-    See `engines.base.Engine` for the protocol. Raises ConfigError for a missing vllm and for settings that it refuses.
+    Prompts are submitted between steps, so vLLM refills its batch as captions finish. Raises ConfigError if vllm is
+    missing and for settings that vLLM refuses.
     """
 
     def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
         vllm = _import_vllm()
         folder = folder_of(engine)
-        # One of our own: prompts are encoded by other threads than the one that steps.
+        # A tokenizer of its own, because other threads than the one that steps encode prompts.
         self._tokenizer = load_tokenizer(folder, engine.trust_remote_code)
         self._vllm = vllm
         self._max_prompt_tokens = engine.max_prompt_tokens
@@ -47,15 +48,15 @@ class VllmEngine:
                 **engine.vllm.sampling,
             )
             asked = vllm.EngineArgs(**_engine_args(engine, decode, folder))
-        except Exception as error:  # an unknown field, a value out of range: TypeError, ValueError, or its own
+        except Exception as error:  # an unknown field or a bad value: TypeError, ValueError, or a class of vLLM
             raise ConfigError(f"{refused}: {one_line(error)}") from error
         try:
             self._engine = vllm.LLMEngine.from_engine_args(asked)
-        except ValueError as error:  # an architecture, a length, a quantization that it does not know
+        except ValueError as error:  # an architecture, a length or a quantization that vLLM does not know
             raise ConfigError(f"{refused}: {one_line(error)}") from error
-        except Exception as error:  # its engine core is a process of its own, whose failures arrive as RuntimeError
+        except Exception as error:  # vLLM's engine core is another process, whose failures arrive as RuntimeError
             raise EngineError(
-                f"engine.model={folder!r}: vLLM {vllm.__version__} did not start ({one_line(error)}); its own log is above"
+                f"engine.model={folder!r}: vLLM {vllm.__version__} did not start ({one_line(error)}); its log above says more"
             ) from error
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,7 +90,7 @@ class VllmEngine:
             return finished
         try:
             outputs = self._engine.step()
-        except Exception as error:  # EngineDeadError, or what its executor raised: either way it answers nothing more
+        except Exception as error:  # EngineDeadError, or an error of its executor; vLLM answers nothing after either
             raise EngineError(f"vLLM died in a step: {type(error).__name__}: {error}") from error
         return finished + [
             _generation(self._submitted.pop(output.request_id), output) for output in outputs if output.finished
@@ -103,8 +104,9 @@ def _import_vllm() -> Any:
         import vllm.sampling_params
     except ImportError as error:
         raise ConfigError(
-            f"engine.kind=vllm: it is not in this environment ({error}); vLLM pins other versions than ours and wants one of its own: "
-            f"make submit RUNTIME_ENV=deploy/runtime_env_vllm.yaml, or {install_hint('vllm')} without constraints.txt"
+            f"engine.kind=vllm: vLLM is not installed in this environment ({error}); it pins other versions of torch, so it needs an "
+            "environment of its own: make submit RUNTIME_ENV=deploy/runtime_env_vllm.yaml, or "
+            f"{install_hint('vllm')} without constraints.txt"
         ) from error
     return vllm
 
@@ -118,11 +120,11 @@ def _engine_args(engine: EngineConfig, decode: DecodeConfig, folder: str) -> dic
         "max_model_len": engine.max_prompt_tokens + decode.max_new_tokens,
         "max_num_seqs": engine.slots or SLOTS,
         "tensor_parallel_size": engine.vllm.tensor_parallel,
-        "enable_prefix_caching": True,  # all prompts begin alike
+        "enable_prefix_caching": True,  # all prompts begin with the same instruction
         "disable_log_stats": True,
     }
     if engine.vllm.tensor_parallel > 1:
-        args["distributed_executor_backend"] = "mp"  # Ray gave the GPUs to this actor; vLLM would ask it for more
+        args["distributed_executor_backend"] = "mp"  # processes; on Ray vLLM would request further GPUs
     return args | engine.vllm.options
 
 
@@ -131,11 +133,11 @@ def _generation(prompt: Prompt, output: Any) -> Generation:
     tokens = len(written.token_ids)
     if written.finish_reason == "stop":
         finish = FinishReason.EOS
-        tokens -= not isinstance(written.stop_reason, str)  # the end's own token, unless a word ended it
+        tokens -= not isinstance(written.stop_reason, str)  # the EOS token, unless a stop word ended the caption
     elif written.finish_reason == "length":
         finish = FinishReason.LENGTH
     else:
-        return Generation.failed(prompt, f"vLLM ended it: {written.finish_reason}")
+        return Generation.failed(prompt, f"vLLM ended the caption with finish_reason={written.finish_reason}")
     return Generation(
         id=prompt.id,
         text=written.text.strip(),

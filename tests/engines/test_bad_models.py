@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from bad_models import DECODE, WORDS, Trojan, config, llama, save
+from bad_models import DECODE, SLOTS, WORDS, Trojan, config, llama, save
 from tiny import drain
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
@@ -21,14 +21,16 @@ from capsfusion_ray.core.unit_steps import FINISH, admit
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.engines.loading import load_model
 from capsfusion_ray.errors import ConfigError, EngineError
-from capsfusion_ray.run.engine_loop import FIRST_CAPTIONS
-from capsfusion_ray.run.unit_fuser import start_fuser
 
 ENGINES = pytest.mark.parametrize("kind", ["beam", "transformers"])
 
 
-def fuse_a_unit(folder: Path, kind: str, rows: int = FIRST_CAPTIONS) -> list[dict[str, Any]]:
-    """As an actor does."""
+def fuse_a_unit(folder: Path, kind: str, rows: int = SLOTS) -> list[dict[str, Any]]:
+    """Fuse a unit as an actor does."""
+    from capsfusion_ray.run.unit_fuser import (
+        start_fuser,
+    )  # a GPU machine need not have Ray, so run/ is not imported above
+
     unit = WorkUnit("u", "shard.parquet", 0, rows, "g00000")
     table = pa.Table.from_pylist(
         [
@@ -129,7 +131,7 @@ def test_an_empty_row_of_the_vocabulary_is_named(tmp_path: Path, caplog: pytest.
     with torch.no_grad():
         model.lm_head.weight[[17, 40]] = 0.0
     load_model(config(save(tmp_path / "enlarged", model)))
-    assert "2 rows of its vocabulary are empty (id 17 'w17', 40 'w40')" in caplog.text
+    assert "2 rows of its output table are zero (ids 17 'w17', 40 'w40')" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ said after the first captions
@@ -143,7 +145,7 @@ def test_a_model_whose_scores_are_nan_stops_the_run_and_names_itself(kind: str, 
     folder = save(tmp_path / "model", model)
     with pytest.raises(
         ConfigError,
-        match=rf"engine\.model={folder}: each of its first {FIRST_CAPTIONS} captions failed: .*the model gave NaN.*engine\.dtype",
+        match=rf"engine\.model={folder}: each of its first {SLOTS} captions failed: .*the model gave NaN.*engine\.dtype",
     ):
         fuse_a_unit(folder, kind)
 
@@ -153,12 +155,12 @@ def test_a_model_that_never_stops_is_said_to(kind: str, tmp_path: Path, caplog: 
     caplog.set_level(logging.WARNING)
     rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=0.0)), kind)
     assert {row[FINISH] for row in rows} == {"length"}
-    assert f"none of its first {FIRST_CAPTIONS} captions came to an end within decode.max_new_tokens=4" in caplog.text
+    assert f"none of its first {SLOTS} captions came to an end within decode.max_new_tokens=4" in caplog.text
 
 
 @ENGINES
 def test_a_model_that_is_well_is_said_nothing_of(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=8.0)), kind, rows=3 * FIRST_CAPTIONS)
-    assert "eos" in {row[FINISH] for row in rows[:FIRST_CAPTIONS]}
+    rows = fuse_a_unit(save(tmp_path / "model", llama(eos_weight=8.0)), kind, rows=3 * SLOTS)
+    assert "eos" in {row[FINISH] for row in rows[:SLOTS]}
     assert "captions came to an end" not in caplog.text

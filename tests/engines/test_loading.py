@@ -81,7 +81,7 @@ def test_nan_weights_are_named(folder):
     with torch.no_grad():
         model.model.norm.weight[3] = float("nan")
     model.save_pretrained(folder)
-    with pytest.raises(EngineError, match=r"model\.norm\.weight holds NaN"):
+    with pytest.raises(EngineError, match=r"model\.norm\.weight has NaN"):
         load_model(config(folder))
 
 

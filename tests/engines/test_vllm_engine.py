@@ -1,4 +1,4 @@
-"""The vllm engine: against a stand-in everywhere, against vLLM itself where there is a GPU and it is installed."""
+"""The vllm engine: tested with a stub of vLLM everywhere, and with vLLM itself where it is installed and there is a GPU."""
 
 import sys
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ GREEDY = DecodeConfig(num_beams=1, max_new_tokens=12, scoring="transformers", le
 
 @pytest.fixture
 def folder(tmp_path):
-    """A model that writes words w0 … w59, and a tokenizer that reads them."""
+    """A model whose vocabulary is the words w0 … w59, and its tokenizer."""
     tiny_llama(3, eos_weight=2.0, dtype=torch.float32).save_pretrained(tmp_path)
     tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(60)}, unk_token="w3"))
     tokenizer.pre_tokenizer = Whitespace()
@@ -66,19 +66,22 @@ def test_greedy_captions_are_those_of_greedy_transformers(folder, prompts, stand
 
 
 def test_it_is_fed_while_it_runs_and_never_drains_between_units(folder, prompts, stand_in):
-    stand_in.LLMEngine.most_running = 0
+    stand_in.LLMEngine.running_per_step = []
     engine = build_engine(config(folder, slots=5), GREEDY)
+    assert engine.occupancy == Occupancy(0, 5)
     engine.submit(prompts[:6])
     assert engine.occupancy == Occupancy(5, 5)
-    finished, waiting = [], prompts[6:]
+    finished, waiting, full = [], prompts[6:], 0
     while engine.unfinished or waiting:
-        if waiting and engine.unfinished < 6:
+        while waiting and engine.unfinished < 6:
             engine.submit([waiting.pop(0)])
+        full += engine.unfinished >= 5
         finished += engine.step()
-        if waiting:
-            assert engine.occupancy.busy == 5 or engine.unfinished < 5
     assert sorted(g.id for g in finished) == sorted(p.id for p in prompts)
-    assert stand_in.LLMEngine.most_running == 5
+    running = stand_in.LLMEngine.running_per_step
+    assert full > 12, "the prompts do not fit into one batch"
+    assert running[:full] == [5] * full, "no step had a free slot while five prompts were unfinished"
+    assert max(running) == 5
     alone = drain(build_engine(config(folder, slots=1), GREEDY), prompts)
     assert texts({g.id: g for g in finished}) == texts(alone)
 
@@ -86,7 +89,7 @@ def test_it_is_fed_while_it_runs_and_never_drains_between_units(folder, prompts,
 def test_a_row_that_vllm_gives_up_or_that_is_too_long_is_that_rows_error(folder, prompts, stand_in):
     engine = build_engine(config(folder, vllm=VllmConfig(sampling={"repetition": True})), GREEDY)
     assert {g.error.partition(": ")[2] for g in drain(engine, prompts).values() if g.finish is FinishReason.ERROR} == {
-        "vLLM ended it: repetition"
+        "vLLM ended the caption with finish_reason=repetition"
     }
     long = [type(prompts[0])("long", "", "", "", tuple(range(3, 53)), (4,))]
     (failed,) = drain(build_engine(config(folder), GREEDY), long).values()
@@ -143,10 +146,10 @@ def test_beams_are_refused_in_words_instead_of_being_something_else(decode, fold
         resolve_with_model(config(folder), decode, ModelInfo("{raw}{synthetic}", "0", False, None, {}))
 
 
-def test_without_vllm_the_way_to_an_environment_of_its_own_is_named(folder):
-    if find_spec("vllm") is None:  # where it is installed, it is not missing
-        with pytest.raises(ConfigError, match=r"RUNTIME_ENV=deploy/runtime_env_vllm\.yaml"):
-            build_engine(config(folder), GREEDY)
+def test_without_vllm_the_error_says_how_to_get_an_environment_with_it(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)  # `import vllm` fails, whether it is installed or not
+    with pytest.raises(ConfigError, match=r"not installed.*RUNTIME_ENV=deploy/runtime_env_vllm\.yaml"):
+        build_engine(config(folder), GREEDY)
 
 
 @pytest.mark.gpu
@@ -154,7 +157,7 @@ def test_without_vllm_the_way_to_an_environment_of_its_own_is_named(folder):
     not torch.cuda.is_available() or find_spec("vllm") is None, reason="no CUDA device with vllm beside it"
 )
 def test_vllm_itself_writes_what_greedy_transformers_writes(folder, prompts):
-    """float32 and a random model: near ties may go either way, so nearly all of the captions, not each."""
+    """In float32 a random model has near ties that may be broken either way, so a tenth of the captions may differ."""
     ours = drain(
         build_engine(
             EngineConfig(kind="vllm", model=str(folder), dtype="float32", max_prompt_tokens=40, slots=5), GREEDY

@@ -14,9 +14,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from capsfusion_ray.config import DecodeConfig, EngineConfig
-from capsfusion_ray.run.engine_loop import FIRST_CAPTIONS
 
 WORDS = 60  # rows of the tiny model's vocabulary
+SLOTS = 16  # as many as run.engine_loop.FIRST_CAPTIONS, by which an actor judges a model
 DECODE = DecodeConfig(num_beams=2, max_new_tokens=4, scoring="transformers")
 
 
@@ -35,14 +35,14 @@ def llama(eos_weight: float = 2.0) -> Any:
 
 
 def config(folder: Path, kind: str = "beam") -> EngineConfig:
-    """One thread, one engine: lanes of another number round a score's last digit in another way."""
+    """A config with one thread, so that there is one beam engine. Several engines may round a score's last digit differently."""
     return EngineConfig(
         kind=kind,
         model=str(folder),
         device="cpu",
         dtype="float32",
-        slots=FIRST_CAPTIONS,
-        batch_size=FIRST_CAPTIONS,
+        slots=SLOTS,
+        batch_size=SLOTS,
         threads=1,
     )
 

@@ -1,4 +1,4 @@
-"""The report in a real Chromium: it searches, filters, changes its theme, fits a phone, and asks the network for nothing."""
+"""The report in a real Chromium: search, filters and theme work, it fits a phone, and it sends no request."""
 
 import re
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ def browser():
 
 
 def hostile_run(path):
-    """A finished run of 24 rows, of which one caption is hostile."""
+    """A finished run of 24 rows, one of which has a caption with markup in it."""
     manifest = finished(path)
     a_file = next(path / "out" / file.path for file in manifest.files if file.kind == "data")
     table = pq.read_table(a_file, partitioning=None)
@@ -50,7 +50,7 @@ def hostile_run(path):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """The report of such a run, with what it is worth against its own captions as references."""
+    """The report of such a run, with an evaluation against its own captions as references."""
     run, figures = hostile_run(tmp_path_factory.mktemp("run")), str(tmp_path_factory.mktemp("figures"))
     evaluate(
         EvaluateConfig(
@@ -63,7 +63,7 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """The same run beside one without the hostile caption."""
+    """The comparison of that run with one without the markup."""
     run, calm = hostile_run(tmp_path_factory.mktemp("one")), tmp_path_factory.mktemp("other")
     finished(calm)
     report(ReportConfig(run, beside=OutputConfig(str(calm / "out"))))
@@ -72,7 +72,7 @@ def comparison(tmp_path_factory):
 
 @contextmanager
 def opened(browser, file, size, scheme):
-    """The page in a window. Fails at its end for any message on the console, any error and any request."""
+    """Open the page in a window. Fails at the end if there was a console message, an error or a request."""
     context = browser.new_context(viewport=size, color_scheme=scheme)
     context.set_default_timeout(120_000)
     page = context.new_page()
@@ -161,14 +161,14 @@ def test_figures_against_references_are_a_table(page):
 @WINDOWS
 def test_the_page_is_no_wider_than_its_window(page):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-    assert re.match(r"It closes: 24 planned = \d+ fused \+ ", page.inner_text("#totals .closes"))
+    assert re.match(r"All rows are accounted for: 24 planned = \d+ fused \+ ", page.inner_text("#totals .closes"))
     assert page.inner_text("#status").startswith("finished")
 
 
 @WINDOWS
 def test_two_outputs_stand_beside_each_other_with_their_differences_marked(browser, comparison, size, scheme):
     with opened(browser, comparison, size, scheme) as page:
-        assert page.inner_text("#beside-rows") == "1 of 24 captions compared differ (4.2%)."
+        assert page.inner_text("#beside-rows") == "1 of 24 compared captions differ (4.2%)."
         gate = page.locator("#beside tbody tr", has_text="cut_off").first
         assert re.fullmatch(r"rejected: cut_off\s+(\d+\.\d%)\s+\1", gate.inner_text()), "the same rows, the same gates"
         assert page.locator("article .fused").count() == 2 * 24

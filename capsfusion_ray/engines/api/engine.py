@@ -1,7 +1,7 @@
-"""An engine that asks a server: requests in flight, tries again, a cap on what is spent. Knows no model and no torch.
+"""Sends prompts to an OpenAI-compatible server: concurrent requests, retries, and a limit of cost. Knows no torch.
 
-Captions are greedy, or sampled where engine.api.temperature is above 0. The protocol has no beam search, so they are
-never those of engine.kind=beam. A model that changes at the server under its name goes unnoticed here.
+Captions are greedy, or sampled if engine.api.temperature is above 0. The protocol has no beam search, so they are never
+those of engine.kind=beam. If the server changes the model behind a name, this engine cannot notice it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from capsfusion_ray.engines.base import Occupancy
 from capsfusion_ray.errors import CapsFusionError, ConfigError, CostCapReached, EndpointDown
 
 log = logging.getLogger(__name__)
-STEP_S = 0.2  # step() waits so long for a caption before it lets new prompts in
+STEP_S = 0.2  # step() waits at most so long for a caption
 CONNECT_S = 10.0
-BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # doubled from try to try; up to a half of it is taken off by chance
-ROW_TRIES = 8  # a row that fails so often while others are answered is at fault itself
-PROBE_FROM = 2  # failures of a row that nobody was answered beside: then it is asked whether the server is there at all
-ANSWER_TRIES = 3  # answers that cannot be read are paid for as well
-REFUSALS_IN_A_ROW = 50  # then it is not the rows
+BACKOFF_S, LONGEST_BACKOFF_S = 0.5, 30.0  # doubles with each try; a random part of up to a half is subtracted
+ROW_TRIES = 8  # a row that fails so often while the server answers other rows is given up
+PROBE_FROM = 2  # failures of a row, while no other request succeeded, after which the server is probed
+ANSWER_TRIES = 3  # a row with so many unreadable answers is given up, because each of them costs money
+REFUSALS_IN_A_ROW = 50  # after so many the engine stops: the settings are wrong, not the rows
 MAX_ANSWER_BYTES = 4 << 20
 WARN_EVERY_S = 30.0
-_PASSING = {408, 409, 425, 429}  # and all from 500
+_TRANSIENT = {408, 409, 425, 429}  # statuses to try again after, as are all from 500 on
 
 
 class _RowRefused(Exception):
-    """The server will not write this row, however often it is asked."""
+    """The server refuses this row. Further tries would not help."""
 
 
 class _Again(Exception):
-    """This try came to nothing; another may not."""
+    """This try failed, and another may succeed. `limited` says that the server answered with status 429."""
 
     def __init__(self, why: str, after_s: float | None = None, limited: bool = False) -> None:
         super().__init__(why)
@@ -53,25 +53,26 @@ class _Again(Exception):
 
 @dataclass
 class _Tries:
-    """What one row has been through."""
+    """The failed tries of one row."""
 
-    waits: int = 0  # tries that came to nothing, whatever the cause
-    failures: int = 0  # of these, those that others did not share; a 429 is nobody's fault
-    shared: int = 0
-    failed_at: float | None = None
-    unreadable: int = 0
+    waits: int = 0  # all failed tries
+    failures: int = 0  # failed tries during which other rows were answered; never those with status 429
+    shared: int = 0  # failed tries during which no other row was answered
+    failed_at: float | None = None  # time.monotonic() of the last failure
+    unreadable: int = 0  # unreadable answers
 
 
 class ApiEngine:
-    """Implements engines.base.Engine. At most `engine.api.concurrency` requests are in flight, further tries included.
+    """Implements engines.base.Engine. At most `engine.api.concurrency` requests are in flight, retries included.
 
-    A row is tried again after 408, 409, 425, 429, 5xx, resets, time-outs and unreadable answers. step() raises, once what
-    was in flight has come back and has been handed out:
-    ConfigError where the server wants another key, URL or model, or refuses row after row;
-    EndpointDown where it gave no good answer for engine.api.gone_s;
-    CostCapReached where this engine has spent engine.api.max_dollars. It counts every answer that tells its tokens, at the
-    full price (a cached prompt may cost less), and cannot count tries without an answer, which a server may bill all the
-    same. Nothing is sent after the cap is reached; it is overrun by what is in flight then.
+    A row is tried again after status 408, 409, 425, 429 and 5xx, resets, time-outs and unreadable answers. When all
+    requests in flight have ended and `step` has returned their captions, it raises
+
+    - ConfigError if the server wants another key, URL or model, or refuses many rows in succession;
+    - EndpointDown if the server gave no good answer for engine.api.gone_s seconds;
+    - CostCapReached if this engine has spent engine.api.max_dollars. It counts each answer that reports its tokens, at
+      the full price (a cached prompt may cost less). It cannot count tries without an answer, which a server may bill
+      too. After the limit is reached nothing more is sent, so requests in flight at that moment can exceed it.
     """
 
     def __init__(self, engine: EngineConfig, decode: DecodeConfig) -> None:
@@ -82,16 +83,16 @@ class ApiEngine:
         self._url = engine.api.url.rstrip("/") + openai.path(engine.api)
         self._unfinished = 0
         self._finished: queue.SimpleQueue[Generation] = queue.SimpleQueue()
-        # From here on: written by the thread of the requests, but for one line of submit().
-        self._failed: Exception | None = None  # why nothing more is sent
+        # Only the thread of the requests writes the attributes below; `submit` resets _silent_since.
+        self._failed: Exception | None = None  # why the engine stopped
         self._dollars = 0.0
-        self._answered: float | None = None  # when the last good answer came
-        self._silent_since: float | None = None
-        self._not_before = 0.0  # of any request: a Retry-After is meant for the key, not for one row
-        self._refusals = 0  # since the last good answer
-        self._good: Prompt | None = None  # the last one that was answered
+        self._answered: float | None = None  # time of the last good answer
+        self._silent_since: float | None = None  # time of the first failure since the last good answer
+        self._not_before = 0.0  # no request is sent before this time; a Retry-After holds for the key, not for one row
+        self._refusals = 0  # refused rows since the last good answer
+        self._good: Prompt | None = None  # the last prompt with a good answer
         self._probing = False
-        self._warned: float | None = None
+        self._warned: float | None = None  # time of the last warning
         self._prompts: asyncio.Queue[Prompt | None] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -111,14 +112,14 @@ class ApiEngine:
 
     @property
     def dollars(self) -> float:
-        """Spent since this engine began, as far as the server told."""
+        """What this engine has spent, by the token counts that the server reported."""
         return self._dollars
 
     def submit(self, prompts: Sequence[Prompt]) -> None:
         if not self._unfinished:
-            self._silent_since = None  # nobody was asked in between
+            self._silent_since = None  # no request was sent in between
         self._unfinished += len(prompts)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: step() says why
+        with contextlib.suppress(RuntimeError):  # if the loop is closed, step() raises the reason
             for prompt in prompts:
                 self._loop.call_soon_threadsafe(self._prompts.put_nowait, prompt)
 
@@ -142,7 +143,7 @@ class ApiEngine:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._serve())
-        except Exception as error:  # a bug; without this the rows in flight would be waited for without end
+        except Exception as error:  # a bug; without this line step() would wait for the rows in flight for ever
             self._failed = error
         finally:
             self._loop.close()
@@ -150,12 +151,12 @@ class ApiEngine:
     async def _serve(self) -> None:
         timeout = aiohttp.ClientTimeout(total=self._api.timeout_s, sock_connect=CONNECT_S)
         connector = aiohttp.TCPConnector(limit=self._api.concurrency)
-        # trust_env: the usual proxy variables.
+        # trust_env makes aiohttp use the usual proxy variables.
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, trust_env=True) as session:
             await asyncio.gather(*(self._work(session) for _ in range(self._api.concurrency)))
 
     async def _work(self, session: aiohttp.ClientSession) -> None:
-        """One of `concurrency` workers: a row to its end, then the next one, until the engine stops."""
+        """Run one of `concurrency` workers: take one row after the other until the engine stops."""
         while self._failed is None:
             prompt = await self._prompts.get()
             if prompt is not None and (generation := await self._write(session, prompt)) is not None:
@@ -165,11 +166,11 @@ class ApiEngine:
         if self._failed is None:
             self._failed = error
             self._stopping.set()
-            for _ in range(self._api.concurrency):  # wakes the workers that wait for a prompt
+            for _ in range(self._api.concurrency):  # wake the workers that wait for a prompt
                 self._prompts.put_nowait(None)
 
     async def _write(self, session: aiohttp.ClientSession, prompt: Prompt) -> Generation | None:
-        """One row to its end, or None where the engine stops before it gets there."""
+        """Ask for one row until it has a result. Returns None if the engine stops before that."""
         tries = _Tries()
         while await self._may_send():
             try:
@@ -193,8 +194,11 @@ class ApiEngine:
         return None
 
     async def _probe(self, session: aiohttp.ClientSession) -> None:
-        """Ask for one token of a row that was answered before. At a unit's end the rows that are left may all be at fault,
-        and without an answer to another one nothing would ever speak against them."""
+        """Ask for one token of a row that was answered before, to learn whether the server works.
+
+        At the end of a unit all remaining rows may be faulty. Only a good answer to another row shows that the rows are
+        to blame and not the server.
+        """
         if self._good is None or self._probing or not await self._may_send():
             return
         self._probing = True
@@ -210,7 +214,7 @@ class ApiEngine:
             self._probing = False
 
     def _verdict(self, tries: _Tries, fault: _Again | openai.Unreadable) -> str | None:
-        """Count one more try that came to nothing; why the row is given up, if it is."""
+        """Count one more failed try. Returns why the row is given up, or None to try it again."""
         tries.waits += 1
         if isinstance(fault, openai.Unreadable):
             tries.unreadable += 1
@@ -218,7 +222,8 @@ class ApiEngine:
         if fault.after_s is not None:
             self._not_before = max(self._not_before, time.monotonic() + min(fault.after_s, self._api.gone_s))
         if not fault.limited:
-            # Only what others do not share speaks against a row: a server that is down for a minute fails them all.
+            # A failure counts against the row only if other rows were answered since its last one. A server that is down
+            # fails all rows.
             before, tries.failed_at = tries.failed_at, time.monotonic()
             shared = before is not None and (self._answered is None or self._answered < before)
             tries.failures += not shared
@@ -226,15 +231,15 @@ class ApiEngine:
         return f"{tries.failures} tries failed while other rows were answered" if tries.failures >= ROW_TRIES else None
 
     async def _may_send(self) -> bool:
-        """Waits for as long as the server has asked to; False once the engine stops."""
+        """Wait as long as the server has asked for. Returns False if the engine has stopped."""
         while self._failed is None and (wait := self._not_before - time.monotonic()) > 0:
             await self._sleep(wait + random.uniform(0, BACKOFF_S))
         cap = self._api.max_dollars
         if cap is not None and self._dollars >= cap:
             self._stop(
                 CostCapReached(
-                    f"engine.api.max_dollars={cap:g}: {self._dollars:.4f} dollars are spent, by the server's token counts; what is "
-                    "committed is kept, and the same command with a higher cap goes on"
+                    f"engine.api.max_dollars={cap:g}: {self._dollars:.4f} dollars are spent, by the server's token counts; "
+                    "committed units are kept; give the same command with a higher limit to resume"
                 )
             )
         return self._failed is None
@@ -253,8 +258,8 @@ class ApiEngine:
         if now - self._silent_since >= self._api.gone_s:
             self._stop(
                 EndpointDown(
-                    f"{self._url}: no good answer for engine.api.gone_s={self._api.gone_s:g} seconds, last: {why}; mend the server "
-                    "and give the same command again"
+                    f"{self._url}: no good answer for engine.api.gone_s={self._api.gone_s:g} seconds, last: {why}; repair the server "
+                    "and give the same command again to resume"
                 )
             )
 
@@ -263,14 +268,14 @@ class ApiEngine:
         if self._refusals >= REFUSALS_IN_A_ROW:
             self._stop(
                 ConfigError(
-                    f"{_where(self._api)}: {self._refusals} rows in a row came to nothing, last: {why}; then it is not the rows: check "
-                    "the model, engine.api.chat and engine.api.request"
+                    f"{_where(self._api)}: {self._refusals} rows in succession failed, last: {why}; so the settings are probably "
+                    "wrong: check the model, engine.api.chat and engine.api.request"
                 )
             )
         return Generation(prompt.id, "", FinishReason.ERROR, error=f"{prompt.id}: {why}")
 
     async def _ask(self, session: aiohttp.ClientSession, prompt: Prompt, max_tokens: int | None = None) -> Generation:
-        """One try. Raises _RowRefused, _Again, openai.Unreadable, or ConfigError, for which the engine stops."""
+        """Send one request. Raises _RowRefused, _Again, openai.Unreadable, or ConfigError, which stops the engine."""
         body = openai.request_body(self._api, prompt.text, max_tokens or self._max_tokens)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         try:
@@ -292,20 +297,20 @@ class ApiEngine:
         generation = dataclasses.replace(generation, error=self._said(generation.error))
         if tokens is None and self._api.max_dollars is not None:
             raise ConfigError(
-                f"{_where(self._api)}: the answers carry no usage, so engine.api.max_dollars={self._api.max_dollars:g} cannot be "
-                "kept; take the cap away, or use a server that counts"
+                f"{_where(self._api)}: the answers have no usage (token counts), so engine.api.max_dollars={self._api.max_dollars:g} "
+                "cannot be checked; remove that limit, or use a server that reports usage"
             )
         return generation
 
     def _fault(self, status: int, data: bytes, after_s: float | None) -> Exception:
-        """What another status than 200 means."""
+        """Return the exception for a status other than 200."""
         said = f"status {status}: {self._said(data.decode('utf-8', 'replace'))}"
         if status == 402 or (status == 429 and openai.error_code(data) == "insufficient_quota"):
             return ConfigError(
-                f"{_where(self._api)}: {said}; pay in, or take another key, then the same command goes on"
+                f"{_where(self._api)}: {said}; add credit or use another key, and give the same command again to resume"
             )
-        # Where others were answered, a 403 is a firewall's or moderator's word on one prompt, and a 404 an ingress whose
-        # servers restart.
+        # After other rows were answered, a 403 is the refusal of one prompt by a firewall or moderator, and a 404 comes from
+        # an ingress whose servers restart.
         if status == 401 or (status == 403 and self._answered is None):
             key = (
                 f"the key in the environment variable {self._api.key_env}"
@@ -315,14 +320,14 @@ class ApiEngine:
             return ConfigError(f"{_where(self._api)}: {said}; set {key}")
         if 300 <= status < 400 or (status in (404, 405) and self._answered is None):
             return ConfigError(
-                f"{_where(self._api)}: {said}; give the URL up to and with /v1, and a model that it lists under /models"
+                f"{_where(self._api)}: {said}; give the URL up to and including /v1, and a model that the server lists under /models"
             )
-        if status in _PASSING or status in (404, 405) or status >= 500:
+        if status in _TRANSIENT or status in (404, 405) or status >= 500:
             return _Again(said, after_s, limited=status == 429)
         return _RowRefused(said)
 
     def _said(self, text: str) -> str:
-        """What a server said, on one line, short, and without the key, which some echo."""
+        """Return a message of the server on one line, shortened, and without the key, which some servers repeat."""
         if self._key:
             text = text.replace(self._key, "***")
         return " ".join(text.encode("utf-8", "replace").decode().split())[:300]
@@ -332,7 +337,7 @@ class ApiEngine:
 
 
 def check(api: ApiConfig, decode: DecodeConfig) -> None:
-    """Raises ConfigError for what can be known to be wrong without asking the server."""
+    """Raises ConfigError for settings that are wrong whatever the server answers."""
     for name, example in (("url", "https://…/v1"), ("model", "<its name at the server>")):
         if not getattr(api, name):
             raise ConfigError(f"engine.api.{name}: missing; engine.kind=api needs engine.api.{name}={example}")
@@ -341,17 +346,19 @@ def check(api: ApiConfig, decode: DecodeConfig) -> None:
 
 
 def api_key(api: ApiConfig) -> str:
-    """The key, from the environment; empty where none is wanted. Raises ConfigError for one that is missing or no header."""
+    """Return the key from the environment, or "" if none is configured. Raises ConfigError for a missing or invalid key."""
     if not api.key_env:
         return ""
     key = os.environ.get(api.key_env, "").strip()
     if not key:
         raise ConfigError(
-            f"engine.api.key_env={api.key_env}: not set in the environment of this process; set it (on a cluster: for every worker), "
-            "or give engine.api.key_env= for a server without keys"
+            f"engine.api.key_env={api.key_env}: this variable is not set in the environment of the process; set it (on a cluster: for all "
+            "workers), or give engine.api.key_env= for a server without keys"
         )
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"engine.api.key_env={api.key_env}: its value is not one line of ASCII; set it anew")
+        raise ConfigError(
+            f"engine.api.key_env={api.key_env}: the value of this variable is not one line of ASCII; correct it"
+        )
     return key
 
 
@@ -360,7 +367,7 @@ def _where(api: ApiConfig) -> str:
 
 
 async def _read(response: aiohttp.ClientResponse) -> bytes:
-    """The body, whole. Raises Unreadable for one that is too long for a caption."""
+    """Read the whole body. Raises Unreadable if it is too long to be a caption."""
     data = bytearray()
     async for chunk in response.content.iter_chunked(1 << 16):
         data += chunk
@@ -370,5 +377,5 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _backoff(tries: int) -> float:
-    """Seconds before the next try after `tries` that came to nothing."""
+    """Return the seconds to wait after `tries` failed tries."""
     return float(min(BACKOFF_S * 2.0 ** min(tries - 1, 10), LONGEST_BACKOFF_S) * random.uniform(0.5, 1.0))

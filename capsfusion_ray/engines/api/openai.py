@@ -1,4 +1,4 @@
-"""The protocol of OpenAI-compatible servers: a prompt -> a request's body, an answer's bytes -> a caption. Knows no network."""
+"""The protocol of OpenAI-compatible servers: from a prompt to a request body, from an answer to a caption. Knows no network."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from capsfusion_ray.config import ApiConfig
 from capsfusion_ray.core.types import FinishReason, Generation, Prompt
 
-MAX_TOKENS = 2**31 - 1  # what a part's columns hold
-# OpenAI's own words, then those of Hugging Face's server.
+MAX_TOKENS = 2**31 - 1  # the largest number in the columns of a part
+# finish_reason of OpenAI, and then of Hugging Face's server.
 _ENDS = {
     "stop": FinishReason.EOS,
     "length": FinishReason.LENGTH,
@@ -21,15 +21,16 @@ _ENDS = {
 
 
 class Unreadable(Exception):
-    """An answer that is not what the protocol says. Quotes it whole: the reader clips it."""
+    """An answer that does not follow the protocol. The message quotes the whole answer; who shows it cuts it."""
 
 
 def path(api: ApiConfig) -> str:
+    """Return the path of requests, after engine.api.url."""
     return "/chat/completions" if api.chat else "/completions"
 
 
 def request_body(api: ApiConfig, text: str, max_tokens: int) -> dict[str, Any]:
-    """What is posted for one prompt: our fields, then engine.api.request over them, null ones left out."""
+    """Return the request body of one prompt. Fields of engine.api.request replace others; null fields are left out."""
     body: dict[str, Any] = {"model": api.model, "max_tokens": max_tokens, "temperature": api.temperature}
     if api.chat:
         body["messages"] = [{"role": "user", "content": text}]
@@ -39,7 +40,7 @@ def request_body(api: ApiConfig, text: str, max_tokens: int) -> dict[str, Any]:
 
 
 def parse(data: bytes) -> Any:
-    """Raises Unreadable for what is not JSON."""
+    """Parse an answer. Raises Unreadable if it is not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -47,7 +48,7 @@ def parse(data: bytes) -> Any:
 
 
 def usage(answer: Any) -> tuple[int, int] | None:
-    """Prompt and completion tokens of a parsed answer; None where the server tells no usable numbers."""
+    """Return the prompt and completion tokens of a parsed answer, or None if the server sent no usable numbers."""
     told = answer.get("usage") if isinstance(answer, dict) else None
     if not isinstance(told, dict):
         return None
@@ -57,29 +58,32 @@ def usage(answer: Any) -> tuple[int, int] | None:
 
 
 def generation(prompt: Prompt, answer: Any, chat: bool) -> Generation:
-    """The caption of a parsed answer; finish=ERROR where the model or a filter refused. Raises Unreadable for no caption."""
+    """Return the caption of a parsed answer, with finish=ERROR if the model or a content filter refused the row.
+
+    Raises Unreadable for an answer without a caption.
+    """
     try:
         choice = answer["choices"][0]
         why, message = choice["finish_reason"], choice["message"] if chat else choice
         text = message["content" if chat else "text"]
         refusal = message.get("refusal") if chat else None
         if text is not None:
-            text.encode()  # half of a surrogate pair is JSON, and no text
+            text.encode()  # half of a surrogate pair is valid JSON but no valid text
     except (LookupError, TypeError, AttributeError, UnicodeEncodeError):
-        raise Unreadable(f"the answer is not one of the protocol: {_quoted(answer)}") from None
+        raise Unreadable(f"the answer does not follow the protocol: {_quoted(answer)}") from None
     prompt_tokens, output_tokens = usage(answer) or (0, 0)
     if why == "content_filter" or refusal:
         error = f"{prompt.id}: the server's content filter or model refused this row: {refusal or why}"
         return Generation(prompt.id, "", FinishReason.ERROR, prompt_tokens, output_tokens, error=error)
     finish = _ENDS.get(why) if isinstance(why, str) else None
-    # A model that thinks first may reach the limit before its first word.
+    # A reasoning model may reach the limit before the first word of its answer.
     if finish is None or (text is None and finish is not FinishReason.LENGTH):
         raise Unreadable(f"the answer is not a caption (finish_reason {why!r}): {_quoted(answer)}")
     return Generation(prompt.id, (text or "").strip(), finish, prompt_tokens, output_tokens)
 
 
 def error_code(data: bytes) -> str:
-    """The code of an error's body, such as insufficient_quota; empty where it has none."""
+    """Return the error code of an answer's body, such as insufficient_quota, or ""."""
     try:
         return str(json.loads(data)["error"]["code"])
     except (ValueError, LookupError, TypeError, RecursionError):
@@ -87,7 +91,7 @@ def error_code(data: bytes) -> str:
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date; None for anything else."""
+    """Return the seconds of a Retry-After header, which is a number of seconds or a date; None for anything else."""
     if not value:
         return None
     try:

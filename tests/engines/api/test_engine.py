@@ -21,9 +21,6 @@ from capsfusion_ray.engines.api import engine as api
 from capsfusion_ray.engines.api import openai
 from capsfusion_ray.engines.base import build_engine
 from capsfusion_ray.errors import ConfigError, CostCapReached, EndpointDown
-from capsfusion_ray.run.actor import ActorTools, FusionActor
-from capsfusion_ray.run.poison_rows import AttemptLog
-from capsfusion_ray.run.unit_fuser import start_fuser
 from capsfusion_ray.storage import Store
 
 GREEDY = DecodeConfig(num_beams=1)
@@ -130,8 +127,12 @@ def test_a_limit_is_never_held_against_a_row(teacher):
         (b"<html>hello</html>", 3, "not JSON"),
         (b'{"choices": [{"message"', 3, "not JSON"),
         (b"[" * 100_000, 3, "not JSON"),
-        ({"choices": [{"message": {"content": ["a part"]}, "finish_reason": "stop"}]}, 3, "not one of the protocol"),
-        ({"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop"}]}, 3, "not one of the protocol"),
+        (
+            {"choices": [{"message": {"content": ["a part"]}, "finish_reason": "stop"}]},
+            3,
+            "does not follow the protocol",
+        ),
+        ({"choices": [{"message": {"content": "\ud83d"}, "finish_reason": "stop"}]}, 3, "does not follow the protocol"),
         ({"choices": [{"message": {"content": None}, "finish_reason": "tool_calls"}]}, 3, "tool_calls"),
         ({"choices": [{"message": {"content": "A cap"}, "finish_reason": {}}]}, 3, "not a caption"),
         ({"choices": [{"message": {"content": "A c"}, "finish_reason": "content_filter"}]}, 1, "content filter"),
@@ -211,9 +212,9 @@ def test_a_server_that_is_gone_stops_the_engine_after_the_time_given(teacher):
         (403, "CAPSFUSION_API_KEY"),
         (404, "/models"),
         (405, "/models"),
-        (402, "pay in"),
-        ((429, [], "insufficient_quota"), "pay in"),
-        ((307, [("Location", "/elsewhere")]), "up to and with /v1"),
+        (402, "add credit"),
+        ((429, [], "insufficient_quota"), "add credit"),
+        ((307, [("Location", "/elsewhere")]), "up to and including /v1"),
     ],
 )
 def test_a_wrong_key_url_or_account_stops_the_engine_and_names_the_way_out(teacher, act, says):
@@ -234,7 +235,7 @@ def test_a_server_that_refuses_row_after_row_is_stopped_and_not_paid_for_all(tea
     teacher.script = lambda row, number: 400
     engine = engine_for(teacher, concurrency=4)
     engine.submit(prompts(500))
-    with pytest.raises(ConfigError, match="50 rows in a row"):
+    with pytest.raises(ConfigError, match="50 rows in succession failed"):
         run(engine)
     assert sum(teacher.tries.values()) <= 50 + 4
 
@@ -340,7 +341,11 @@ def test_the_engine_needs_no_torch():
 
 
 def test_a_unit_of_an_actor_comes_back_whole(teacher):
-    """The actor's own code, without Ray: rows, order and errors of a unit through the engine."""
+    """Runs the code of the actor in this process: rows, order and errors of a unit."""
+    from capsfusion_ray.run.unit_fuser import (
+        start_fuser,
+    )  # a GPU machine need not have Ray, so run/ is not imported above
+
     teacher.script = lambda row, number: (
         400 if row == "Sentence:" and '"Poison' in teacher.bodies[-1]["messages"][0]["content"] else "good"
     )
@@ -368,6 +373,9 @@ def test_a_unit_of_an_actor_comes_back_whole(teacher):
 
 @pytest.mark.parametrize(("act", "error"), [(401, ConfigError), ("good", CostCapReached)])
 def test_a_refused_key_or_a_cap_fails_the_units_and_not_the_process(teacher, tmp_path, act, error):
+    from capsfusion_ray.run.actor import ActorTools, FusionActor  # a GPU machine need not have Ray
+    from capsfusion_ray.run.poison_rows import AttemptLog
+
     teacher.script = lambda row, number: act
     config = ApiConfig(url=teacher.url, model="m", prompt_price=1e4, output_price=1.0, max_dollars=2.0)
     rows = [

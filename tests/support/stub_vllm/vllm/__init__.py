@@ -1,12 +1,13 @@
-"""Stands in for vLLM, which needs a GPU: a greedy decoder that is fed while it runs, behind those names of vLLM 0.33 that we use.
+"""A stub of vLLM, which needs a GPU: a greedy decoder that takes requests while it runs, with the names of vLLM 0.33.
 
-Signatures and fields are vLLM's. Put its folder on sys.path; it decodes on a CPU, without a cache, one token a step and request.
+Signatures and fields are those of vLLM; only the names that the engine uses exist. Put the folder of this package on
+sys.path. It decodes on a CPU, without a cache, one token per step and request.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +65,8 @@ class _Request:
 
 
 class LLMEngine:
-    most_running = 0  # of any engine, for tests to look at
-    dies_at: int | None = None  # a step
+    running_per_step: ClassVar[list[int]] = []  # requests decoded in each step, for tests
+    dies_at: int | None = None  # the step that fails
 
     def __init__(self, args: EngineArgs) -> None:
         if args.quantization == "unheard-of":
@@ -97,7 +98,7 @@ class LLMEngine:
             raise RuntimeError("EngineCore encountered an issue.")
         while self._waiting and len(self._running) < (self.args.max_num_seqs or 1):
             self._running.append(self._waiting.pop(0))
-        LLMEngine.most_running = max(LLMEngine.most_running, len(self._running))
+        LLMEngine.running_per_step.append(len(self._running))
         finished = []
         for request in self._running:
             scores = self._model(torch.tensor([request.prompt + request.written])).logits[0, -1]
@@ -116,9 +117,9 @@ class LLMEngine:
 
     def _output(self, request: _Request, reason: str) -> RequestOutput:
         text = self._tokenizer.decode(request.written, skip_special_tokens=True)
-        written = CompletionOutput(0, f" {text}", request.written, reason)  # as LLaMA's tokens begin
+        written = CompletionOutput(0, f" {text}", request.written, reason)  # LLaMA's text begins with a space, too
         return RequestOutput(request.id, request.prompt, [written], finished=True)
 
 
 def __getattr__(name: str) -> Any:
-    raise AttributeError(f"{name}: the stand-in does not have it; add it as vLLM has it")
+    raise AttributeError(f"{name}: the stub does not have this name; add it as it is in vLLM")
