@@ -53,7 +53,7 @@ JOBS = {
         "join raw and synthetic captions of two tables, by URL, hash or key",
         "raw.path=… synthetic.path=… output.path=… [normalise=url]",
         "capsfusion_ray.pairing.job:pair",
-        "capsfusion_ray.pairing.job:PairConfig",
+        "capsfusion_ray.pairing.config:PairConfig",
     ),
     "label": Job(
         "let a teacher model behind an API write the captions to train on",

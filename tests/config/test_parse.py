@@ -21,7 +21,7 @@ from capsfusion_ray.config.keys import keys_of
 from capsfusion_ray.dataset.export import ExportConfig
 from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.errors import ConfigError
-from capsfusion_ray.pairing.job import PairConfig
+from capsfusion_ray.pairing.config import PairConfig
 from capsfusion_ray.reports.job import ReportConfig
 from capsfusion_ray.reports.terminal import ShowConfig
 from capsfusion_ray.training.average import AverageConfig

@@ -35,7 +35,8 @@ from capsfusion_ray.dataset.takedown import takedown
 from capsfusion_ray.dataset.takedown_criteria import TakedownConfig
 from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.errors import AccountingError, SourceError, UsageError
-from capsfusion_ray.pairing.job import TableConfig, survey
+from capsfusion_ray.pairing.config import TableConfig
+from capsfusion_ray.pairing.survey import survey
 from capsfusion_ray.reports.job import ReportConfig, report
 from capsfusion_ray.reports.terminal import show
 from capsfusion_ray.storage import Store

@@ -1,4 +1,4 @@
-"""Pairing two tables on a store: what the stages write is what jobs/fuse.py reads. The stages run here, one after another, without Ray."""
+"""The pair job on a store, without Ray: the tasks of both passes run here one after another."""
 
 import json
 from dataclasses import replace
@@ -14,16 +14,10 @@ from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.errors import AccountingError, ConfigError, SourceError
 from capsfusion_ray.pairing import job as pair_module
 from capsfusion_ray.pairing import ray_join as join_module
-from capsfusion_ray.pairing import shuffle_files as exchange
-from capsfusion_ray.pairing.job import (
-    AUDIT,
-    SETTINGS,
-    PairConfig,
-    PairOutputConfig,
-    TableConfig,
-    pair,
-    survey,
-)
+from capsfusion_ray.pairing import shuffle_files
+from capsfusion_ray.pairing.config import PairConfig, PairOutputConfig, TableConfig
+from capsfusion_ray.pairing.job import AUDIT, SETTINGS, pair
+from capsfusion_ray.pairing.survey import survey
 from capsfusion_ray.sources import ReadSpec, discover, frozen_schema, iter_units
 from capsfusion_ray.storage import Store
 
@@ -53,7 +47,7 @@ def write(path, rows, group=7):
 
 @pytest.fixture
 def tables(tmp_path):
-    """30 raw rows in two shards and 25 synthetic ones in one; 20 keys in common, one of each doubled."""
+    """30 raw rows in two shards and 25 synthetic ones in one; 20 common keys, one of them twice in each table."""
     raw, synthetic = raw_rows(29), synthetic_rows(29)[9:] + synthetic_rows(33)[29:]
     write(tmp_path / "raw/a.parquet", raw[:20])
     write(tmp_path / "raw/b.parquet", [*raw[20:], raw[3] | {"TEXT": "another"}])
@@ -63,7 +57,7 @@ def tables(tmp_path):
 
 
 def in_turn(name, tasks):
-    """What join.outcomes does with Ray, here by hand."""
+    """ray_join.outcomes without Ray."""
     for task in tasks:
         for table in task():
             yield from table["outcome"].to_pylist()
@@ -121,7 +115,7 @@ class Killed(Exception):
 
 
 def killed_at_write(monkeypatch, at):
-    """From now on the `at`-th write to any store, from 1, raises; how many there were, in a list."""
+    """The write number `at` (from 1) to any store raises. Returns a list with the number of writes so far."""
     writes, put = [], Store.put
 
     def counted(self, path, data):
@@ -134,11 +128,13 @@ def killed_at_write(monkeypatch, at):
     return writes
 
 
-def test_killed_at_any_write_the_same_command_goes_on_and_the_parts_are_the_same_bytes(
+def test_a_run_killed_at_any_write_is_continued_and_its_files_have_the_same_bytes(
     tables, tmp_path, without_ray, monkeypatch
 ):
-    """Every object between the passes, every part and every bucket's audit is written once over both runs."""
-    monkeypatch.setattr(exchange, "OBJECT_ROWS", 10)  # seven objects: row groups of 7 rows, and a text file cut at 10
+    """Every shuffle file, every data file and every bucket's audit is written once in both runs together."""
+    monkeypatch.setattr(
+        shuffle_files, "FILE_ROWS", 10
+    )  # seven shuffle files: row groups of 7 rows, and a text file cut at 10
     monkeypatch.setattr(pair_module, "BUCKET_ROWS", 20)  # three buckets
 
     def run(name):
@@ -168,7 +164,9 @@ def test_killed_at_any_write_the_same_command_goes_on_and_the_parts_are_the_same
         )
 
 
-def test_by_a_hash_that_is_a_number_here_and_text_there_with_columns_carried_along(tables, tmp_path, without_ray):
+def test_a_hash_that_is_a_number_in_one_table_and_text_in_the_other_is_one_key_and_passthrough_columns_are_kept(
+    tables, tmp_path, without_ray
+):
     raw = TableConfig(tables["raw"].path, key="hash", passthrough=["WIDTH", "hash"])
     synthetic = TableConfig(tables["synthetic"].path, key="hash", passthrough=["score"])
     report = pair(PairConfig(raw, synthetic, PairOutputConfig(str(tmp_path / "out"))))
@@ -182,9 +180,7 @@ def test_by_a_hash_that_is_a_number_here_and_text_there_with_columns_carried_alo
     assert [row["WIDTH"] for row in rows] == list(range(9, 29)), "in the order of the raw table"
 
 
-def test_the_same_command_says_that_nothing_is_left_and_another_pairing_is_refused(
-    tables, tmp_path, without_ray, monkeypatch
-):
+def test_the_same_command_again_does_nothing_and_another_pairing_is_refused(tables, tmp_path, without_ray, monkeypatch):
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
     first = pair(cfg)
     monkeypatch.setattr(pair_module, "run_join", None)
@@ -196,7 +192,7 @@ def test_the_same_command_says_that_nothing_is_left_and_another_pairing_is_refus
         pair(cfg)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"not empty, and no pairing of ours \(it has notes\.txt\)"):
+    with pytest.raises(ConfigError, match=r"it is not empty and holds no pairing \(it has notes\.txt\)"):
         pair(PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "full"))))
 
 
@@ -214,7 +210,7 @@ def test_duplicates_can_be_refused_and_then_accepted(tables, tmp_path, without_r
         pair(PairConfig(**tables, output=output, normalise="url", duplicates="refuse"))
 
 
-def test_tables_without_a_common_key_are_refused_with_an_example_of_each_and_may_be_tried_again(
+def test_tables_without_a_common_key_are_refused_with_examples_and_the_output_can_be_used_again(
     tables, tmp_path, without_ray
 ):
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")))
@@ -227,7 +223,7 @@ def test_tables_without_a_common_key_are_refused_with_an_example_of_each_and_may
     assert pair(PairConfig(**tables, output=cfg.output, normalise="url"))["pairs"] == 20
 
 
-def test_damage_is_counted_on_the_side_that_has_it(tables, tmp_path, without_ray):
+def test_damaged_rows_are_counted_for_their_table(tables, tmp_path, without_ray):
     (tmp_path / "raw/c.parquet").write_bytes(b"PAR1 no parquet")
     with (tmp_path / "synthetic/all.jsonl").open("a") as file:
         file.write('{"url": "https://host.example/1.jpg", "re_caption": \n{"url": null, "re_caption": "x"}\n')
@@ -241,8 +237,8 @@ def test_damage_is_counted_on_the_side_that_has_it(tables, tmp_path, without_ray
     }
 
 
-def test_keys_that_are_no_utf8_pair_with_nothing(tmp_path, without_ray):
-    """Repaired they would all be alike: captions of different images would be joined."""
+def test_keys_that_are_not_utf8_are_never_paired(tmp_path, without_ray):
+    """Repaired keys would be equal, and would pair captions of different images."""
     for side, header, letter in (("raw", b"url\tTEXT", b"\xdf"), ("synthetic", b"url\tre_caption", b"\xe4")):
         (tmp_path / side).mkdir()
         lines = [header, b"https://x.example/stra" + letter + b"e.jpg\tA street", b"https://x.example/1.jpg\tA square"]
@@ -256,7 +252,7 @@ def test_keys_that_are_no_utf8_pair_with_nothing(tmp_path, without_ray):
     assert [(report[side]["matched"], report[side]["without_key"]) for side in ("raw", "synthetic")] == [(1, 1), (1, 1)]
 
 
-def test_what_cannot_be_a_key_or_a_caption_is_said_before_anything_starts(tmp_path):
+def test_a_column_that_cannot_be_a_key_or_a_caption_is_refused_by_the_survey(tmp_path):
     write(tmp_path / "t/a.parquet", [{"hash": 0.5, "TEXT": "x", "id": 7}])
     path = str(tmp_path / "t")
     for table, normalise, message in (
@@ -300,8 +296,8 @@ def test_the_command_line_is_parsed_into_the_two_tables():
             parse_config(PairConfig, [wrong])
 
 
-def test_on_any_store(store, tables, without_ray):
-    """Parts, settings and audit go through the store, not the file system."""
+def test_pairing_on_any_store(store, tables, without_ray):
+    """Data files, settings and audit are written through the store."""
     cfg = PairConfig(**tables, output=PairOutputConfig(store.root, store.options), normalise="url", partitions=2)
     assert pair(cfg)["pairs"] == 20
     assert [file.path for file in Store(store.root, store.options).list()] == [
@@ -317,7 +313,7 @@ def test_on_any_store(store, tables, without_ray):
     ("first", "second"),
     [(["hash", "WIDTH"], ["WIDTH", "hash"]), (["WIDTH", "hash"], ["WIDTH"]), (["WIDTH"], ["WIDTH", "hash"])],
 )
-def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_among_them(
+def test_other_passthrough_columns_are_another_pairing_even_if_the_key_is_one_of_them(
     tables, tmp_path, without_ray, first, second
 ):
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")))
@@ -332,10 +328,10 @@ def test_other_columns_to_carry_along_are_another_pairing_even_where_the_key_is_
     assert pair(carrying(first))["pairs"]
 
 
-def test_objects_that_another_driver_swept_meanwhile_end_the_pairing_before_a_part_is_overwritten(
+def test_shuffle_files_that_another_driver_deleted_end_the_pairing_before_a_data_file_is_overwritten(
     tables, tmp_path, without_ray, monkeypatch
 ):
-    """Taken over while its first pass waited for a node: what it lists afterwards is a fragment."""
+    """Another driver took over while the first pass waited, and deleted the files, so that the list is not complete."""
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
     pair(cfg)
     parts = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
@@ -347,12 +343,12 @@ def test_objects_that_another_driver_swept_meanwhile_end_the_pairing_before_a_pa
             min((tmp_path / "out" / "_pair" / "exchange").iterdir()).unlink()
 
     monkeypatch.setattr(join_module, "outcomes", then_swept)
-    with pytest.raises(AccountingError, match=r"1 of .* objects between the passes are gone"):
+    with pytest.raises(AccountingError, match=r"1 of .* shuffle files are gone"):
         pair(cfg)
     assert parts == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
 
 
-def test_a_second_driver_is_refused_while_one_is_at_work(tables, tmp_path, without_ray, monkeypatch):
+def test_a_second_driver_is_refused_while_one_runs(tables, tmp_path, without_ray, monkeypatch):
     monkeypatch.setattr("capsfusion_ray.dataset.lease.TTL_S", 1.0)
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
     with Lease(Store(str(tmp_path / "out")), ttl_s=1.0), pytest.raises(ConfigError, match="another driver is at work"):
@@ -369,7 +365,7 @@ def test_a_second_driver_is_refused_while_one_is_at_work(tables, tmp_path, witho
         ({"passthrough": ["WIDT"]}, r"raw\.passthrough=WIDT: .*; did you mean WIDTH\?"),
     ],
 )
-def test_a_column_that_is_not_there_is_named_with_the_key_that_names_it(tables, tmp_path, without_ray, named, says):
+def test_a_missing_column_is_named_with_its_config_key(tables, tmp_path, without_ray, named, says):
     cfg = PairConfig(
         raw=replace(tables["raw"], **named),
         synthetic=tables["synthetic"],
