@@ -1,13 +1,14 @@
-"""How fast each way of decoding is, on the same prompts in the same order: no Ray, CPU or GPU, one script.
+"""Measure how fast each way of decoding is, on the same prompts in the same order, on a CPU or a GPU. Without Ray.
 
     python benchmarks/bench_engine.py --model models/capsfusion-tiny --rows 96 --threads 2
     python benchmarks/bench_engine.py --model llama-512x8-random --rows 32 --threads 2
     python benchmarks/bench_engine.py --model llama2-13b-random --rows 1200 --hf-rows 128 --batches 32,64,128 --profile profile.txt
 
-(a) the reference's settings through HF generate (batch 4, padded to 256, beams), (b) HF generate tuned: sorted by length,
-prefix KV reused, every batch size of the sweep, (c) transformers' continuous batching, greedy, (d) this engine: both
-scorings, greedy, with plain torch's attention and the device's kernel (Triton's on a GPU, numba's on a CPU), (e) vLLM where it is installed, greedy. Random models
-never write an EOS: each caption's length is drawn from the published captions' distribution and forced.
+(a) HF generate with the settings of the reference (batch 4, padded to 256, beams); (b) HF generate tuned: sorted by length,
+the KV of the prefix reused, several batch sizes; (c) continuous batching of transformers, greedy; (d) this engine: both
+scorings, and greedy, with plain torch's attention and with the kernel of the device (Triton on a GPU, numba on a CPU); (e) vLLM,
+greedy, if it is installed. A random model never writes an EOS, so the length of each of its captions is drawn from the published
+captions and forced.
 
 Prints a table and, as the last line, JSON. `share_of_limit`: the seconds that the generated and prefilled tokens' matrix
 products would take at the GEMM rate measured at the start of this run, over the seconds it took.

@@ -1,9 +1,9 @@
-"""Rows a second and core of provenance and of all gates. The last line is JSON.
+"""Measure rows per second and core of the word alignment and of all gates. The last line is JSON.
 
     python benchmarks/bench_gates.py [captions.json] [rows]
 
-Without the published captions it makes rows of the same lengths out of a word list. CPU time, the best of many slices:
-on a shared machine the mean measures the neighbours. `steps_per_s` is a plain dict-filling loop on the same core, so
+Without the published captions it makes rows of the same lengths from a word list. It reports CPU time, the best of many
+slices, because on a shared machine the mean depends on other processes. `steps_per_s` is a plain dict-filling loop on the same core, so
 that two machines can be compared.
 """
 

@@ -1,4 +1,4 @@
-"""Two tables of captions, their join known beforehand, paired by jobs/pair.py: time, memory, and whether every row is right.
+"""Pair two tables whose join is known with `capsfusion pair`: measure time and memory, and check each row.
 
     python benchmarks/bench_pair.py [--rows 5e6] [--work DIR] [--seed 1] [--keep] [--json FILE] [pair settings, key=value]
 
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--keep", action="store_true", help="leave tables and output in --work")
-    parser.add_argument("settings", nargs="*", help="passed on to jobs/pair.py, e.g. partitions=20")
+    parser.add_argument("settings", nargs="*", help="passed to capsfusion pair, e.g. partitions=20")
     options = parser.parse_args()
     end_with_children()
     work = (options.work or Path(tempfile.mkdtemp(prefix="bench_pair_"))).resolve()

@@ -1,4 +1,4 @@
-"""Rows a second and peak memory of the whole job with engine.kind=echo, beside a bare pyarrow loop over the same rows.
+"""Measure rows per second and peak memory of the fuse job with engine.kind=echo, and of a bare pyarrow loop over its rows.
 
     python benchmarks/bench_pipeline.py [--rows 1e6,1e7] [--work DIR] [--actors 1] [--json FILE] [--keep] [fuse settings, key=value]
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--keep", action="store_true", help="leave corpus and output in --work")
     parser.add_argument("--timeout-s", type=float, default=24 * 3600.0, help="of one run")
-    parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py, e.g. unit.rows=20000")
+    parser.add_argument("settings", nargs="*", help="passed to capsfusion fuse, e.g. unit.rows=20000")
     options = parser.parse_args()
     end_with_children()
     work = options.work or Path(tempfile.mkdtemp(prefix="bench_pipeline_"))

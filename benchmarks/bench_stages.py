@@ -1,4 +1,4 @@
-"""CPU microseconds a row of every stage around the engine, one after the other in one process: where the pipeline's time goes.
+"""Measure the CPU microseconds per row of each stage around the engine, one after the other in one process.
 
     python benchmarks/bench_stages.py CORPUS [--rows 100000] [--unit 8100] [--profile]
 

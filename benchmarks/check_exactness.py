@@ -1,4 +1,4 @@
-"""Is the beam engine token-identical to HF's generate? Real pairs, a trained model, several beams; resumable.
+"""Check that the beam engine writes the same tokens as HF's generate: real pairs, a trained model, several beams. Resumable.
 
     python benchmarks/check_exactness.py --pairs ../shared/data/capsfusion_pairs_8000.json --rows 1000 --out out/exactness
 

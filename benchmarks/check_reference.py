@@ -1,4 +1,4 @@
-"""Is scoring `reference` token-identical to real transformers 4.28.1 on real pairs? Needs that version's environment.
+"""Check that scoring `reference` writes the same tokens as transformers 4.28.1 on real pairs. Needs an environment with it.
 
     python benchmarks/check_reference.py --python /some/where/bin/python --pairs ../shared/data/capsfusion_pairs_8000.json
 

@@ -1,4 +1,4 @@
-"""Our job beside plain Ray Data with the same gates, and beside a bare pyarrow loop: the same rows, one after the other.
+"""Compare the fuse job with plain Ray Data with the same gates, and with a bare pyarrow loop, on the same rows in turn.
 
     python benchmarks/compare_ray_data.py [--rows 1e6] [--actors 1] [--work DIR] [--json FILE] [fuse settings, key=value]
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for corpus and outputs, emptied; default: a temporary one")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--timeout-s", type=float, default=24 * 3600.0, help="of one run")
-    parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py")
+    parser.add_argument("settings", nargs="*", help="passed to capsfusion fuse")
     options = parser.parse_args()
     end_with_children()
     rows, timeout_s = options.rows, options.timeout_s

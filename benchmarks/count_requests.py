@@ -1,4 +1,4 @@
-"""The requests that plan, fuse and a deep verify make to an S3 store, counted on the wire, beside those that are computed.
+"""Count the requests that plan, fuse and a deep verify make to an S3 store, and compare them with the computed numbers.
 
     python benchmarks/count_requests.py [--rows 2e6] [--work DIR] [--seed 1] [--json FILE] [fuse settings, key=value]
         [--endpoint http://host:port --key KEY --secret SECRET]
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--key", default=moto_server.KEYS["key"])
     parser.add_argument("--secret", default=moto_server.KEYS["secret"])
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py, e.g. unit.rows=2000")
+    parser.add_argument("settings", nargs="*", help="passed to capsfusion fuse, e.g. unit.rows=2000")
     options = parser.parse_args()
     end_with_children()
     work = (options.work or Path(tempfile.mkdtemp(prefix="count_requests_"))).resolve()

@@ -1,4 +1,4 @@
-"""HF's `generate` in static batches: the opponent of bench_engine.py and the oracle of check_exactness.py."""
+"""HF's `generate` in static batches. bench_engine.py compares speeds with it, check_exactness.py compares captions."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How a fusion model's figures grow with its size and with the triples it learns from.
+"""Measure how the figures of a fusion model grow with its size and with the number of triples that it is trained on.
 
     python benchmarks/model_curve.py --triples FILE.json --work DIR [--steps 4200] [--threads 1] [--json FILE]
 
-Every point is a supervised training from scratch by jobs/train.py with conf/train/tiny.yaml, of --steps, and jobs/evaluate.py's
-figures on the last 500 triples, which none of them sees; the same decoding for all. SIZES are trained on all triples but those,
-SHARES of them train the middle size, which did not learn to copy in 1,000 steps, and did in 2,500. Every point is
-kept in DIR: a killed run goes on. Many hours on a CPU; the last line is JSON.
+Each point is a supervised training from scratch with conf/train/tiny.yaml and --steps steps, and an evaluation on the last 500
+triples, which no training sees, with the same decoding for all. SIZES are trained on all other triples. SHARES of these train
+the middle size, which did not learn to copy in 1,000 steps, but did in 2,500. Each point is kept in DIR, so a killed
+run can be resumed. Many hours on a CPU; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one would write with Ray Data alone: read_parquet, echo and the job's default gates, write_parquet.
+"""A pipeline with Ray Data alone, for comparison: read_parquet, the echo engine and the default gates, write_parquet.
 
     python benchmarks/plain_ray_data.py CORPUS OUTPUT [--actors N] [--checkpoint FOLDER]
 

@@ -1,8 +1,8 @@
-"""A job started as a user would, and its process tree watched: memory by role, CPU seconds, the object store, spilling.
+"""Start a job as a user does, and measure its process tree: memory by role, CPU seconds, the object store, spilling.
 
-Roles: `driver`, `workers` (Ray's: actors and tasks; `largest_worker` is one of them) and `ray` (its daemons). `private` leaves
-out shared pages: the object store seen from every worker, and libraries. `store` is the growth of /dev/shm, where the object
-store lies: of the whole machine, so other Ray clusters must keep still. `spilled` is what lay on disk, as the raylet tells every
+Roles: `driver`, `workers` (Ray's actors and tasks; `largest_worker` is one of them) and `ray` (its daemons). `private` memory
+has no shared pages, which are the object store as each worker maps it, and libraries. `store` is the growth of /dev/shm, which
+contains the object store. It is that of the whole machine, so no other Ray cluster may run. `spilled` is the data on disk, as the raylet reports it every
 10 s. Needs psutil; Linux for `private`, `store` and `spilled`. Knows Ray's process titles and files; starts no Ray itself.
 """
 

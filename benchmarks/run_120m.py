@@ -1,10 +1,10 @@
-"""The whole pipeline around the GPU over 120 million rows: corpus, plan, fuse with two kills, compact, verify, report.
+"""Run the whole pipeline around the GPU over 120 million rows: corpus, plan, fuse with two kills, compact, verify, report.
 
     python benchmarks/run_120m.py --work DIR [--rows 120e6] [--seed 1] [--detach] [--keep] [--json FILE] [key=value …]
 
-The real `jobs/fuse.py` with engine.kind=echo and default gates; units are cut as for a GPU of 90 captions/s, because their
-number is what this is about. At 25% and at 75% of the units its process group is killed (SIGKILL), and the same command
-resumes. A stage that is done is not done again by the same command (DIR/state.json); --detach lets it run on, with its log in
+It runs the fuse job with engine.kind=echo and default gates. Units are cut as for a GPU of 90 captions/s, because the number
+of units is what is tested. At 25% and at 75% of the units the process group of the job is killed by SIGKILL, and the same command
+resumes. A second call skips the stages that are done (DIR/state.json). With --detach the run continues in the background, with its log in
 DIR/run.log. The corpus has skewed shards, huge row groups and damaged shards (make_corpus.py). Input shards are deleted once
 compacted where the disk cannot hold corpus and output together. Corpus and output are removed at the end, unless --keep.
 The last line is JSON. For what is measured of memory see processes.py.
@@ -324,7 +324,7 @@ def main() -> None:
     parser.add_argument("--detach", action="store_true", help="run on in the background; the log is DIR/run.log")
     parser.add_argument("--keep", action="store_true", help="leave corpus and output in DIR")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    parser.add_argument("settings", nargs="*", help="passed on to jobs/fuse.py")
+    parser.add_argument("settings", nargs="*", help="passed to capsfusion fuse")
     options = parser.parse_args()
     end_with_children()
     work = options.work.resolve()  # the jobs run in the repository's folder

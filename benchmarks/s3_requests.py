@@ -1,7 +1,8 @@
-"""How many requests a run of so many units, files and groups makes to an S3 store, and what they cost. Pure arithmetic.
+"""Compute how many requests a run makes to an S3 store, from its units, files and groups, and what they cost.
 
-Counted in the package's own code (storage/s3.py: a read is HEAD, GET, HEAD, so that bytes and etag belong together; a write is one
-PUT whatever its size; single DELETEs), not on a wire. Failed and repeated requests come on top.
+The numbers follow from the code of storage/s3.py. A read is HEAD, GET, HEAD, so that bytes and etag belong together; a write
+is one PUT of any size; each DELETE is one request. Failed and repeated requests are not included. count_requests.py compares
+this with counted requests.
 """
 
 from __future__ import annotations

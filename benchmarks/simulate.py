@@ -1,10 +1,10 @@
-"""The estimate of jobs/plan.py against whole runs with sleeping engines: 1, 8 and 64 actor processes, undisturbed and preempted.
+"""Compare the estimate of `capsfusion plan` with whole runs of 1, 8 and 64 actors whose engines sleep, with and without kills.
 
     python benchmarks/simulate.py [--actors 1,8,64] [--captions-per-s 20] [--unit-s 15] [--units 8] [--work DIR] [--json FILE]
 
-The real jobs/fuse.py and jobs/plan.py calibrate=true on a Ray of their own; only their workers' engine is another (sleeping.py).
-Every actor gets --units units of --unit-s seconds. Preempted: an actor's process is killed (SIGKILL) at a rate of one in
-PREEMPT_UNITS units that an actor fuses.
+It runs the fuse job and the plan job with calibrate=true on a Ray cluster of its own. Only the engine of the workers differs
+(sleeping.py). Each actor gets --units units of --unit-s seconds. In the runs with kills an actor's process is killed by SIGKILL
+once per PREEMPT_UNITS units that an actor fuses.
 
     predicted   seconds of jobs/plan.py: rows over the actors' measured speed, and the last units
     simulated   from the mean moment at which an actor got its first unit to the last commit: starting 64 processes on few

@@ -1,10 +1,10 @@
-"""An engine that sleeps as a host does while its GPU computes: a token for every busy slot a step. No torch, no Ray.
+"""An engine that sleeps, as a host process does while its GPU computes. In a step each busy slot gets one token. No torch.
 
-A caption is the echo engine's; it takes a step a word. Slots are refilled while others are in work, as the beam engine does,
-so that the order of units, their drain and a killed process cost what they would. The steps are the GPU's: they come at their own
-times while there is work, whether or not a starved machine wakes the host up for each; it only refills late then, and loses that.
-To start takes LOAD_S, as to load a model does. `plug_in` is a `worker_process_setup_hook`: Ray calls it in each worker of a job
-that is submitted with such a runtime_env; the job stays as it is (engine.kind=echo).
+A caption is that of the echo engine, and takes one step per word. Slots are refilled while others are busy, as in the beam
+engine, so the order of units, their last captions and a killed process cost as much time as with a real engine. Steps happen
+at fixed times while there is work, as on a GPU. If a busy machine wakes the host too late, only the refill is late. The start
+takes LOAD_S, like loading a model. `plug_in` is a `worker_process_setup_hook`: Ray calls it in each worker of a job that is
+submitted with this runtime_env, so the job needs no change (engine.kind=echo).
 """
 
 from __future__ import annotations
