@@ -131,7 +131,8 @@ class EngineLoop:
         self._step_began: float | None = None
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._watchdog = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watchdog.start()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self, trial: Sequence[Prompt] = ()) -> None:
@@ -169,6 +170,10 @@ class EngineLoop:
             self._queued.put(None)
             self._thread.join(STOP_S)
         self._ended.set()
+        # The watchdog's thread holds the engine. Without the join it can free the engine's tensors while the interpreter
+        # shuts down, and torch then aborts the process.
+        if threading.current_thread() is not self._watchdog:
+            self._watchdog.join(STOP_S)
 
     def _refuse(self, error: CapsFusionError) -> None:
         """Fail every unit under way and every later one with `error`, or with the error of an earlier call."""

@@ -23,6 +23,7 @@ from capsfusion_ray.dataset.verify import verify
 from capsfusion_ray.engines.echo import EchoEngine
 from capsfusion_ray.errors import ConfigError, EngineError
 from capsfusion_ray.run.driver import fuse
+from capsfusion_ray.run.engine_loop import EngineLoop
 from capsfusion_ray.run.executors.local import LocalExecutor
 from capsfusion_ray.storage import Store
 
@@ -180,6 +181,20 @@ class DiesAtThird(EchoEngine):
 class Hangs(EchoEngine):
     def step(self):
         threading.Event().wait()
+
+
+def test_a_finished_run_leaves_no_thread_behind(corpus, tmp_path, monkeypatch):
+    """A thread that frees the engine's tensors while the interpreter shuts down aborts the process: exit code 134."""
+    watch = EngineLoop._watch
+
+    def watch_and_end_late(loop):
+        watch(loop)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(EngineLoop, "_watch", watch_and_end_late)
+    before = set(threading.enumerate())
+    run(corpus, tmp_path / "out")
+    assert set(threading.enumerate()) - before == set()
 
 
 def test_an_engine_that_dies_ends_the_run_with_its_error_and_the_same_command_resumes(corpus, tmp_path):
