@@ -1,18 +1,19 @@
-"""Faults at random against the real job on a local cluster, until the time is over: make chaos SEED=1 MINUTES=60
+"""Random faults against the real job on a local cluster, for a given time: make chaos SEED=1 MINUTES=60
 
-The demo's captions, the embedded model, a Ray cluster of three nodes, an S3 server behind a proxy. First an undisturbed
-run: its rows are the truth. Then rounds. Each fuses into an output of its own while it is hit by one to three faults
-(see faults.py), repeats the same command until it ends well, and then `jobs/verify.py deep=true` must exit 0 and every row
-be that of the undisturbed run: captions, outcome, reason and flags. Some rounds go on with a retry or a takedown that is
-hit too.
+The input are the captions of the demo; the embedded model fuses them, on a Ray cluster of three nodes, from and to an S3
+server behind a proxy. An undisturbed run comes first: its rows are the expected ones. Then come rounds. Each round fuses
+into an output of its own while one to three faults (faults.py) hit it, and repeats the same command until it ends well.
+Then `jobs/verify.py deep=true` must exit 0, and every row must be equal to that of the undisturbed run: captions, outcome,
+reason and flags. Some rounds continue with a retry or a takedown that is hit too.
 
-A stalled engine is a stopped process here, out of memory a cgroup without any left, a poison row a SIGKILL whenever its
-row is about to be fused: the engine itself is the real one. The cgroup, and the small tmpfs that is a full disk, take
-root; without it these two are left out, and said to be. Not done here: the loss of the head node, a network that parts, a GPU's own faults.
+The engine is the real one. A stalled engine is simulated by a stopped process, out of memory by a cgroup without free
+memory, and a poison row by a SIGKILL whenever the row is about to be fused. The cgroup, and the small tmpfs that stands for
+a full disk, need root; without root these two are left out, with a message. Not simulated: the loss of the head node, a
+network partition, faults of a GPU.
 
     python tests/chaos/chaos.py --seed 1 --minutes 60 [--only ROUND]
 
-Exit 1 if any round failed; its output and logs are kept.
+The exit code is 1 if any round failed; the output and the logs of that round are kept.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ STRIKES: dict[str, type[Fault]] = {
     "poison row": PoisonRow,
 }
 STORE = {"S3 faults at 10%": 0.1, "S3 faults at 30%": 0.3}
-REVISIONS = {"kill during retry": IN_RETRY, "kill during takedown": IN_TAKEDOWN}
-KINDS = (*STRIKES, *STORE, *REVISIONS, DISK)
+EDITS = {"kill during retry": IN_RETRY, "kill during takedown": IN_TAKEDOWN}
+KINDS = (*STRIKES, *STORE, *EDITS, DISK)
 
 BUCKET = "chaos"
 ARGS = (
@@ -91,22 +92,23 @@ ARGS = (
     "cluster.cpus_per_actor=0.5",
 )
 RETRY = ("retry=rejected", "gates.unsupported_number.action=flag", "gates.too_short.action=flag")
-TAKEN_DOWN = 12  # rows of one takedown
-MAX_STARTS = 8  # of one command; more than any round's faults can end
-PATIENCE_S = 600.0  # for one start of a command, which takes half a minute undisturbed,
-PATIENCE = 10  # or so many times what it took here
-DISK_KB = (80, 400)  # parts and files of one run take more
+TAKEN_DOWN = 12  # rows that one takedown removes
+MAX_STARTS = 8  # of one command; the faults of a round cannot end as many
+# The longest time for one start of a command: 600 s (undisturbed it takes half a minute), or 10 times what it took here.
+PATIENCE_S = 600.0
+PATIENCE = 10
+DISK_KB = (80, 400)  # size of the full disk; the parts and files of one run need more
 FULL = "No space left on device"
 
 Rows = dict[str, dict[str, Any]]  # by row id
 
 
 class Failed(Exception):
-    """A promise that was not kept."""
+    """A round did not end as it must."""
 
 
 class Chaos:
-    """One whole run: the world, the truth, and the rounds with what became of them."""
+    """One whole session: the cluster, the expected rows, the rounds and their results."""
 
     def __init__(self, seed: int, folder: Path, nodes: Nodes, proxy: WatchedProxy, server: str) -> None:
         self.seed, self.folder, self.nodes, self.proxy, self.server = seed, folder, nodes, proxy, server
@@ -115,14 +117,14 @@ class Chaos:
         possible = {DISK: _can_mount(folder), MEMORY: tight_cgroup() is not None}
         self.kinds = [kind for kind in KINDS if possible.get(kind, True)]
         for kind in set(KINDS) - set(self.kinds):
-            say(f"{kind}: left out, this takes root")
+            say(f"{kind}: left out, because it needs root")
         self.drawn: Counter[str] = Counter()
         self.struck: Counter[str] = Counter()
         self.starts: Counter[str] = Counter()
         self.failures: list[str] = []
 
     def prepare(self) -> None:
-        """The input, and the truth: rows after an undisturbed run, and after an undisturbed retry."""
+        """Upload the input, and make the expected rows: after an undisturbed run, and after an undisturbed retry."""
         client("s3", self.server).create_bucket(Bucket=BUCKET)
         for shard in sorted((ROOT / "examples/captions").iterdir()):
             client("s3", self.server).put_object(Bucket=BUCKET, Key=f"in/{shard.name}", Body=shard.read_bytes())
@@ -134,13 +136,13 @@ class Chaos:
         self.retried = calm.verified_rows()
         changed = sum(self.truth[row] != self.retried[row] for row in self.truth)
         if not changed:
-            raise Failed("a retry that changes nothing would prove nothing")
+            raise Failed("the undisturbed retry changed no row, so rounds with a retry would test nothing")
         rejected = sum(row["in"] == "rejected" for row in self.truth.values())
-        say(f"undisturbed: {len(self.truth)} rows, {rejected} of them rejected, of which a retry settles {changed}")
+        say(f"undisturbed: {len(self.truth)} rows, {rejected} of them rejected, and a retry changes {changed}")
         calm.remove()
 
     def play(self, number: int) -> None:
-        """One round, whose failure ends no other round."""
+        """Play one round; if it fails the next rounds are played all the same."""
         round_, failed, kept = Round(self, number), "", Path()
         try:
             round_.play()
@@ -167,7 +169,7 @@ class Chaos:
 
 
 class Round:
-    """One output: its faults, its commands, and what must have come of them. A `Stage` of the faults (see faults.py)."""
+    """One output: its faults, its commands, and the check of its rows. It is the `Stage` of the faults (faults.py)."""
 
     driver: Job
 
@@ -179,7 +181,7 @@ class Round:
         self.folder.mkdir()
         chaos.jobs.folder = self.folder
         self.kinds: list[str] = []
-        self.weather = Faults()  # of the requests to the store, while a command runs
+        self.weather = Faults()  # faults of requests to the store, while a command runs
         self._gusts = random.Random(f"{chaos.seed} {number} weather")
         self.disk: Path | None = None
         self._disk_filled = False
@@ -196,7 +198,7 @@ class Round:
     def _note(self, kind: str) -> None:
         self.chaos.struck[kind] += 1
 
-    # ------------------------------------------------------------------------------------------------ the plot
+    # ------------------------------------------------------------------------------------------------ its faults
 
     def play(self) -> None:
         chaos, chance = self.chaos, self.chance
@@ -205,11 +207,11 @@ class Round:
         if self.kinds == [DISK]:
             self._fill_the_disk()
             return
-        # All is drawn before anything is done, so that a round played again is hit at the same moments.
+        # Everything is drawn before the first command, so that a repeated round is hit at the same moments.
         faults = [draw(kind, STRIKES[kind], chance, self) for kind in self.kinds if kind in STRIKES]
         kills = {
             kind: [draw(kind, DriverKilled, chance, self, moments)]
-            for kind, moments in REVISIONS.items()
+            for kind, moments in EDITS.items()
             if kind in self.kinds
         }
         gone = sorted(chance.sample(sorted(chaos.truth), TAKEN_DOWN))
@@ -236,7 +238,7 @@ class Round:
             self.say(f"{injected} requests to S3 faulted")
 
     def _draw_kinds(self) -> list[str]:
-        """Each kind comes once in as many rounds as there are kinds, in an order of the seed's; with up to two others."""
+        """One kind, and up to two others. In as many rounds as there are kinds each comes first once, in an order that the seed gives."""
         kinds = self.chaos.kinds
         deck = random.Random(f"{self.chaos.seed} deck {self.number // len(kinds)}").sample(kinds, len(kinds))
         first = deck[self.number % len(kinds)]
@@ -246,14 +248,14 @@ class Round:
         return drawn
 
     def _under(self, faults: Sequence[Fault], *command: str) -> None:
-        """The command, again and again until it ends well, while these faults wait for their moments."""
+        """Repeat the command until it ends well, while these faults wait for their moments."""
         self._armed = list(faults)
         self.until_done(*command)
         for fault in faults:
             if isinstance(fault, PoisonRow) and fault.deaths:
                 self.say(f"{fault.kind}: {fault.told}")
             if not fault.struck:
-                self.say(f"{fault.kind}: its moment did not come ({fault.when})")
+                self.say(f"{fault.kind}: it did not strike, because its moment did not come ({fault.when})")
         self._armed = []
 
     def _fill_the_disk(self) -> None:
@@ -264,11 +266,11 @@ class Round:
         self._locate(self.disk)
         self.until_done("fuse", *self.args)
         if not self._disk_filled:
-            self.say(f"{DISK}: {kilobytes} KB were enough")
+            self.say(f"{DISK}: it did not strike, because {kilobytes} KB were enough")
         self._compare(self.chaos.truth)
 
     def _grow_the_disk(self) -> None:
-        """Some seconds after the run complained: it waits for that, or is repeated."""
+        """Enlarge the disk some seconds after the run has logged that it is full: the run waits for space, or is repeated."""
         if not self.disk or self._disk_filled or FULL not in self.driver.said:
             return
         self._disk_filled = True
@@ -280,7 +282,7 @@ class Round:
     # ------------------------------------------------------------------------------------------------ its commands
 
     def until_done(self, *command: str) -> None:
-        """Raises Failed where it ends ill with nothing done to it, asks for a change, or does not come to an end."""
+        """Raises Failed where it fails although no fault struck, where it asks for another configuration, and after MAX_STARTS."""
         for _ in range(MAX_STARTS):
             before = self._struck()
             code = self._life(*command)
@@ -289,16 +291,14 @@ class Round:
             self.say(f"exit {code}: {'killed' if code < 0 else self.driver.last_words}")
             if code not in (EXIT_FAILED, -signal.SIGKILL) and not (code == EXIT_USAGE and self._seconds):
                 raise Failed(
-                    f"{command[0]} ended with exit {code}, which does not say to repeat it: {self.driver.last_words}"
+                    f"{command[0]} ended with exit {code}, which does not mean that the same command resumes: {self.driver.last_words}"
                 )
             if self._struck() == before and not self._seconds and not self.weather.share:
-                raise Failed(
-                    f"{command[0]} ended with exit {code}, and nothing was done to it: {self.driver.last_words}"
-                )
+                raise Failed(f"{command[0]} ended with exit {code}, although no fault struck: {self.driver.last_words}")
         raise Failed(f"{command[0]} was not done after {MAX_STARTS} starts")
 
     def _life(self, *command: str) -> int:
-        """One start of the command, to its end and that of any second driver; the exit code."""
+        """Start the command once, and wait for it and for any second driver; the exit code."""
         self._command, self._seconds = command, []
         self.chaos.proxy.inject(dataclasses.replace(self.weather), seed=self._gusts.randrange(1 << 30))
         self.driver = self.chaos.jobs.start(*command)
@@ -328,22 +328,22 @@ class Round:
         return second
 
     def _watch(self, request: Any, after: bool) -> Callable[[int], bool] | None:
-        """In the proxy's loop: the fault that is due, if any."""
+        """Called in the loop of the proxy for each request: how to strike with the fault that is due, or None."""
         path = path_of(request).partition(f"{BUCKET}/{self.name}/")[2]
         waiting = [fault for fault in self._armed if path and fault not in self._striking]
         fault = next((fault for fault in waiting if fault.is_due(request, path, after)), None)
         if fault is None:
             return None
-        self._striking.add(fault)  # one request at a time
+        self._striking.add(fault)  # a fault strikes at one request at a time
         return lambda pid: self._strike(fault, pid, path)
 
     def _strike(self, fault: Fault, pid: int, path: str) -> bool:
-        """In a thread of the proxy's."""
+        """Called in a thread of the proxy; True: the request must be dropped."""
         first = not fault.struck
         try:
             drop = fault.strike(pid)
         except (psutil.NoSuchProcess, ProcessLookupError):
-            drop = False  # gone meanwhile: it waits for the next such request
+            drop = False  # the process has ended meanwhile: the fault waits for the next such request
         if first and fault.struck:
             self._note(fault.kind)
             self.say(f"{fault.kind}, {fault.when} ({path}): {fault.struck}")
@@ -351,7 +351,7 @@ class Round:
         return drop
 
     def _mend(self) -> None:
-        """Each fault's aftermath on a thread of its own: a stopped actor must not wait for a lost node."""
+        """Start what follows each fault on a thread of its own: a stopped actor must not wait for a lost node."""
         for fault in self._armed:
             if fault.struck and fault not in self._mending:
                 self._mending[fault] = thread = threading.Thread(target=self._follow, args=(fault,), daemon=True)
@@ -368,7 +368,7 @@ class Round:
     # ------------------------------------------------------------------------------------------------ its output
 
     def _locate(self, disk: Path | None) -> None:
-        """On this disk, or in the bucket through the proxy; the input always in the bucket."""
+        """Put the output on this disk, or into the bucket through the proxy; the input is always in the bucket."""
         through = options(self.chaos.proxy.url)
         self.output: tuple[str, ...] = (f"output.path={disk or f's3://{BUCKET}/{self.name}'}",)
         if not disk:
@@ -377,7 +377,7 @@ class Round:
         self.args = (f"input.path=s3://{BUCKET}/in", *storage, *self.output, *ARGS)
 
     def verified_rows(self) -> Rows:
-        """What lies in the output, once verify says that it is whole."""
+        """All rows of the output by row id, after `verify` has accepted it. Raises Failed where it does not."""
         verify = self.chaos.jobs.start("verify", *self.output, "deep=true")
         while verify.poll() is None and verify.age_s < self.chaos.patience_s:
             time.sleep(0.1)
@@ -392,10 +392,10 @@ class Round:
         return rows
 
     def _compare(self, want: Rows, poison: PoisonRow | None = None) -> None:
-        """Every row as wanted; but for those of one pair of captions, where one was poison: they must be rejects."""
+        """Compare every row with `want`. With a poison row, the rows of one pair of captions must be rejected instead."""
         rows = self.verified_rows()
         if lost := want.keys() ^ rows.keys():
-            raise Failed(f"{len(lost)} rows are there or not against the truth, such as {sorted(lost)[:3]}")
+            raise Failed(f"{len(lost)} rows are missing or too many, such as {sorted(lost)[:3]}")
         others = [row_id for row_id in want if rows[row_id] != want[row_id]]
         guilty = {
             (rows[row_id]["laion_2b"], rows[row_id]["laion_coco"])
@@ -408,7 +408,7 @@ class Round:
             raise Failed(f"{len(others)} rows are not those of the undisturbed run\n  {shown}")
 
     def _objects(self) -> dict[str, bytes]:
-        """All of the output by path, read by boto3 from the server itself, or from the disk."""
+        """All objects of the output by path, read by boto3 past the proxy, or from the disk."""
         if self.disk:
             return {
                 str(path.relative_to(self.disk)): path.read_bytes() for path in self.disk.rglob("*") if path.is_file()
@@ -419,7 +419,7 @@ class Round:
         return {key.partition("/")[2]: s3.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
     def keep(self) -> Path:
-        """A copy of the output beside its logs."""
+        """Copy the output into the folder of the round's logs; that folder."""
         for path, data in self._objects().items():
             file = self.folder / "output" / path
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -427,7 +427,7 @@ class Round:
         return self.folder
 
     def end(self) -> None:
-        """No process of it runs, and nothing of it hits the next round."""
+        """End the processes and the faults of this round."""
         self.chaos.proxy.watch = nobody
         self.chaos.proxy.inject(Faults())
         self.chaos.jobs.end()
@@ -441,7 +441,7 @@ class Round:
 
 
 def nobody(request: Any, after: bool) -> None:
-    """Watches nothing."""
+    """A watcher without faults."""
 
 
 def _rows(data: bytes) -> list[dict[str, Any]]:
@@ -450,7 +450,7 @@ def _rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def _can_mount(folder: Path) -> bool:
-    """Whether a small disk can be had."""
+    """Whether this process may mount a small disk."""
     probe = folder / "probe"
     probe.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(probe)], capture_output=True)
@@ -482,8 +482,8 @@ def run(seed: int, minutes: float, only: int | None, folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=10, help="no round begins later")
-    parser.add_argument("--only", type=int, metavar="ROUND", help="this round alone")
+    parser.add_argument("--minutes", type=float, default=10, help="no round begins after so many minutes")
+    parser.add_argument("--only", type=int, metavar="ROUND", help="play this round alone")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     marked = mark()
@@ -493,7 +493,7 @@ def main() -> int:
         say(f"seed {args.seed}, in {folder}")
         well = run(args.seed, args.minutes, args.only, folder)
     except Failed as failed:
-        say(f"FAILED with nothing done to it: {failed}")
+        say(f"FAILED in the undisturbed run: {failed}")
     except KeyboardInterrupt:
         say("interrupted")
     finally:
@@ -504,7 +504,7 @@ def main() -> int:
         else:
             say(f"kept: {folder}")
         if cgroup := tight_cgroup():
-            cgroup.rmdir()  # nobody is in it any more
+            cgroup.rmdir()  # it is empty now
     return 0 if well else 1
 
 

@@ -1,7 +1,7 @@
-"""What chaos does, and when. A moment is the n-th request of its kind to the store, held in the proxy while a fault strikes.
+"""The faults of chaos and their moments. A moment is the n-th request of one kind to the store; the proxy holds it during the fault.
 
-So a kill lies exactly before or after a commit, a file of a compaction, the manifest, whatever the machine's speed, and
-a seed strikes at the same requests again. Knows processes and requests; not what must come of it.
+So a kill comes exactly before or after a commit, a file of a compaction or the manifest, on machines of any speed, and the
+same seed strikes at the same requests. Knows processes and requests, and not how a round must end.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from world import Job, Nodes
 
 from capsfusion_ray.run.poison_rows import MAX_SHARED_DEATHS
 
-ABSENT_S = 3.0  # so long a lost node is missed, and space on a disk
-STALL_S = (
-    20.0  # engine.stall_s of every run: many times a step of the embedded model, on a core that ten others share too
-)
+ABSENT_S = 3.0  # until a lost node is replaced, and until a full disk is enlarged
+STALL_S = 20.0  # engine.stall_s of every run: many times a step of the embedded model, even on a core shared with ten processes
 
 
 @dataclass(frozen=True)
 class Moment:
-    """`up_to`: the n-th such request is drawn from 1 to this, about as many as a run makes."""
+    """Requests of one kind. The fault strikes at the n-th, drawn from 1 to `up_to`: about as many as a run makes."""
 
     name: str
     operation: str
-    path: str  # below the output; a regular expression
+    path: str  # regular expression of the path below the output
     up_to: int = 1
 
 
@@ -47,7 +45,7 @@ ENTRY = Moment("entry of a compaction", "PutObject", "_run/groups/", 3)
 PARTS_GO = Moment("removal of a part", "DeleteObject", "_units/", 20)
 MANIFEST = Moment("manifest", "PutObject", "manifest.json")
 REPORT = Moment("report", "PutObject", "report.html")
-REVISION = Moment("begin of the revision", "PutObject", "_run/revision-")
+EDIT = Moment("begin of the edit", "PutObject", "_run/revision-")
 RETRIED = Moment("commit of a retried unit", "PutObject", "_retry/.*_units/", 3)
 EDITION = Moment("file of the new edition", "PutObject", "(data|rejected)/", 4)
 NEW_ENTRY = Moment("entry of the new edition", "PutObject", "_run/groups/", 2)
@@ -56,12 +54,12 @@ OLD_GO = Moment("removal of an old file", "DeleteObject", "(data|rejected)/", 3)
 IN_UNITS = (BEGIN, COMMIT)
 IN_COMPACTION = (FILE, ENTRY, PARTS_GO)
 IN_FUSE = (PLAN, *IN_UNITS, *IN_COMPACTION, MANIFEST, REPORT)
-IN_RETRY = (REVISION, RETRIED, EDITION, NEW_ENTRY, MANIFEST, OLD_GO)
-IN_TAKEDOWN = (REVISION, EDITION, NEW_ENTRY, MANIFEST, OLD_GO, REPORT)
+IN_RETRY = (EDIT, RETRIED, EDITION, NEW_ENTRY, MANIFEST, OLD_GO)
+IN_TAKEDOWN = (EDIT, EDITION, NEW_ENTRY, MANIFEST, OLD_GO, REPORT)
 
 
 class Stage(Protocol):
-    """What faults may reach: the round's main driver, the nodes, and how to start another driver."""
+    """What a fault may reach: the main driver of the round, the nodes, and how to start another driver."""
 
     nodes: Nodes
     driver: Job
@@ -71,7 +69,7 @@ class Stage(Protocol):
 
 @dataclass(eq=False)
 class Fault:
-    """One fault that waits for its moment. `struck`: what it did, in words; `after`: once the request was carried out."""
+    """One fault that waits for its moment. `after`: it strikes after the request was carried out, else before; `struck`: what it did."""
 
     kind: str
     moment: Moment
@@ -87,7 +85,7 @@ class Fault:
         return f"{'after' if self.after else 'before'} {self.moment.name} {self.nth}"
 
     def is_due(self, request: Any, path: str, after: bool) -> bool:
-        """Counts the requests of its kind."""
+        """Count this request if it is of the fault's kind; whether the fault must strike now."""
         if (
             self.struck
             or after != self.after
@@ -99,16 +97,16 @@ class Fault:
         return self._seen >= self.nth
 
     def strike(self, pid: int) -> bool:
-        """Asked by process `pid`; True: the request is not to be carried out. Leaves `struck` empty if there is nothing to hit."""
+        """Strike; `pid` made the request. True: the request must be dropped. `struck` stays empty where there is nothing to hit."""
         raise NotImplementedError
 
     def mend(self) -> None:
-        """What follows some seconds later, if anything."""
+        """What follows the strike, some seconds later; nothing by default."""
 
 
 class DriverKilled(Fault):
     def strike(self, pid: int) -> bool:
-        if self.stage.driver.poll() is not None:  # what is left of it, or a second driver, asks
+        if self.stage.driver.poll() is not None:  # it has ended: the request is of its workers or of a second driver
             return False
         self.stage.driver.signal(signal.SIGKILL)
         self.struck = f"SIGKILL to the driver, pid {self.stage.driver.pid}"
@@ -124,7 +122,7 @@ class DriverTerminated(Fault):
 
 
 class WorkerKilled(Fault):
-    """The very process that asks: an actor at the begin of a unit, else the task that commits or compacts."""
+    """Kills the process that makes the request: an actor that begins a unit, or a task that commits or compacts."""
 
     def strike(self, pid: int) -> bool:
         if not pid or pid == self.stage.driver.pid:
@@ -136,7 +134,7 @@ class WorkerKilled(Fault):
 
 
 class NodeKilled(Fault):
-    """The node of the process that asks, with all its processes; another one joins some seconds later."""
+    """Kills the node of the process that makes the request, with all its processes; another node joins some seconds later."""
 
     def strike(self, pid: int) -> bool:
         what = self.stage.nodes.kill(pid)
@@ -149,7 +147,7 @@ class NodeKilled(Fault):
 
 
 class ActorStalled(Fault):
-    """Stopped for longer than engine.stall_s while it fuses: awake again, its watchdog finds a step that took too long."""
+    """Stops an actor for longer than engine.stall_s while it fuses: its watchdog then finds a step that took too long."""
 
     _pid = 0
 
@@ -166,20 +164,20 @@ class ActorStalled(Fault):
             time.sleep(1.3 * STALL_S)
             actor.resume()
             gone, _ = psutil.wait_procs([actor], timeout=STALL_S)
-            self.mended = "ended as stalled" if gone else "it went on: no step was under way"
+            self.mended = "ended as stalled" if gone else "it continued: no step was running"
         except psutil.NoSuchProcess:
-            self.mended = "it was gone already"
+            self.mended = "it had ended already"
 
 
 class OutOfMemory(Fault):
-    """The actor is put into a cgroup that has no memory left: the kernel kills it at one of its next allocations."""
+    """Puts an actor into a cgroup without free memory: the kernel kills it at one of its next allocations."""
 
     _pid = 0
 
     def strike(self, pid: int) -> bool:
         if pid:
             cgroup = tight_cgroup()
-            assert cgroup, "not drawn where none can be made"
+            assert cgroup, "this fault is not drawn where no cgroup can be made"
             put_into(cgroup, pid)
             self._pid, self.struck = pid, f"no more memory for {_name(pid)}, pid {pid}"
         return False
@@ -189,11 +187,11 @@ class OutOfMemory(Fault):
             gone, _ = psutil.wait_procs([psutil.Process(self._pid)], timeout=20)
         except psutil.NoSuchProcess:
             gone = [None]
-        self.mended = "killed by the kernel" if gone else "it needed no more"
+        self.mended = "killed by the kernel" if gone else "it needed no more memory"
 
 
 class SecondDriver(Fault):
-    """Another driver on the same output: refused, waiting for the first, or taking over from it."""
+    """Starts another driver on the same output: it is refused, waits for the first, or takes over."""
 
     MODES = ("", "lease_wait_s=120", "takeover=true")
     mode = ""
@@ -205,9 +203,9 @@ class SecondDriver(Fault):
 
 
 class PoisonRow(Fault):
-    """A row that kills its worker, whenever it is given to one: SIGKILL to the actor that notes an attempt with it.
+    """A row that kills each worker that gets it: SIGKILL to the actor that notes an attempt with this row.
 
-    The embedded model's engine has no row that it dies of; the note of an attempt is written right before the engine gets
+    No row really kills the engine of the embedded model. The note of an attempt is written just before the engine gets
     the rows, and names them.
     """
 
@@ -226,8 +224,8 @@ class PoisonRow(Fault):
                 return False
             self.unit = path
         note = json.loads(request.body)
-        on_trial = note["trying"] is not None and note["trying"][0] <= self.row < note["trying"][1]
-        return path == self.unit and (on_trial or note["number"] <= MAX_SHARED_DEATHS)
+        tried_alone = note["trying"] is not None and note["trying"][0] <= self.row < note["trying"][1]
+        return path == self.unit and (tried_alone or note["number"] <= MAX_SHARED_DEATHS)
 
     def strike(self, pid: int) -> bool:
         if pid:
@@ -238,7 +236,7 @@ class PoisonRow(Fault):
 
     @property
     def told(self) -> str:
-        return f"{self.deaths} actors died of it"
+        return f"{self.deaths} actors died because of it"
 
 
 MOMENTS: dict[type[Fault], Sequence[Moment]] = {
@@ -251,13 +249,13 @@ MOMENTS: dict[type[Fault], Sequence[Moment]] = {
     SecondDriver: (PLAN, *IN_UNITS, *IN_COMPACTION, MANIFEST),
     PoisonRow: (BEGIN,),
 }
-POISON_ROWS = 6  # the row is one of the first few that a unit sends to the engine
+POISON_ROWS = 6  # the poison row is one of the first so many that a unit sends to the engine
 
 
 def draw(kind: str, of: type[Fault], chance: random.Random, stage: Stage, moments: Sequence[Moment] = ()) -> Fault:
-    """A fault of class `of` at one of its moments, or of `moments`."""
+    """Draw a fault of class `of`, at one of `moments` or of its own moments."""
     moment = chance.choice(moments or MOMENTS[of])
-    # What an actor is hit by must find it at work: after it noted its unit.
+    # A fault of an actor must strike while it fuses: after it has noted its unit.
     after = True if moment is BEGIN and of is not DriverKilled else chance.random() < 0.5
     fault = of(kind, moment, chance.randint(1, moment.up_to), after, stage)
     if isinstance(fault, SecondDriver):
@@ -268,12 +266,12 @@ def draw(kind: str, of: type[Fault], chance: random.Random, stage: Stage, moment
 
 
 def path_of(request: Any) -> str:
-    """The key of a request with its bucket, decoded."""
+    """Bucket and key of a request, decoded."""
     return unquote(urlsplit(request.line.split()[1].decode()).path).lstrip("/")
 
 
 def _name(pid: int) -> str:
-    """As Ray titles it: ray::MapWorker(MapBatches(FusionActor)), ray::_compact(), …"""
+    """The title that Ray gives the process: ray::MapWorker(MapBatches(FusionActor)), ray::_compact(), …"""
     try:
         return (psutil.Process(pid).cmdline() or ["?"])[0]
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
-"""What chaos happens to: a Ray cluster of three nodes, an S3 server behind a proxy, and jobs as processes of their own.
+"""What the faults of chaos hit: a Ray cluster of three nodes, an S3 server behind a proxy, and jobs as processes.
 
-The servers listen on 127.0.0.1, Ray where it always does: a driver that is told 127.0.0.1 looks for this machine's own
-address. All of it lies in one folder, and ends by pid. Knows nothing of faults' kinds.
+The servers listen on 127.0.0.1; Ray listens where it does by default, because a driver that is given 127.0.0.1 looks for
+the address of this machine. All files are in one folder, and processes are ended by pid. Knows no kinds of faults.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ray_nodes import lose, raylet_of
 from capsfusion_ray.run.private_cluster import patient_start
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "CAPSFUSION_CHAOS"  # in the environment of every process started here, so that none is left behind unseen
+MARK = "CAPSFUSION_CHAOS"  # in the environment of every process that is started here, so that those left behind can be found
 WORKERS = 2
-# Logical CPUs: room for both actors of a run and what reads, commits and compacts, after the other node was lost.
+# Logical CPUs: enough for both actors of a run, its reads, commits and compactions, after the other node was lost.
 NODE = {"num_cpus": 2, "object_store_memory": 100 << 20}
 
 
 def mark() -> str:
-    """Prepare this process's environment, which all others inherit."""
+    """Prepare the environment of this process, which all others inherit; the mark in it."""
     os.environ[MARK] = uuid.uuid4().hex
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "TOKENIZERS_PARALLELISM": "false"}
     for name in [name for name in os.environ if name.startswith("AWS_") or name == "RAY_ADDRESS"]:
@@ -43,7 +43,7 @@ def mark() -> str:
 
 
 def end_all(marked: str) -> int:
-    """SIGKILL whatever was started here and still lives, by pid; how many there were."""
+    """SIGKILL, by pid, each process with this mark that still runs; how many there were."""
     left = []
     for process in psutil.process_iter():
         try:
@@ -61,14 +61,16 @@ def end_all(marked: str) -> int:
 
 
 class Nodes:
-    """A head without CPUs, which drivers join, and WORKERS raylets beside it, as many processes as on other machines."""
+    """A head without CPUs, which drivers join, and WORKERS raylets that stand for other machines."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ["RAY_TMPDIR"] = str(folder)  # or `ray.init()` elsewhere on this machine would find this cluster
+        os.environ["RAY_TMPDIR"] = str(
+            folder
+        )  # otherwise `ray.init()` elsewhere on this machine would find this cluster
         folder.mkdir()
 
     def __enter__(self) -> Nodes:
-        # Ports of Ray's own choice may be another cluster's; for the agent's, 0 lets patient_start find one.
+        # Ray's default ports may belong to another cluster; 0 lets patient_start find a port for the agent.
         head = {
             "num_cpus": 0,
             "include_dashboard": False,
@@ -79,7 +81,7 @@ class Nodes:
             self._cluster = Cluster(initialize_head=True, head_node_args=NODE | head)
         self.address: str = self._cluster.address
         self.replenish()
-        # Nodes that come later are added by a fault's thread, where Ray cannot set its handler of SIGTERM; they end with the head.
+        # The thread of a fault adds later nodes, and Ray cannot set its SIGTERM handler there; they end with the head.
         self._cluster._shutdown_at_exit = False
         return self
 
@@ -87,7 +89,7 @@ class Nodes:
         self._cluster.shutdown()
 
     def replenish(self) -> int:
-        """New nodes for the lost ones; how many."""
+        """Add a node for each lost one; how many."""
         missing = WORKERS - len(self._cluster.worker_nodes)
         for _ in range(missing):
             with patient_start():
@@ -95,7 +97,7 @@ class Nodes:
         return missing
 
     def kill(self, pid: int) -> str:
-        """SIGKILL to the raylet that started process `pid`, and to all that it started; empty where it is none of ours."""
+        """SIGKILL the raylet that started process `pid` and all its processes; what was killed, empty where it is no node of ours."""
         for node in self._cluster.worker_nodes:
             raylet = raylet_of(node)
             if pid in [child.pid for child in raylet.children(recursive=True)]:
@@ -106,10 +108,10 @@ class Nodes:
 
 
 class WatchedProxy(FaultProxy):
-    """A FaultProxy that tells a watcher of each request, before the server has it and once it was carried out.
+    """A FaultProxy that shows a watcher each request, before the server gets it and after it was carried out.
 
-    `watch(request, after)` runs in the proxy's loop and gives None, or what to do: a call that may take its time, with
-    the request held meanwhile; it gets the pid that asks, and says whether the request is to be dropped.
+    `watch(request, after)` runs in the loop of the proxy. It returns None, or a call that runs while the request is held:
+    the call gets the pid of the client, and returns whether the request must be dropped.
     """
 
     watch: Callable[[Any, bool], Callable[[int], bool] | None] = staticmethod(lambda request, after: None)
@@ -134,12 +136,12 @@ class WatchedProxy(FaultProxy):
 
 
 def _who_asks(port: int) -> int:
-    """The pid that holds the client's end of a connection to the proxy; 0 where it is gone."""
+    """The pid of the client whose connection to the proxy has this port; 0 where it has ended."""
     return next((c.pid for c in psutil.net_connections("tcp4") if c.laddr and c.laddr.port == port and c.pid), 0)
 
 
 class Jobs:
-    """`python jobs/<job>.py …` as processes, each with a log of its own."""
+    """Starts `python jobs/<job>.py …` as processes, each with a log of its own."""
 
     def __init__(self, address: str) -> None:
         self._env = os.environ | {"RAY_ADDRESS": address, "LOG_LEVEL": "INFO"}
@@ -159,7 +161,7 @@ class Jobs:
 
 
 class Job:
-    """One such process."""
+    """One process of a job."""
 
     def __init__(self, log: Path, job: str, args: tuple[str, ...], env: dict[str, str]) -> None:
         self.name, self._began = job, time.monotonic()
