@@ -33,6 +33,7 @@ _PLACES = {
         ),
         "capsfusion_ray.api.results",
     ),
+    **dict.fromkeys(("open_dataset", "Dataset"), "capsfusion_ray.api.dataset"),
     "RowCounts": "capsfusion_ray.core.accounting",
     **dict.fromkeys(("Outcome", "Reason"), "capsfusion_ray.core.types"),
     **dict.fromkeys(
@@ -70,6 +71,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from capsfusion_ray.api.dataset import Dataset as Dataset
+    from capsfusion_ray.api.dataset import open_dataset as open_dataset
     from capsfusion_ray.api.functions import evaluate as evaluate
     from capsfusion_ray.api.functions import export as export
     from capsfusion_ray.api.functions import fuse as fuse

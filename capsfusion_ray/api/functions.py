@@ -39,6 +39,7 @@ def fuse(
     engine: str | None = None,
     num_beams: int | None = None,
     retry: str | None = None,
+    local: bool = False,
     config: Config = None,
 ) -> FuseResult:
     """Fuse caption shards into a partitioned dataset. A call with the same arguments resumes or extends it.
@@ -53,7 +54,8 @@ def fuse(
         engine: beam, transformers, vllm, api or echo (engine.kind).
         num_beams: beams of the search, 1 to 8 (decode.num_beams).
         retry: fuse rejected rows again: "rejected", or reasons separated by commas.
-        config: every other key; see this module.
+        local: fuse in this process, without Ray (cluster.kind=local): for some hundred rows in a notebook.
+        config: every other key; see docs/api.md.
 
     Raises:
         ConfigError, SourceError, PlanChanged: an argument, the input or the output must change.
@@ -69,6 +71,7 @@ def fuse(
         "engine.kind": engine,
         "decode.num_beams": num_beams,
         "retry": retry,
+        "cluster.kind": "local" if local else None,
     }
     done = jobs.fuse(parsed(FuseConfig, config, given))
     return FuseResult(**done | {"rows": RowCounts(**done["rows"])})
@@ -83,7 +86,8 @@ def plan(
     limit: int | None = None,
     engine: str | None = None,
     num_beams: int | None = None,
-    calibrate: bool | None = None,
+    calibrate: bool = False,
+    local: bool = False,
     config: Config = None,
 ) -> PlanResult:
     """What `fuse` with the same arguments would do, take and cost. Writes nothing.
@@ -104,7 +108,8 @@ def plan(
         "input.limit": limit,
         "engine.kind": engine,
         "decode.num_beams": num_beams,
-        "calibrate": calibrate,
+        "calibrate": calibrate or None,
+        "cluster.kind": "local" if local else None,
     }
     quote = estimate(parsed(PlanConfig, config, given))
     return PlanResult(**{name: quote[name] for name in PlanResult.__dataclass_fields__})

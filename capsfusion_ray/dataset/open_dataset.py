@@ -85,7 +85,11 @@ def open_dataset(path: str, storage: Mapping[str, str] | None = None, kind: str 
     Its schema is fixed by the plan. With output.partition_by=<column> that column is part of it, with the type that it had in the
     input; rows of the null partition have null.
     """
-    files = list_files(path, storage, kind)
+    return open_files(list_files(path, storage, kind))
+
+
+def open_files(files: DatasetFiles) -> ds.Dataset:
+    """The `pyarrow.dataset.Dataset` of files that `list_files` has found."""
     by = files.schema.names[-1] if files.partition else ""
     expressions = [_equals(by, files.partition[file]) if by else pc.scalar(True) for file in files.paths]
     return ds.FileSystemDataset.from_paths(

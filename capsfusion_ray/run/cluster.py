@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +25,7 @@ from capsfusion_ray.run.ray_private import command_line
 
 # For a head that is just coming up. ray.init waits for minutes, and then aborts the process.
 ANSWER_PATIENCE_S = 15.0
+_to_undo = ExitStack()  # what connect did to this process; disconnect undoes it, last things first
 
 
 def named_cluster(cluster: ClusterConfig) -> str:
@@ -38,8 +39,11 @@ def named_cluster(cluster: ClusterConfig) -> str:
 def connect(cluster: ClusterConfig) -> Resources:
     """Join the named cluster, or start one here; what it has. Ray's list of jobs shows this command line without secrets.
 
+    A process that has called ray.init itself, such as a notebook, uses that cluster, and `disconnect` leaves it as it is.
     Raises ConfigError where nobody answers there, ClusterError where none can be started, and KeyboardInterrupt for a SIGTERM.
     """
+    if ray.is_initialized():
+        return _resources(here=False)
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
     with _sigterm_interrupts(), command_line(lambda: shlex.join(without_secrets(sys.orig_argv))):
         if named := named_cluster(cluster):
@@ -48,13 +52,18 @@ def connect(cluster: ClusterConfig) -> Resources:
             start_here(num_cpus=this_machine().cpus, **common)
         for name in ("ray.data", "ray"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        total = ray.cluster_resources()
-    return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here=not named)
+    _to_undo.callback(shutdown)
+    return _resources(here=not named)
+
+
+def _resources(here: bool) -> Resources:
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 1.0), total.get("GPU", 0.0), here)
 
 
 def disconnect() -> None:
-    """Leave the cluster, and end one that `connect` started."""
-    shutdown()
+    """Leave the cluster that `connect` joined, and end one that it started."""
+    _to_undo.close()
 
 
 @contextmanager
@@ -68,9 +77,13 @@ def _sigterm_interrupts() -> Iterator[None]:
             raise
         raise KeyboardInterrupt from None
     finally:
-        # Where the caller has no handler, Ray's stays: it ends the processes that were started here; the default would not.
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        if threading.current_thread() is threading.main_thread():
+            if callable(before):
+                signal.signal(signal.SIGTERM, before)
+            elif before is not None:
+                # The caller has no handler. Ray's stays until disconnect: it ends the processes that were started here, which
+                # the default would not do.
+                _to_undo.callback(signal.signal, signal.SIGTERM, before)
 
 
 def _join(named: str, **options: Any) -> None:

@@ -79,9 +79,9 @@ def test_a_wrong_argument_is_a_config_error_with_the_key_and_the_way_out(argumen
         cf.fuse(**arguments)
 
 
-def test_fuse_through_ray_returns_counts_that_close_and_leaves_the_process_as_it_was(tmp_path):
+def test_fuse_returns_counts_that_close_resumes_and_leaves_the_logging_as_it_was(tmp_path):
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
-    arguments = {"output": tmp_path / "out", "engine": "echo", "config": "conf/demo.yaml"}
+    arguments = {"output": tmp_path / "out", "engine": "echo", "local": True, "config": "conf/demo.yaml"}
     quote = cf.plan(**arguments)
     assert not (tmp_path / "out").exists()
     first = cf.fuse(**arguments)
