@@ -1,6 +1,6 @@
-"""What happens to one unit's table between the shard and the part: admit, then (an engine writes), then judge.
+"""The steps of one unit between the shard and the part: admit its rows, let an engine write, judge what it wrote.
 
-Arrow tables in, Arrow tables out. Knows no Ray, no engine and no store.
+The table of a unit goes in, a table comes out. Knows no Ray, no engine and no store.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ KEPT = "kept"  # first flag of a kept row; the reason follows it
 
 
 def admit(table: pa.Table, gates: GatesConfig) -> pa.Table:
-    """Decide which rows need the engine: those whose outcome is still null afterwards.
+    """Decide which rows need the engine: their outcome is null in the table that is returned.
 
-    Adds outcome, reason, detail and capsfusion (the text of a kept row); drops the reader's side column.
+    Adds the columns outcome, reason, detail and capsfusion (the text of a kept row); drops the reader's column INVALID.
     """
     verdicts: list[Verdict | None] = []
     fused: list[str | None] = []
@@ -71,7 +71,7 @@ def _invalid(what: str) -> Verdict:
 
 
 def waiting_pairs(table: pa.Table) -> tuple[list[CaptionPair], dict[tuple[str, str], list[int]]]:
-    """The distinct pairs of a unit that the engine must fuse, and the row numbers that each one serves."""
+    """The distinct pairs that the engine must fuse, and for each pair (raw, synthetic) the numbers of the rows that have it."""
     places: dict[tuple[str, str], list[int]] = {}
     pairs = []
     columns = (table[OUTCOME], table[ROW_ID], table[RAW], table[SYNTHETIC])
@@ -87,7 +87,7 @@ def waiting_pairs(table: pa.Table) -> tuple[list[CaptionPair], dict[tuple[str, s
 
 
 def with_generations(table: pa.Table, generations: dict[int, Generation]) -> pa.Table:
-    """Set the engine's columns of the rows numbered in `generations`; tokens of a shared generation count once."""
+    """Set the engine's columns; `generations`: by row number. The tokens of a generation that rows share count once."""
     fused = table[FUSED].to_pylist()
     finish: list[str | None] = [None] * len(fused)
     error: list[str | None] = [None] * len(fused)
@@ -106,9 +106,10 @@ def with_generations(table: pa.Table, generations: dict[int, Generation]) -> pa.
 
 
 def judge_unit(batch: UnitBatch, fields: Sequence[tuple[str, str]], gates: GatesConfig) -> tuple[pa.Table, UnitSummary]:
-    """Judge every fused row against both sources; the unit's part and its summary.
+    """Judge every fused row against both sources; returns the unit's part and its summary.
 
-    Raises AccountingError unless the batch accounts for exactly the unit's rows, in order.
+    `fields`: name and type of each column that is carried along. Raises AccountingError unless the batch accounts for
+    exactly the rows of the unit, in order, and the engine has answered for every row that waited.
     """
     table = batch.table
     _check_rows(batch)
@@ -136,9 +137,9 @@ _FINISH_REASONS = {str(finish): finish for finish in FinishReason}
 
 
 def _verdicts(table: pa.Table, gates: GatesConfig) -> Iterator[tuple[int, Verdict]]:
-    """Of every row that an engine was asked for, by row number."""
+    """(row number, verdict) of every row that the engine was asked to fuse."""
     waiting = [i for i, outcome in enumerate(table[OUTCOME].to_pylist()) if outcome is None]
-    asked = table.take(pa.array(waiting, pa.int64()))  # typed: of an empty list Arrow would make nulls
+    asked = table.take(pa.array(waiting, pa.int64()))  # with a type: an empty list would become an array of nulls
     finishes = [_FINISH_REASONS.get(finish) for finish in asked[FINISH].to_pylist()]
     if None in finishes:
         row_id = asked[ROW_ID][finishes.index(None)]

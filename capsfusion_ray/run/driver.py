@@ -76,7 +76,7 @@ def _resolved(cfg: FuseConfig, found: Survey, store: Store, lease: Lease, execut
 
 @dataclass(frozen=True)
 class _Run:
-    """One command on one output, of which this process holds the lease. `cfg` is resolved; `pool` is for any number of units."""
+    """One command on one output; this process holds its lease. `cfg` is resolved; `pool` is for any number of units."""
 
     cfg: FuseConfig
     found: Survey

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 # ray.data reads this when it is imported. A killed driver keeps its share of the cluster until its last request for it runs
-# out, by default after 180 s: the resumed run would have half the CPUs for so long. A living driver asks anew every 10 s.
+# out, by default after 180 s: the resumed run would have half the CPUs for so long. A living driver asks again every 10 s.
 os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "60")
 
 from ray.data import DataContext, Datasource

@@ -81,14 +81,14 @@ def judge_and_commit(batch: UnitBatch, job: Job) -> UnitSummary:
 def within_cap(summaries: Iterable[UnitSummary], api: ApiConfig, actors: int) -> Iterator[UnitSummary]:
     """Pass the summaries on until together they cost what all actors may spend.
 
-    Each actor counts its own dollars too, but one that is restarted begins to count anew. Raises CostCapReached.
+    Each actor counts its own dollars too, but one that is restarted counts from zero again. Raises CostCapReached.
     """
     spent = 0.0
     for summary in summaries:
         if api.max_dollars is not None and spent >= api.max_dollars * actors:
             raise CostCapReached(
                 f"engine.api.max_dollars={api.max_dollars:g}: the units of this run cost {spent:.4f} dollars, by the server's token counts, "
-                f"which is what its {actors} actors may spend; what is committed is kept, and the same command with a higher cap goes on"
+                f"which is what its {actors} actors may spend; committed units are kept, and the same command with a higher cap resumes"
             )
         spent += api.dollars(summary.prompt_tokens, summary.output_tokens)
         yield summary

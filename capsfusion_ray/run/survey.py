@@ -1,6 +1,6 @@
 """What a fuse run knows before it touches a cluster: the model, the shards, the columns, the plan, and what is left to do.
 
-Knows no Ray and writes nothing. jobs/plan.py stops here; jobs/fuse.py (driver.py) goes on.
+Knows no Ray and writes nothing. The plan job ends here; the fuse job continues in driver.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Survey:
 def survey(cfg: FuseConfig) -> Survey:
     """Inspect the model and list the input, so that an error that needs no cluster is raised within seconds.
 
-    Raises ConfigError for settings that cannot work, and SourceError for an input of which nothing is readable.
+    Raises ConfigError for settings that cannot work, and SourceError for an input without a readable shard.
     """
     if cfg.engine.kind == "api":
         from capsfusion_ray.engines.api.engine import check

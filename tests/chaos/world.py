@@ -132,7 +132,7 @@ class WatchedProxy(FaultProxy):
             return
         drop = await asyncio.get_running_loop().run_in_executor(None, lambda: act(_who_asks(request.port)))
         if drop:
-            raise ConnectionResetError("whoever asked is dead")
+            raise ConnectionResetError("the client was killed")
 
 
 def _who_asks(port: int) -> int:

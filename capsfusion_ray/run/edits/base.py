@@ -58,7 +58,7 @@ class Edit(ABC):
 
     @abstractmethod
     def merge(self, entry: GroupEntry, units: Sequence[WorkUnit], repeated: Repeated) -> GroupEntry:
-        """Write a new edition of one group, of which `units` were fused again; see Rewriter for `repeated`."""
+        """Write a new edition of one group. `units`: those that were fused again; `repeated`: captions to mark, see mark_repeated."""
 
     def repeats(self, entry: GroupEntry, units: Sequence[WorkUnit]) -> dict[str, int]:
         """The most repeated captions that the group will have. Rows that are recomputed get the captions that they had."""

@@ -1,7 +1,7 @@
 """Runs the stages in this one process, with threads and without Ray: for tests, and for a notebook's hundred rows.
 
-One engine, one thread that reads ahead, and cluster.units_in_flight threads, each of which takes a unit, gets it fused,
-judges it and commits it. The output has the same files, names and bytes as under Ray.
+One engine, one thread that reads ahead, and cluster.units_in_flight threads: each takes a unit, has it fused, judges it
+and commits it. The output has the same files, names and bytes as under Ray.
 
 What one process cannot do: a row that kills its process kills the run (under Ray the row is found and rejected), and an
 engine that dies or stalls ends the run with an error (under Ray another actor takes over). What is committed is kept in

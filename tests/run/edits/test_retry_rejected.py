@@ -35,7 +35,7 @@ def retry_of(path, store, *more, reasons="rejected", partition_by="shard", execu
 
 
 class ThenDamages(LocalExecutor):
-    """Fuses all, and damages a rejected file of the output at `path` before the edit goes on."""
+    """Fuses all, and damages a rejected file of the output at `path` before the edit continues."""
 
     def __init__(self, path):
         super().__init__(LOCAL)

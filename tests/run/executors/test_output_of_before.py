@@ -16,7 +16,7 @@ def run(words, *more):
 
 
 def check(folder):
-    return verify(VerifyConfig(parse_config(FuseConfig, [f"output.path={folder}"]).output, deep=True))["rows"]
+    return verify(parse_config(VerifyConfig, [f"output.path={folder}", "deep=true"]))["rows"]
 
 
 def test_a_begun_output_is_resumed_to_the_very_files_of_the_finished_one(tmp_path):
