@@ -49,7 +49,7 @@ class SourceConfig:
     preset: Literal["generic", "example_json", "capsfusion_120m", "laion_coco"] = setting(
         "generic", "which columns are which; generic: the first known name that the input has", common=True
     )
-    format: Literal["auto", "parquet", "json", "jsonl", "csv", "tsv"] = setting("auto", "auto: by the file name")
+    format: str = setting("auto", "parquet, json (an array), jsonl, csv or tsv; auto: by the file name")
     columns: ColumnsConfig = section(ColumnsConfig)
     passthrough: list[str] | None = setting(
         None, "further columns that are copied to the output; null: those of the preset", common=True

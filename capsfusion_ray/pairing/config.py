@@ -18,7 +18,7 @@ class TableConfig:
     key: str = setting("", "column of the key, text or integers; empty: the URL", common=True)
     url: str = setting("", "column of the image URL; empty: the first known name, if any", common=True)
     passthrough: list[str] = setting([], "further columns that are copied to the output", common=True)
-    format: Literal["auto", "parquet", "json", "jsonl", "csv", "tsv"] = setting("auto", "auto: by the file name")
+    format: str = setting("auto", "parquet, json (an array), jsonl, csv or tsv; auto: by the file name")
     storage: dict[str, str] = setting({}, "fsspec options, e.g. {endpoint_url: http://…}")
 
 

@@ -1,14 +1,4 @@
-"""Shards -> Arrow tables of caption pairs, a unit at a time.
-
-| file | is |
-| --- | --- |
-| `model.py` | the nouns: Shard, ReadSpec, UnitRows, UnreadableRange |
-| `discover.py` | paths -> shards, readable or not |
-| `schema.py` | one frozen schema over all shards, and the casts to it |
-| `filters.py` | which rows a filter leaves out |
-| `text.py` | JSON, JSON lines, CSV and TSV as streams |
-| `read.py` | row ranges of a shard -> tables |
-"""
+"""Find input shards and read them as Arrow tables of caption pairs."""
 
 from capsfusion_ray.sources.discover import discover
 from capsfusion_ray.sources.filters import filter_mask

@@ -1,6 +1,6 @@
-"""Find the shards of an input and look into each: format, rows, columns, a content key. Knows no captions and no units.
+"""Find the shards of an input and inspect each: format, rows, columns, a content key. Knows no captions and no units.
 
-A shard that cannot be read is returned with its `error`, never raised and never dropped: the plan names it.
+A shard that cannot be read is returned with its `error`, so that the plan can name it.
 """
 
 from __future__ import annotations
@@ -13,43 +13,38 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from capsfusion_ray.config import InputConfig, SourceConfig
-from capsfusion_ray.core.parquet import read_footer
-from capsfusion_ray.errors import SourceError
+from capsfusion_ray.errors import ConfigError, SourceError
+from capsfusion_ray.sources.formats import FORMATS
+from capsfusion_ray.sources.formats.text import first_byte, open_text
 from capsfusion_ray.sources.shard import DAMAGE, Shard, damage_of
-from capsfusion_ray.sources.text import first_byte, open_text, scan
 from capsfusion_ray.storage import Store, StoredFile
 
 LOG = logging.getLogger(__name__)
 
-FOOTER_THREADS = 16  # a footer is two small requests; 16 at once read a thousand in a few seconds
-SAMPLE_BYTES = 64 << 10  # of head, middle and tail, for the content key where the store gives no etag
+FOOTER_THREADS = 16  # a footer takes two small requests; 16 threads read a thousand footers in a few seconds
+SAMPLE_BYTES = 64 << 10  # of head, middle and tail each, for the content key if the store gives no etag
 
-FORMATS = {
-    "parquet": "parquet",
-    "pq": "parquet",
-    "json": "json",  # an array or lines: its first byte tells
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "csv": "csv",
-    "tsv": "tsv",
-}
+EXTENSIONS = {extension: name for name, format in FORMATS.items() for extension in format.extensions}
 COMPRESSIONS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 
 
 def discover(input: InputConfig, source: SourceConfig) -> list[Shard]:
     """All shards of `input.path` (files, globs, folders, URLs), in the order of the paths, sorted within each.
 
-    Ignored, and counted in the log: names starting with "_", foreign extensions. Hidden files are not even listed. Raises
-    SourceError where a path matches nothing, StorageError or StoreRefused where the store itself fails.
+    Files with other extensions and names that start with "_" are ignored and counted in the log. Hidden files are not
+    listed. Raises ConfigError for an unknown source.format, SourceError for a path that matches nothing, StorageError or
+    StoreRefused if the store fails.
     """
-    found: dict[str, Shard] = {}  # by URL: a file named twice is one shard
+    if source.format not in ("auto", *FORMATS):
+        raise ConfigError(f"source.format={source.format!r}: must be auto or one of {', '.join(FORMATS)}")
+    found: dict[str, Shard] = {}  # by URL, so that a file that two paths match is one shard
     prefixes: dict[str, str] = {}
     for text in input.paths:
         store, files, named = _listed(text, input.storage)
         shards = _recognised(text, store, files, named, source)
         if not shards:
             raise SourceError(
-                f"input.path={text!r}: no {', '.join(sorted(FORMATS))} file there (also .gz, .zst, .bz2); "
+                f"input.path={text!r}: no {', '.join(sorted(EXTENSIONS))} file there (also .gz, .zst, .bz2); "
                 "check the path, or set source.format where the names have no extension"
             )
         for shard in shards:
@@ -64,10 +59,10 @@ def discover(input: InputConfig, source: SourceConfig) -> list[Shard]:
 
 
 def _prefix(root: str, prefixes: dict[str, str]) -> str:
-    """What tells the files of several roots apart in row ids.
+    """The prefix of a root in row ids, which distinguishes the files of several roots.
 
-    The first root gets none, so that row ids stay as they are when a folder is added behind it; the others get their last
-    folder's name, with a short hash of the root where that name is taken.
+    The first root has none, so that row ids stay the same when a folder is added after it. The others have the name of their
+    last folder, with a short hash of the root if that name is taken.
     """
     if root not in prefixes:
         name = root.rstrip("/").rpartition("/")[2]
@@ -78,7 +73,7 @@ def _prefix(root: str, prefixes: dict[str, str]) -> str:
 
 
 def _listed(text: str, options: dict[str, str]) -> tuple[Store, list[StoredFile], bool]:
-    """The store whose root row ids are relative to, its files that `text` means, and whether `text` names just one."""
+    """The store at the root of the row ids, the files that `text` matches, and whether `text` is the name of one file."""
     if not text:
         raise SourceError("input.path is empty; give a file, a glob, a folder or a URL such as s3://bucket/folder")
     whole = Store(text, options)
@@ -97,7 +92,7 @@ def _listed(text: str, options: dict[str, str]) -> tuple[Store, list[StoredFile]
 
 
 def _glob_regex(pattern: str) -> str:
-    """ "*" and "?" stay within a folder, "**/" spans folders, "[a-c]" as in a shell."""
+    """A regular expression for a glob: "*" and "?" match within a folder, "**/" any number of folders, "[a-c]" as in a shell."""
     out, rest = "", pattern
     while rest:
         for token, regex in (("**/", "(?:.*/)?"), ("**", ".*"), ("*", "[^/]*"), ("?", "[^/]")):
@@ -116,14 +111,14 @@ def _glob_regex(pattern: str) -> str:
 
 
 def _recognised(text: str, store: Store, files: list[StoredFile], named: bool, source: SourceConfig) -> list[Shard]:
-    """The files that are shards; a file named by itself always is, whatever its name."""
+    """The files that are shards. A file whose own name was given (`named`) is one, whatever its extension."""
     shards, ignored = [], Counter[str]()
     for file in files:
         name = file.path.rpartition("/")[2]
         parts = name.lower().split(".")
         compression = COMPRESSIONS.get(parts[-1], "")
         extension = (parts[:-1] if compression else parts)[-1] if len(parts) > 1 else ""
-        format = FORMATS.get(extension, "")
+        format = EXTENSIONS.get(extension, "")
         if not named and (name.startswith("_") or file.path.startswith("_") or "/_" in file.path):
             ignored["names starting with '_'"] += 1
         elif not named and not format and not (source.format != "auto" and not extension):
@@ -147,6 +142,7 @@ def _recognised(text: str, store: Store, files: list[StoredFile], named: bool, s
 
 
 def _inspected(shard: Shard, store: Store, source: SourceConfig) -> Shard:
+    """The shard with rows, columns and content key, or with its error."""
     try:
         shard = replace(shard, content_key=shard.content_key or _sampled_key(store, shard))
         if shard.size == 0:
@@ -155,18 +151,10 @@ def _inspected(shard: Shard, store: Store, source: SourceConfig) -> Shard:
         if format in ("", "json") and source.format in ("auto", "json"):
             format = _sniffed(store, shard)
         if not format:
-            raise SourceError(f"{store.url(shard.file)}: its name does not tell its format; set source.format")
-        if format == "parquet":
-            with store.open_input(shard.file) as file:
-                footer = read_footer(file)
-            groups = tuple(footer.metadata.row_group(g).num_rows for g in range(footer.metadata.num_row_groups))
-            rows, schema = footer.metadata.num_rows, footer.schema.remove_metadata()
-            shard = replace(shard, refused=footer.refused)
-        else:
-            with open_text(store, shard.file, shard.compression) as stream:
-                rows, schema = scan(stream, format)
-            groups = (rows,)
-        return replace(shard, format=format, rows=rows, row_groups=groups, schema=schema)
+            raise SourceError(
+                f"{store.url(shard.file)}: its name and its first byte do not tell the format; set source.format"
+            )
+        return FORMATS[format].inspect(store, replace(shard, format=format))
     except FileNotFoundError:
         return replace(shard, error="a link to nothing, or deleted since it was listed")
     except DAMAGE as error:
@@ -174,12 +162,16 @@ def _inspected(shard: Shard, store: Store, source: SourceConfig) -> Shard:
 
 
 def _sniffed(store: Store, shard: Shard) -> str:
+    """The format by the first byte of the file; for another first byte jsonl if the name ends in .json, else empty."""
     with open_text(store, shard.file, shard.compression) as stream:
-        return {b"[": "json", b"{": "jsonl", b"P": "parquet"}.get(first_byte(stream), shard.format and "jsonl")
+        first = first_byte(stream)
+    return next(
+        (name for name, each in FORMATS.items() if first and each.first_byte == first), shard.format and "jsonl"
+    )
 
 
 def _sampled_key(store: Store, shard: Shard) -> str:
-    """Size, head, middle and tail: what an edit changes and a copy or a `touch` does not. A parquet's tail is its footer."""
+    """A hash of size, head, middle and tail. An edit changes it; a copy or a `touch` does not. The tail of Parquet is its footer."""
     digest = hashlib.sha256(str(shard.size).encode())
     with store.open_input(shard.file) as file:
         for at in sorted({0, max(0, shard.size // 2), max(0, shard.size - SAMPLE_BYTES)}):

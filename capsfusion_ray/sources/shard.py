@@ -1,4 +1,4 @@
-"""The nouns of reading: a shard, what a read gives back, what could not be read. Knows no file format."""
+"""The dataclasses of reading: a shard, how it is read, what a read returns. Knows no file format."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from capsfusion_ray.config import FilterConfig, SourceConfig
 from capsfusion_ray.core.types import FilterReason
 from capsfusion_ray.errors import StorageError
 
-BATCH_ROWS = 8192  # decoded at a time: 2-3 MB of captions, however large the row group
+BATCH_ROWS = 8192  # rows per decoded batch: 2-3 MB of captions, whatever the size of the row group
 
-# What decoders raise on damaged bytes. A failing store raises StorageError instead, which is none of these: that is retried.
+# What decoders raise for damaged bytes. A failing store raises StorageError, which is none of these and is retried.
 DAMAGE = (pa.ArrowException, OSError, ValueError, EOFError, RecursionError)
 
 
 def damage_of(error: BaseException, where: str) -> str:
-    """What DAMAGE is called in the accounting.
+    """The text that names a DAMAGE error in the accounting; `where` names the file.
 
-    Raises StorageError where a mounted file system failed (EIO, ESTALE, …) rather than a decoder: it may read again later.
-    A decoder's own OSError has no errno; EINVAL is a damaged offset, where no file has bytes.
+    Raises StorageError if a mounted file system failed (EIO, ESTALE, …), because a later read may succeed. The OSError of a
+    decoder has no errno, except EINVAL for a damaged offset that is outside of the file.
     """
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         raise StorageError(f"cannot read {where}: {error}") from error
@@ -33,10 +33,10 @@ def damage_of(error: BaseException, where: str) -> str:
 class Shard:
     """One input file.
 
-    `root` and `file` open it (`Store(root).open_input(file)`); `path` is its name in row ids, unique in the run. `size` in
-    bytes. `content_key` changes with the content, never with a time stamp. `row_groups` are row counts; a text file is one
-    group. `error` is empty, or why nothing of this shard can be read (then `rows` is None). `refused`: column -> the Arrow
-    extension type for which it is not read.
+    `Store(root).open_input(file)` opens it. `path` is its name in row ids, and unique in the run. `size` is in bytes.
+    `content_key` changes with the content, and never with a time stamp. `row_groups` are row counts; a text file has one
+    row group. `error` is empty, or says why nothing of this shard can be read (then `rows` is None). `refused`: column ->
+    the Arrow extension type because of which the column is not read.
     """
 
     root: str
@@ -55,7 +55,7 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ReadSpec:
-    """How all shards of a run are read: `schema` from `frozen_schema`, `options` of the input's store."""
+    """How all shards of a run are read: `schema` comes from `frozen_schema`; `options` are those of the input's store."""
 
     schema: pa.Schema
     source: SourceConfig
@@ -65,7 +65,7 @@ class ReadSpec:
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRange:
-    """Rows [start, stop) of a shard that damage keeps from being read."""
+    """Rows [start, stop) of a shard that cannot be read because of damage."""
 
     start: int
     stop: int
@@ -74,11 +74,11 @@ class UnreadableRange:
 
 @dataclass(frozen=True, slots=True)
 class UnitRows:
-    """What rows [start, stop) of a shard gave.
+    """The result of reading rows [start, stop) of a shard.
 
-    stop - start = table.num_rows + sum(filtered.values()) + the rows of `unreadable`. `table` has the frozen schema and the
-    side column presets.INVALID: null, or what keeps the row from being used ("laion_2b" or "laion_coco": its bytes are not
-    UTF-8, shown repaired; "json", "csv" or "tsv": the line cannot be parsed).
+    stop - start = table.num_rows + sum(filtered.values()) + the rows of `unreadable`. `table` has the frozen schema and
+    the column INVALID: null, or why the row cannot be used ("laion_2b" or "laion_coco": that caption is not UTF-8 and was
+    repaired; "json", "csv" or "tsv": the line cannot be parsed).
     """
 
     start: int
@@ -90,8 +90,13 @@ class UnitRows:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Rows as the file has them, from row `start` on: the file's own column names and types."""
+    """Rows of a file from row `start` on, with the column names and types of the file."""
 
     start: int
     table: pa.Table
-    broken: pa.Array | None = None  # strings: null, or the format whose rules the row breaks
+    broken: pa.Array | None = None  # strings: null, or the format in which the row cannot be parsed
+
+    @property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.start + int(self.table.num_rows)
