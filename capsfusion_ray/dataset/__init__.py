@@ -1,1 +1,1 @@
-"""The files of an output: how they are written, read back, changed and checked. Knows stores; no Ray, no torch."""
+"""The files of an output: written, read, changed and checked. Knows stores; no Ray, no torch."""

@@ -1,8 +1,8 @@
-"""Which driver may compact and publish an output: a lease object, renewed by compare and swap.
+"""The lease of an output: only its holder may compact and publish. One object, renewed by compare-and-swap.
 
-Commits need no lease: they are put-if-absent, and harmless from any number of drivers. No clocks are compared between
-machines: a lease is over when its object did not change for TTL_S while we watched it, when its holder said so, or when
-its holder was a process of this machine and is gone. Knows the store only.
+Commits need no lease: they are put-if-absent, so any number of drivers may commit. Clocks of two machines are never compared. A
+lease has ended when its object did not change for TTL_S while this driver watched it, when its holder released it, or when its
+holder was a process of this machine that does not exist any more. Knows the store only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from capsfusion_ray.storage import Store, StoreRefused, decode_note, encode_note
 
 log = logging.getLogger(__name__)
 TTL_S = 60.0
-OUTAGE_S = 900.0  # without a heartbeat: then the run stops; until then whoever would compact waits
+OUTAGE_S = 900.0  # after so long without a heartbeat the run stops; until then its compactions wait
 BEATS_PER_TTL = 4
 _WATCHES_PER_TTL = 20
 
 
 @dataclass(frozen=True)
 class Holder:
-    """One driver process. `machine` is empty where a process cannot be told to be alive (no /proc)."""
+    """One driver process. `machine` is empty where other processes cannot tell whether it is alive (no /proc)."""
 
     id: str
     host: str
@@ -43,12 +43,13 @@ class Holder:
 
     @classmethod
     def me(cls) -> Holder:
+        """This process, as the holder of a new lease."""
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), _machine(), _started(os.getpid()), since)
 
     @property
     def over(self) -> bool:
-        """Released, or a process of this very machine that is gone."""
+        """True if it was released, or if its process ran on this machine and does not exist any more."""
         gone = bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
         return self.released or gone
 
@@ -61,7 +62,7 @@ class Holder:
 
 
 def _machine() -> str:
-    """Equal for two processes exactly if they see each other's pids: one boot, one pid namespace, one host name."""
+    """Equal for two processes exactly if they see each other's pids: same boot, same pid namespace, same host name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -70,19 +71,20 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When the process began, in kernel ticks since boot: a pid that is used again gives another value. Empty: gone."""
+    """When the process started, in kernel ticks since boot; empty where it does not exist. A reused pid has another value."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
         return ""
-    return "" if state == "Z" else fields[18]  # a zombie works no more
+    return "" if state == "Z" else fields[18]  # a zombie runs no code any more
 
 
 class Lease:
-    """Held while used as a context. `takeover`: take it from a living holder, who will stop before its next compaction.
+    """Held while used as a context manager.
 
-    A living holder is waited for up to `wait_s` seconds, counted from `with`; then that raises ConfigError. To tell that
-    it lives takes up to `ttl_s` seconds more.
+    `takeover`: take the lease from a holder that is alive; that driver stops before its next compaction. `wait_s`: how many
+    seconds `with` waits for a holder that is alive before it raises ConfigError; to find out whether it is alive takes up to
+    `ttl_s` seconds more. `ttl_s`: without a heartbeat for so long the lease has ended. `outage_s`: see OUTAGE_S.
     """
 
     def __init__(
@@ -113,23 +115,23 @@ class Lease:
         if not self._lost:
             try:
                 self._put(dataclasses.replace(self._holder, released=True), self._etag)
-            except (StorageError, StoreRefused) as error:  # it runs out by itself
+            except (StorageError, StoreRefused) as error:  # it ends by itself after ttl_s
                 log.warning("lease not released: %s", error)
 
     @property
     def id(self) -> str:
-        """This driver's own, in all stores and at all times."""
+        """The id of this driver: no other driver ever has the same."""
         return self._holder.id
 
     def check(self) -> None:
-        """Return once this driver surely holds the lease: waits while the store takes no heartbeat.
+        """Return when this driver certainly holds the lease. Waits while the store accepts no heartbeat.
 
-        Raises LeaseLost if another driver took this output over, or the store took no heartbeat for `outage_s`.
+        Raises LeaseLost if another driver took this output over, or if the store accepted no heartbeat for `outage_s`.
         """
         while not self._lost and time.monotonic() - self._renewed > self._ttl_s * (1 - 1 / BEATS_PER_TTL):
             time.sleep(self._ttl_s / _WATCHES_PER_TTL)
         if self._lost:
-            raise LeaseLost(f"{self._store.url(LEASE)}: {self._lost}; this driver stops, everything committed is kept")
+            raise LeaseLost(f"{self._store.url(LEASE)}: {self._lost}; this driver stops, and all commits are kept")
 
     def _acquire(self) -> None:
         patience = time.monotonic() + self._wait_s
@@ -152,15 +154,15 @@ class Lease:
             )
             return
         raise ConfigError(
-            f"{self._store.root}: another driver is at work on this output ({holder.host}, pid {holder.pid}, since "
-            f"{holder.since}); wait for it (lease_wait_s=600 does), or give takeover=true to stop it"
+            f"{self._store.root}: another driver works on this output ({holder.host}, pid {holder.pid}, since "
+            f"{holder.since}); give lease_wait_s=600 to wait for it, or takeover=true to stop it"
         )
 
     def _living_holder(self, data: bytes, etag: str) -> Holder | None:
-        """The holder at its first sign of life; None once the lease was given up or not renewed for its time.
+        """The holder as soon as its heartbeat is seen; None once the lease was released, or was not renewed for ttl_s.
 
-        Silence is counted in looks as well as in seconds: when this very process was stopped or starved, the time that
-        passed says nothing about the holder.
+        Both seconds and looks at the object are counted: while this process itself is suspended, time passes that says
+        nothing about the holder.
         """
         holder = Holder.from_bytes(data)
         if holder.over:
@@ -181,7 +183,7 @@ class Lease:
         return None
 
     def _put(self, holder: Holder, etag: str | None) -> bool:
-        # From the request on, not from its answer, which may be late: whoever watches counts from when it was written.
+        # The time of the request, not of its answer, which may be late: others count from when the object was written.
         asked = time.monotonic()
         new = self._store.put_if_match(LEASE, holder.to_bytes(), etag)
         if new is not None:
@@ -194,7 +196,7 @@ class Lease:
                 if not self._put(dataclasses.replace(self._holder, beat=self._holder.beat + 1), self._etag):
                     self._lost = "another driver took this output over"
                     break
-            except (StorageError, StoreRefused) as error:  # refused: credentials may have run out, and may be renewed
+            except (StorageError, StoreRefused) as error:  # credentials that have expired may be renewed
                 log.warning("heartbeat not written: %s", error)
             silent_s = time.monotonic() - self._renewed
             if silent_s > self._outage_s:

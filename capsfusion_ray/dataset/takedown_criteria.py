@@ -30,13 +30,10 @@ class TakedownConfig:
     output: OutputConfig = section(OutputConfig, required=["path"])
     urls: str = setting("", "a text file, plain or .gz, with one image_url per line", common=True)
     row_ids: str = setting("", "a text file, plain or .gz, with one row_id per line", common=True)
-    # passthrough column -> rows with a larger value are removed, e.g. {punsafe: 0.3}
     above: dict[str, float] = setting(
         {}, "passthrough column -> remove rows with a larger value, e.g. {punsafe: 0.3}", common=True
     )
-    # passthrough column -> rows with a smaller value are removed
     below: dict[str, float] = setting({}, "passthrough column -> remove rows with a smaller value", common=True)
-    # rows that the run would have left out under this filter are removed
     filter: FilterConfig = section(FilterConfig, "remove the rows that the run would have left out under this filter")
     takeover: bool = setting(False, "stop another driver that writes to the same output, and continue in its place")
 

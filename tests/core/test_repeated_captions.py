@@ -1,4 +1,4 @@
-"""One caption for too many pairs: counted by group, judged over the run, marked without breaking the accounting."""
+"""One caption for too many pairs: counted per group, judged over the run, marked, and the accounting still closes."""
 
 from collections import Counter
 from contextlib import closing
@@ -51,7 +51,7 @@ def rows_of(captions, raws, kept=()):
 
 
 @given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=30), min_size=1, max_size=4))
-def test_the_sum_of_the_groups_is_the_count_of_different_pairs_in_each(groups):
+def test_captions_are_counted_once_per_different_pair_of_a_group(groups):
     notes, want = [], Counter()
     for rows in groups:
         tally = Tally()
@@ -65,7 +65,7 @@ def test_the_sum_of_the_groups_is_the_count_of_different_pairs_in_each(groups):
     assert total == {caption_key(c): n for c, n in want.items()}
 
 
-def test_a_large_group_notes_its_most_repeated_and_a_small_run_knows_no_repeats():
+def test_a_large_group_keeps_its_most_repeated_captions_and_a_small_run_has_no_repeated_ones():
     tally = Tally()
     captions = [f"c{i}" for i in range(3 * RECORDED)] + [LOST] * 7
     tally.add(rows_of(captions, [str(i) for i in range(len(captions))]))
@@ -86,7 +86,7 @@ def test_kept_captions_do_not_count():
     st.integers(0, 20),
     st.lists(st.sampled_from("abcd"), max_size=8),
 )
-def test_after_a_retry_a_group_notes_what_it_would_had_it_been_written_so(rows, gone, captions):
+def test_after_a_retry_a_group_counts_as_if_its_rows_had_been_written_so_at_first(rows, gone, captions):
     def tally(of):
         counted = Tally()
         counted.add(rows_of([c for c, _ in of], [str(r) for _, r in of]))
@@ -98,7 +98,7 @@ def test_after_a_retry_a_group_notes_what_it_would_had_it_been_written_so(rows, 
 
 
 def compacted(store):
-    """Six units of ten rows in two groups: every other fused row says the same of another picture."""
+    """Six units of ten rows in two groups: every second fused row has the same caption for another picture."""
     units = units_of(6, 10)
     plan = Plan(1, {"k": "v"}, 10, FIELDS, tuple(units), tuple(PlannedShard(u.path, "c", 99, u.group) for u in units))
     write_plan(store, plan)
@@ -120,7 +120,7 @@ def compacted(store):
 
 
 def judged(store, plan, action):
-    """The end of a run: judge, publish, sweep."""
+    """The end of a run, without Ray: judge, publish, sweep."""
     rewriter = Rewriter(store, 1, FIELDS, OUTPUT)
     entries = judge_repeats(rewriter, read_groups(store), GateConfig(action, 0.001), lambda: None)
     manifest = assemble([plan], entries, [{"revision": 1, "kind": "base"}])
@@ -173,21 +173,22 @@ def test_killed_at_every_write_and_repeated_it_marks_the_same(tmp_path, action):
         else:
             assert at > 4
             return
-    raise AssertionError("it never came to its end")
+    raise AssertionError("it was still killed at write 29")
 
 
 def test_judging_again_changes_nothing(tmp_path):
     store = Store(str(tmp_path))
     plan, _ = compacted(store)
     first = judged(store, plan, "flag")
-    again = judge_repeats(
-        Rewriter(store, 2, FIELDS, OUTPUT), read_groups(store), GateConfig("flag", 0.001), lambda: None
-    )
-    assert all(entry.edition == 1 for entry in again)
-    assert read_manifest(store) == first
+    entries, files = read_groups(store), {file.path: store.get(file.path) for file in store.list()}
+    again = judge_repeats(Rewriter(store, 2, FIELDS, OUTPUT), entries, GateConfig("flag", 0.001), lambda: None)
+    assert again == entries
+    assert [entry.edition for entry in again] == [1, 1], "both groups were rewritten by the first judgement"
+    assert first.counts.flags["repeated_caption"] == 24
+    assert {file.path: store.get(file.path) for file in store.list()} == files
 
 
-# ------------------------------------------------------------------------------------------------------- and by a retry
+# ------------------------------------------------------------------------------------------------------- in a retry
 
 OTHER = "An image of a product."
 
@@ -216,7 +217,7 @@ class Writes(LocalExecutor):
 
 
 def retried(store, caption, action, reasons="rejected"):
-    """`retry=…`, whose engine writes `caption(row number)`."""
+    """`retry=…` with an engine that writes `caption(row number)`."""
     retry = open_retry(store, reasons, {"seed": caption(0), "action": action}, read_plans(store), OUTPUT)
     if retry is None:  # killed after it published the manifest
         return read_manifest(store).counts
@@ -229,13 +230,13 @@ def retried(store, caption, action, reasons="rejected"):
 
 
 def rejected_once(root):
-    """The run above, whose 24 repeated rows are rejected; and the counts."""
+    """An output with its 24 repeated rows rejected, and its counts."""
     store = Store(str(root))
     plan, _ = compacted(store)
     return store, judged(store, plan, "reject").counts
 
 
-def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path):
+def test_a_retry_that_writes_the_same_caption_again_stays_rejected(tmp_path):
     store, before = rejected_once(tmp_path)
     assert before.reasons["repeated_caption"] == 24
     assert retried(store, lambda n: LOST, "reject", "repeated_caption").reasons == before.reasons
@@ -245,7 +246,7 @@ def test_a_retry_that_writes_the_same_again_does_not_bring_it_in(tmp_path):
     assert LOST not in {row["capsfusion"] for row in read(tmp_path, "data").values()}
 
 
-def test_a_retry_that_writes_better_is_merged_and_what_was_counted_is_forgotten(tmp_path):
+def test_after_a_retry_with_other_captions_the_repeated_one_is_no_longer_counted(tmp_path):
     store, before = rejected_once(tmp_path)
     counts = retried(store, lambda n: f"new {n}", "reject", "repeated_caption")
     assert counts.fused == before.fused + 24
@@ -254,7 +255,7 @@ def test_a_retry_that_writes_better_is_merged_and_what_was_counted_is_forgotten(
 
 
 @pytest.mark.parametrize("action", ["flag", "reject", "ignore"])
-def test_a_retry_that_loses_its_way_itself_is_marked_and_nothing_else_is(tmp_path, action):
+def test_rows_of_a_retry_that_repeats_a_caption_are_marked_and_no_others(tmp_path, action):
     store, before = rejected_once(tmp_path)
     data = {p: p.read_bytes() for p in (tmp_path / "data").rglob("*.parquet")}
     rejected = before.rejected
@@ -263,7 +264,7 @@ def test_a_retry_that_loses_its_way_itself_is_marked_and_nothing_else_is(tmp_pat
     assert counts.reasons.get("repeated_caption", 0) == (rejected if action == "reject" else 0)
     assert counts.flags.get("repeated_caption", 0) == (rejected if action == "flag" else 0)
     assert counts.fused == before.fused + (0 if action == "reject" else rejected)
-    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "what stood there stands as it was"
+    assert all(p.read_bytes() == bytes_ for p, bytes_ in data.items()), "data files that were there are unchanged"
 
 
 def test_a_retry_killed_at_every_write_marks_the_same(tmp_path):

@@ -1,4 +1,4 @@
-"""The tools that consume the dataset read it as it lies, and as it is exported."""
+"""Other tools read the dataset in place and as it is exported."""
 
 import shutil
 
@@ -52,13 +52,15 @@ def test_an_export_is_a_dataset_of_the_hub(output, tmp_path):
     assert header["configs"][0]["data_files"][0]["path"] == "data/train-*.parquet"
     assert "| planned | 80 |" in card
     assert "--url_col image_url --caption_col capsfusion" in (to / "img2dataset.sh").read_text()
-    assert export(ExportConfig(OutputConfig(str(output)), to=str(to)))["files"] == done["files"], "again: the same"
+    assert export(ExportConfig(OutputConfig(str(output)), to=str(to)))["files"] == done["files"], (
+        "the same export again changes nothing"
+    )
     (to / "data" / "other.parquet").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"data/other.parquet; choose an empty folder"):
         export(ExportConfig(OutputConfig(str(output)), to=str(to)))
 
 
-def test_an_export_passes_no_damage_on(output, tmp_path):
+def test_a_damaged_file_is_not_exported(output, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(output, damaged)
     file = flip_a_bit(damaged / "data")

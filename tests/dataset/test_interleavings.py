@@ -1,4 +1,4 @@
-"""Any interleaving of attempts, kills, restarts, compactions, extensions and takedowns keeps every row exactly once."""
+"""Attempts, kills, restarts, compactions, extensions and takedowns in any order leave every row in the output exactly once."""
 
 import io
 import uuid
@@ -29,11 +29,11 @@ from capsfusion_ray.errors import ConfigError
 from capsfusion_ray.storage import Store
 
 ROWS, GROUPS, UNITS_PER_GROUP = 3, 2, 2
-NEVER = 10_000  # a write that no step reaches
+NEVER = 10_000  # more writes than any step does
 
 
 class OneOutput(RuleBasedStateMachine):
-    """A store that drivers and attempts work on. The model: unit id -> the attempt whose rows must stand."""
+    """One output, changed by drivers and attempts. `first`: unit id -> the attempt whose rows must be in the output."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class OneOutput(RuleBasedStateMachine):
         }
         self.store.delete([file.path for file in self.store.list()])
 
-    # ------------------------------------------------------------------------------------------- what is true of it
+    # ------------------------------------------------------------------------------------------- what must be true
 
     def units(self):
         return [unit for plan in read_plans(self.store) for unit in plan.units]
@@ -74,7 +74,7 @@ class OneOutput(RuleBasedStateMachine):
         return unfinished_edit(self.store, manifest) if manifest else None
 
     def rows(self):
-        """As any reader sees them; a row that stands twice fails."""
+        """row_id -> caption, as a reader of the folder sees them. Fails where a row is there twice."""
         tables = [
             pq.read_table(io.BytesIO(self.store.get(file.path)), partitioning=None) for file in self.store.list("data")
         ]
@@ -86,7 +86,7 @@ class OneOutput(RuleBasedStateMachine):
     def written(unit, attempt):
         return [(f"{unit.path}:{unit.start + i}", f"{unit.id} {attempt} {i}") for i in range(ROWS)]
 
-    # ------------------------------------------------------------------------------------------- what happens to it
+    # ------------------------------------------------------------------------------------------- what may happen
 
     def plan(self):
         plans = read_plans(self.store)
@@ -105,7 +105,7 @@ class OneOutput(RuleBasedStateMachine):
         write_plan(self.store, Plan(number, {"k": "v"}, ROWS, FIELDS, units, shards))
 
     def attempt(self, unit):
-        """Each attempt writes other captions, as bfloat16 may; the first that commits is the one that stands."""
+        """Each attempt writes other captions, as an engine in bfloat16 may. The first one to commit decides the rows."""
         self.attempts += 1
         table = part_of(unit, ["fused"] * ROWS)
         captions = pa.array([caption for _, caption in self.written(unit, self.attempts)], pa.string())
@@ -171,7 +171,7 @@ class OneOutput(RuleBasedStateMachine):
     @precondition(lambda self: read_manifest(self.store))
     @rule(data=st.data(), dies_at=st.sampled_from([1, 2, 3, 4, 5, NEVER]))
     def rows_are_taken_down(self, data, dies_at):
-        """Of one unit or of several: groups of different plans, of one name, may both be rewritten in one edition."""
+        """Of one unit or of several. One edition may rewrite two groups that have the same name in different plans."""
         units = data.draw(st.lists(st.sampled_from(self.units()), min_size=1, max_size=3, unique=True))
         self.take_down([f"{unit.path}:{unit.start}" for unit in units], dies_at)
 
@@ -202,8 +202,8 @@ TestOneOutput = OneOutput.TestCase
 TestOneOutput.settings = settings(max_examples=10, stateful_step_count=15, deadline=None)
 
 
-def test_groups_of_two_plans_that_bear_one_name_are_rewritten_in_one_edition():
-    """A pilot and then the full run leave two entries of each group, whose new files lie in one folder."""
+def test_groups_of_two_plans_with_the_same_name_are_rewritten_in_one_edition():
+    """A pilot and the full run after it have an entry per group each, and their new files are in the same folder."""
     one = OneOutput()
     for _ in range(2):
         for unit in one.units():

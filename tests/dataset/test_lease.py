@@ -1,4 +1,4 @@
-"""One driver at a time: who gets the lease, who is refused, and who learns that it lost it."""
+"""One driver at a time holds the lease: others are refused, wait, or take it over, and the old holder finds out."""
 
 import dataclasses
 import os
@@ -17,8 +17,8 @@ from capsfusion_ray.dataset.lease import Holder, Lease
 from capsfusion_ray.errors import ConfigError, LeaseLost, StorageError
 from capsfusion_ray.storage import Store, StoreRefused
 
-TTL_S = 2.0  # for what is waited out
-LIVING_TTL_S = 16.0  # for holders that must stay alive: heartbeats every 4 s bear a starved machine
+TTL_S = 2.0  # where a test waits for its end
+LIVING_TTL_S = 16.0  # where a holder must stay alive: a heartbeat every 4 s succeeds on a busy machine, too
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,12 +28,12 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(store):
         with refused, Lease(store, ttl_s=LIVING_TTL_S):
             pass
         first.check()
-    with Lease(store, ttl_s=LIVING_TTL_S):  # given up: no waiting
+    with Lease(store, ttl_s=LIVING_TTL_S):  # released, so nobody waits
         pass
 
 
 @pytest.mark.parametrize("ends", ["released", "silent"])
-def test_a_driver_with_patience_follows_a_living_one_when_it_ends(store, monkeypatch, caplog, ends):
+def test_a_driver_that_waits_takes_over_when_the_other_one_ends(store, monkeypatch, caplog, ends):
     there = Holder("them", "far.example", 1, "another machine", "1", "2026-01-01T00:00:00Z")
     store.put(LEASE, there.to_bytes())
     beats = iter([1, 2, 3])
@@ -65,7 +65,7 @@ def wait_for_loss(lease):
         time.sleep(0.05)
 
 
-def test_a_silent_holder_of_another_machine_is_waited_out(store):
+def test_a_holder_on_another_machine_without_heartbeats_loses_the_lease(store):
     there = Holder("them", "far.example", 1, "another machine", "1", "2026-01-01T00:00:00Z")
     store.put(LEASE, there.to_bytes())
     began = time.monotonic()
@@ -83,18 +83,18 @@ with Lease(Store(sys.argv[1])):
 """
 
 
-def test_a_killed_holder_of_this_machine_is_followed_at_once(tmp_path):
+def test_the_lease_of_a_killed_process_of_this_machine_is_taken_at_once(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout.readline() == "held\n"
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     began = time.monotonic()
     with Lease(Store(str(tmp_path))):
-        assert time.monotonic() - began < 30, "TTL_S is 60: it was not waited for"
+        assert time.monotonic() - began < 30, "TTL_S is 60, and it was not waited for"
 
 
 @pytest.mark.parametrize("error", [StorageError, StoreRefused])
-def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch, error):
+def test_the_lease_is_lost_after_outage_s_without_a_heartbeat(tmp_path, monkeypatch, error):
     store = Store(str(tmp_path))
     with Lease(store, ttl_s=TTL_S, outage_s=TTL_S) as lease:
 
@@ -106,7 +106,7 @@ def test_a_store_that_takes_no_heartbeat_ends_the_lease(tmp_path, monkeypatch, e
             wait_for_loss(lease)
 
 
-def test_who_would_compact_waits_while_the_store_takes_no_heartbeat(tmp_path, monkeypatch):
+def test_check_waits_while_the_store_accepts_no_heartbeat(tmp_path, monkeypatch):
     store = Store(str(tmp_path))
     with Lease(store, ttl_s=TTL_S) as lease:
         put, over = store.put_if_match, time.monotonic() + 1.5 * TTL_S
@@ -119,4 +119,4 @@ def test_who_would_compact_waits_while_the_store_takes_no_heartbeat(tmp_path, mo
         monkeypatch.setattr(store, "put_if_match", fail)
         time.sleep(TTL_S)
         lease.check()
-        assert time.monotonic() >= over, "nobody knew whether the lease was still ours"
+        assert time.monotonic() >= over, "before, this driver could not know whether it held the lease"

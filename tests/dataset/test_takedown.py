@@ -1,4 +1,4 @@
-"""Rows taken out of an output: gone from every file, counted, and the accounting closes wherever it was killed."""
+"""Rows are taken down: they are in no file, they are counted, and the accounting closes wherever the process was killed."""
 
 import gzip
 import shutil
@@ -28,7 +28,9 @@ from capsfusion_ray.reports.job import ReportConfig, report
 from capsfusion_ray.storage import Store
 
 OUTCOMES = ["fused", "rejected", "kept", "fused", "fused"]
-ROWS = [f"s{shard}.parquet:{row}" for shard in range(2) for row in range(20) if row // 5 % 2 == shard]  # see units_of
+ROWS = [
+    f"s{shard}.parquet:{row}" for shard in range(2) for row in range(20) if row // 5 % 2 == shard
+]  # as units_of cuts them
 
 
 def finished(path, partition_by="shard"):
@@ -64,7 +66,7 @@ def test_any_rows_are_removed_and_no_other(tmp_path_factory, gone, partition_by)
     untouched = {p: p.read_bytes() for p in (path / "out" / "data").rglob("*.parquet") if not gone & ids_of(p)}
     assert takedown(TakedownConfig(output, row_ids=listed(path / "ids", gone)))["removed"] == len(gone)
     assert row_ids(path / "out") == sorted(set(before) - gone)
-    assert all(p.read_bytes() == data for p, data in untouched.items()), "files without such a row stay as they are"
+    assert all(p.read_bytes() == data for p, data in untouched.items()), "files without such a row are unchanged"
     totals = verify(VerifyConfig(output, deep=True))
     assert totals["rows"]["removed"] == len(gone)
 
@@ -74,7 +76,7 @@ def ids_of(file):
 
 
 def test_killed_at_every_write_and_repeated_it_closes(tmp_path, monkeypatch):
-    """Including the manifest's and the deletions after it."""
+    """At each write, at that of the manifest and at each deletion after it."""
     ids = listed(tmp_path / "ids", ["s0.parquet:0", "s0.parquet:1", "s1.parquet:7"])
     kills = 0
     for at in range(1, 40):
@@ -94,12 +96,14 @@ def test_killed_at_every_write_and_repeated_it_closes(tmp_path, monkeypatch):
     assert kills > 8
 
 
-def test_a_damaged_file_is_not_written_anew_as_if_it_were_whole(tmp_path):
+def test_a_damaged_file_is_refused_before_the_takedown_begins(tmp_path):
     output = finished(tmp_path / "out")
     bad = flip_a_bit(tmp_path / "out" / "data")
     with pytest.raises(AccountingError, match=rf"1 files are damaged \(first .*{bad.name}: checksum .*repair=true"):
         takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))
-    refuse_unfinished_edit(Store(output.path), read_manifest(Store(output.path)))  # a repair may begin
+    refuse_unfinished_edit(
+        Store(output.path), read_manifest(Store(output.path))
+    )  # no edit is unfinished, so a repair may begin
     flip_a_bit(tmp_path / "out" / "data")
     assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4
 
@@ -118,11 +122,11 @@ def test_by_url_and_by_a_columns_value(tmp_path):
 @pytest.mark.parametrize(
     "written",
     [
-        lambda path: path.write_text("u3\nu1\n", "utf-8-sig"),  # a spreadsheet's mark, before the first line
+        lambda path: path.write_text("u3\nu1\n", "utf-8-sig"),  # with a byte order mark, as spreadsheets write it
         lambda path: path.write_bytes(b"  u3 \r\n\r\nu1\t\r\n"),
     ],
 )
-def test_a_list_as_other_programs_save_it_finds_its_rows_and_says_what_it_does_not_find(tmp_path, written, caplog):
+def test_lists_as_other_programs_save_them_are_read_and_lines_without_rows_are_counted(tmp_path, written, caplog):
     output = finished(tmp_path / "out")
     written(tmp_path / "urls")
     assert takedown(TakedownConfig(output, urls=str(tmp_path / "urls")))["removed"] == 8
@@ -143,7 +147,7 @@ def test_an_address_that_is_stored_with_white_space_is_taken_down_too(tmp_path, 
     assert takedown(TakedownConfig(output, urls=listed(tmp_path / "urls", ["u3"])))["removed"] == 4
 
 
-def test_a_list_that_breaks_off_is_refused(tmp_path):
+def test_a_truncated_list_is_refused(tmp_path):
     path = tmp_path / "urls.gz"
     path.write_bytes(gzip.compress(b"u3\n" * 9999)[:-9])
     with pytest.raises(SourceError, match=f"urls={path}: cannot be read as lines of text"):
@@ -157,8 +161,8 @@ NUMBERED = ("source.passthrough=[lang,punsafe]",)
     "asked", [{"max_punsafe": 0.5}, {"max_punsafe": 0.3, "min_words": 5}, {"min_characters": 20}], ids=str
 )
 @pytest.mark.parametrize("partition_by", ["shard", "lang"])
-def test_a_filter_replayed_leaves_what_a_run_under_that_filter_leaves(tmp_path, asked, partition_by):
-    """At the threshold, above it, and where there is no value."""
+def test_a_takedown_by_filter_leaves_what_a_run_with_that_filter_leaves(tmp_path, asked, partition_by):
+    """For values at the threshold, above it, and for rows without a value."""
     strict = echo_run.finished(
         tmp_path / "strict", partition_by, *NUMBERED, *(f"filter.{name}={value}" for name, value in asked.items())
     )
@@ -192,22 +196,22 @@ def test_by_what_is_above_and_below_a_value(tmp_path):
 FUSED, REJECTED = (
     "https://example.com/a4.jpg",
     "https://example.com/a3.jpg",
-)  # and its raw caption, which is no other row's
+)  # its raw caption is in no other row
 TRACES = (FUSED, REJECTED, "Cape A No. 3")
 
 
 def with_copies(path):
-    """A finished output that shows two rows wherever a kill or another command may have left a copy of them."""
+    """A finished output with a copy of every data file wherever a kill or another command may leave one."""
     echo_run.finished(path)
     echo_run.finished(path / "other")
     out, output = path / "out", OutputConfig(str(path / "out"))
     report(ReportConfig(output))
     report(ReportConfig(output, beside=OutputConfig(str(path / "other" / "out"))))
     for file in [*(out / "data").rglob("*.parquet"), *(out / "rejected").rglob("*.parquet")]:
-        late = f"_units/{file.parent.parent.name}-{file.parent.name}-{file.name}"  # a second attempt, after its group was compacted
-        merged = f"{RETRY_DIR}/e002/{late}"  # a retry killed after its manifest
-        old = f"{file.relative_to(out).parent}/part-r001-9{file.stem[-4:]}.parquet"  # an earlier edition, not swept yet
-        torn = f"{file.relative_to(out).parent}/.{file.name}.0123.tmp"  # of a writer killed before its rename
+        late = f"_units/{file.parent.parent.name}-{file.parent.name}-{file.name}"  # a second attempt that committed after its group was compacted
+        merged = f"{RETRY_DIR}/e002/{late}"  # left by a retry that was killed after its manifest
+        old = f"{file.relative_to(out).parent}/part-r001-9{file.stem[-4:]}.parquet"  # an earlier edition that is not swept yet
+        torn = f"{file.relative_to(out).parent}/.{file.name}.0123.tmp"  # left by a writer that was killed before its rename
         for name in (late, merged, old, torn):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(file.read_bytes())
@@ -215,7 +219,7 @@ def with_copies(path):
 
 
 def traces(out):
-    """The files that hold a text of these rows, in whatever form."""
+    """The top folders and files that contain a text of these rows, in Parquet or as plain text."""
     found = set()
     for file in (p for p in out.rglob("*") if p.is_file()):
         try:
@@ -248,7 +252,7 @@ def test_no_text_of_a_removed_row_is_left_anywhere_wherever_it_was_killed(tmp_pa
     assert at > 8
 
 
-def test_another_takedown_waits_for_the_one_that_was_killed(tmp_path, monkeypatch):
+def test_another_takedown_is_refused_until_the_killed_one_is_finished(tmp_path, monkeypatch):
     output = finished(tmp_path / "out")
     monkeypatch.setattr(takedown_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -260,8 +264,8 @@ def test_another_takedown_waits_for_the_one_that_was_killed(tmp_path, monkeypatc
     assert read_manifest(Store(output.path)).revisions[-1]["kind"] == "takedown"
 
 
-def test_the_sweep_leaves_what_may_be_written_this_moment(tmp_path):
-    """A driver that lost its lease may be compacting: its files have no entry yet, and its entry will name them."""
+def test_the_sweep_leaves_files_of_groups_without_an_entry(tmp_path):
+    """A driver that lost its lease may be writing them, and its entry will name them."""
     output = finished(tmp_path / "out")
     for name in (
         "data/shard=g00007/part-r002-00000.parquet",

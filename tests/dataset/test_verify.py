@@ -1,4 +1,4 @@
-"""Parts, compaction, manifest and verify on a real folder: rows in equal rows out, and damage is found."""
+"""Parts, compaction, manifest and verify in a local folder: each row that goes in comes out once, and damage is found."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from outputs import FIELDS, OUTCOMES, DiesAt, part_of, run_of, units_of
 
@@ -36,8 +36,7 @@ from capsfusion_ray.storage import Store
 def test_every_row_comes_out_once_whatever_the_cut(
     tmp_path_factory, outcomes, filtered, units, file_rows, partition_by
 ):
-    if not outcomes and not filtered:
-        return
+    assume(outcomes or filtered)
     folder = tmp_path_factory.mktemp("out")
     store = Store(str(folder))
     output = OutputConfig(str(folder), target_file_rows=file_rows, partition_by=partition_by)
@@ -46,7 +45,7 @@ def test_every_row_comes_out_once_whatever_the_cut(
     for kind, names in (("data", ("fused", "kept")), ("rejected", ("rejected",))):
         want = units * sum(outcomes.count(name) for name in names)
         path = folder / kind
-        # The partition column is given a type: where every value is null, pyarrow finds nothing to infer it from.
+        # With a type for the partition's column: pyarrow cannot infer one where every value is null.
         hive = ds.partitioning(pa.schema([(partition_by, pa.string())]), flavor="hive")
         table = ds.dataset(path, partitioning=hive).to_table() if path.is_dir() else None
         assert (table.num_rows if table else 0) == want
@@ -66,7 +65,7 @@ def test_compaction_repeated_after_a_kill_writes_the_same_bytes(tmp_path):
         if kill:
             with pytest.raises(KeyboardInterrupt):
                 compact_group(DiesAt(store, kill), "g00000", 1, units, FIELDS, output)
-            assert committed(store), "parts stand until the group's entry does"
+            assert committed(store), "the parts are kept until the group's entry is written"
         compact_group(store, "g00000", 1, units, FIELDS, output)
         return {p.name: p.read_bytes() for p in (folder / "data").rglob("*.parquet")}
 
@@ -93,7 +92,7 @@ def test_a_unit_that_lost_a_row_is_not_committed():
 
 
 def test_a_copy_of_a_compaction_that_was_slower_takes_the_others_entry(tmp_path):
-    """Ray runs a task anew on another node where its own fell silent; both may work on."""
+    """Ray repeats a task on another node when its node does not answer, and the first task may still run."""
     store, units = Store(str(tmp_path)), units_of(2, 3, groups=1)
     output = OutputConfig(str(tmp_path))
     for unit in units:
@@ -101,19 +100,19 @@ def test_a_copy_of_a_compaction_that_was_slower_takes_the_others_entry(tmp_path)
         commit(store, table, summarise(UnitBatch(unit, table), table))
 
     class Slow:
-        """Has asked whether the entry stands, and only then the other one ends."""
+        """Between this task's question for the entry and its answer, the other task finishes."""
 
         def __getattr__(self, name):
             return getattr(store, name)
 
         def exists(self, path):
-            stands = store.exists(path)
+            there = store.exists(path)
             first.append(compact_group(store, "g00000", 1, units, FIELDS, output))
-            return stands
+            return there
 
     first = []
     assert compact_group(Slow(), "g00000", 1, units, FIELDS, output) == first[0]
-    with pytest.raises(FileNotFoundError):  # a part that is gone without an entry is a loss, and said to be one
+    with pytest.raises(FileNotFoundError):  # a part that is missing while there is no entry is a loss
         compact_group(store, "g00001", 1, units, FIELDS, output)
 
 
@@ -168,14 +167,14 @@ def test_verify_names_the_damage(finished, damage, says):
         verify(VerifyConfig(output))
 
 
-def test_deep_verify_finds_a_row_that_stands_in_two_files_in_another_ones_place(finished):
-    """Every count is right and every row in its unit's range: only the row numbers over all files tell."""
+def test_deep_verify_finds_a_row_that_replaces_another_one(finished):
+    """All counts are right and every row is in its unit's row range: only the row numbers of all files show it."""
     root, output, manifest = finished
     file = next(file for file in manifest.files if file.kind == "rejected")
     table = pq.ParquetFile(root / file.path).read()
     ids = table["row_id"].to_pylist()
     assert ids[0].endswith(":1")
-    ids[0] = ids[0].removesuffix(":1") + ":2"  # row 2 lies in data/, too; row 1 is nowhere
+    ids[0] = ids[0].removesuffix(":1") + ":2"  # row 2 is in data/, too; row 1 is in no file
     pq.write_table(table.set_column(table.schema.get_field_index("row_id"), "row_id", pa.array(ids)), root / file.path)
     data = (root / file.path).read_bytes()
     other = replace(file, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -1,4 +1,4 @@
-"""A real S3-compatible server (moto, a process of its own, on 127.0.0.1) and a proxy in front of it that injects faults."""
+"""Fixtures: an S3-compatible server (moto, in a process of its own on 127.0.0.1) and a proxy in front of it that injects faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from capsfusion_ray.storage import Store
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its URL. Any credentials will do, until `guarded` asks for more."""
+    """The server's URL. It accepts any credentials unless `guarded` is used."""
     with moto_server(tmp_path_factory.mktemp("moto") / "log.txt") as url:
         yield url
 
@@ -37,20 +37,20 @@ def options(server: str) -> dict[str, str]:
 
 @pytest.fixture
 def calm(bucket: str, options: dict[str, str]) -> Store:
-    """The store itself, without a proxy."""
+    """The same store without the proxy."""
     return Store(f"s3://{bucket}/some/root", options)
 
 
 @pytest.fixture(scope="session")
 def proxy_of_all(server: str) -> Iterator[FaultProxy]:
-    """One for all tests, because each address costs a new S3 client, and each of these a second of CPU."""
+    """One for all tests: each address needs a new S3 client, which costs a second of CPU."""
     with FaultProxy(server) as proxy:
         yield proxy
 
 
 @pytest.fixture
 def proxy(proxy_of_all: FaultProxy) -> Iterator[FaultProxy]:
-    """Without faults, until some are assigned to it: `proxy.inject(Faults(…), seed)`."""
+    """It injects no faults before `proxy.inject(Faults(…), seed)`."""
     proxy_of_all.inject(Faults())
     proxy_of_all.done.clear()
     yield proxy_of_all
@@ -59,13 +59,13 @@ def proxy(proxy_of_all: FaultProxy) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def store(proxy: FaultProxy, bucket: str, options: dict[str, str]) -> Store:
-    """The store of `calm`, behind the proxy."""
+    """The store of `calm`, through the proxy."""
     return Store(f"s3://{bucket}/some/root", {**options, "endpoint_url": proxy.url})
 
 
 @pytest.fixture
 def guarded(server: str) -> Iterator[Callable[[list[str]], dict[str, str]]]:
-    """While used, the server checks signatures and policies. Makes users: actions -> key and secret."""
+    """A function that creates users: actions -> key and secret. While it is used the server checks signatures and policies."""
     iam = client("iam", server)
     _check_credentials(server, "inf")
 
@@ -85,7 +85,7 @@ def guarded(server: str) -> Iterator[Callable[[list[str]], dict[str, str]]]:
 
 
 def _check_credentials(server: str, after_requests: str) -> None:
-    plain = {"Content-Type": "text/plain"}  # as a form, the server would not see it
+    plain = {"Content-Type": "text/plain"}  # the server ignores it when it is sent as a form
     url = f"{server}/moto-api/reset-auth"
     urllib.request.urlopen(urllib.request.Request(url, after_requests.encode(), plain, method="POST")).close()
 
@@ -97,6 +97,6 @@ def _no_credentials_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    before = signal.getsignal(signal.SIGTERM)  # a job's door installs its own
+    before = signal.getsignal(signal.SIGTERM)  # a job installs a handler of its own
     yield
     signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Captions are what strangers wrote on the web: wherever they come out, they are text, and name, run or draw nothing."""
+"""Captions are text that anyone wrote on the web: no file is named by them, and no shell, terminal or browser executes them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ from capsfusion_ray.reports.job import ReportConfig, report
 from capsfusion_ray.reports.terminal import show
 from capsfusion_ray.storage import Store
 
-COLUMN = (
-    "$(touch pwned)';touch pwned;'"  # a passthrough column of numbers; its name stands in the export's shell script
-)
-PARTITION = "site"  # another: its values name folders
+COLUMN = "$(touch pwned)';touch pwned;'"  # a passthrough column of numbers, whose name is in the export's shell script
+PARTITION = "site"  # another one, whose values name folders
 
 HOSTILE = {
     "html": "</script><script>alert(1)</script><svg onload=alert(1)>&lt;b&gt; <!-- ]]>",
@@ -74,7 +72,7 @@ class Finished:
 
 
 def part_of(unit: WorkUnit) -> pa.Table:
-    """One row of each text, in every column that carries text; every third one is a reject."""
+    """One row per text, which is in every text column; every third row is rejected."""
     fields = ((COLUMN, "int64"), (PARTITION, "string"))
     rows = [
         {
@@ -99,7 +97,7 @@ def part_of(unit: WorkUnit) -> pa.Table:
 
 @pytest.fixture(scope="module", params=["shard", PARTITION])
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Two units of a shard whose own name is hostile, partitioned by group of shards and by the hostile column."""
+    """Two units of a shard with a hostile name, partitioned by group of shards and by the hostile column."""
     root = tmp_path_factory.mktemp("home") / "work" / "out"
     store, output = Store(str(root)), OutputConfig(str(root), partition_by=request.param)
     path, count = "\x1b[31mshard <img src=x>\n=1+1.parquet", len(HOSTILE)
@@ -116,7 +114,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Finished(output, store, 2 * count)
 
 
-def test_every_text_comes_through_whole_and_the_accounting_closes(finished: Finished) -> None:
+def test_every_text_is_stored_unchanged_and_the_accounting_closes(finished: Finished) -> None:
     verify(VerifyConfig(finished.output, deep=True))
     raw = []
     for file in [*finished.store.list("data"), *finished.store.list("rejected")]:
@@ -131,15 +129,15 @@ def test_no_text_becomes_a_path(finished: Finished) -> None:
     names = [name for _, folders, files in os.walk(home) for name in (*folders, *files)]
     for name in names:
         assert re.fullmatch(r"[\w=%. \-~]+", name, re.ASCII), (
-            f"{name!r}: only what any file system and shell takes as a name"
+            f"{name!r}: a name must be valid in any file system and shell"
         )
-        assert name.strip(" .") == name, "Windows drops a space or dot at the end"
+        assert name.strip(" .") == name, "Windows removes a space or dot at the end of a name"
     if finished.output.partition_by == PARTITION:
         folders = [p for p in Path(finished.output.path, "data").iterdir() if p.is_dir()]
-        assert len(folders) == sum(i % 3 != 0 for i in range(len(HOSTILE))), "one folder a value, none of them shared"
+        assert len(folders) == sum(i % 3 != 0 for i in range(len(HOSTILE))), "one folder per value"
 
 
-def test_the_report_holds_them_as_data(finished: Finished) -> None:
+def test_the_report_contains_them_as_data_only(finished: Finished) -> None:
     report(ReportConfig(finished.output, rows_per_reason=50))
     page = Path(finished.output.path, REPORT).read_text("utf-8")
     assert len(re.findall(r"<script", page, re.IGNORECASE)) == 2, "the page's own"
@@ -147,7 +145,7 @@ def test_the_report_holds_them_as_data(finished: Finished) -> None:
     assert "default-src 'none'" in page
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     assert {row["raw"] for row in data["rows"]} == set(HOSTILE.values())
-    assert not {c for c in page if c < " "} - {"\n"}, "no control character of the data stands in the file"
+    assert not {c for c in page if c < " "} - {"\n"}, "the file has no control character of the data"
     script = page.rpartition("<script>")[2]
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", script)
 
@@ -158,7 +156,7 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_a_terminal_shows_them_and_obeys_none(
+def test_a_terminal_shows_them_and_executes_none(
     finished: Finished, stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -167,12 +165,12 @@ def test_a_terminal_shows_them_and_obeys_none(
     show(finished.output.path, 200, out)
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()) if stream is Terminal else out.getvalue()
     assert {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")} <= {"\n"}
-    if finished.output.partition_by == "shard":  # else there are more files than it reads
-        assert "=cmd|'/c calc'!A0" in text.replace("\n", ""), "shown, not hidden"
+    if finished.output.partition_by == "shard":  # with the other partition there are more files than it reads
+        assert "=cmd|'/c calc'!A0" in text.replace("\n", ""), "the text is shown"
         assert "[bold red]x[/]" in text
 
 
-def test_an_export_runs_nothing_of_them(finished: Finished, tmp_path: Path) -> None:
+def test_an_export_executes_none_of_them(finished: Finished, tmp_path: Path) -> None:
     to, tools = tmp_path / "export", tmp_path / "bin"
     done = export(ExportConfig(finished.output, to=str(to)))
     assert done["exported"] == finished.rows - 2 * sum(i % 3 == 0 for i in range(len(HOSTILE)))
@@ -180,14 +178,14 @@ def test_an_export_runs_nothing_of_them(finished: Finished, tmp_path: Path) -> N
     assert all(re.fullmatch(r"data/train-\d{5}-of-\d{5}\.parquet|README\.md|img2dataset\.sh", name) for name in names)
     card = (to / "README.md").read_text("utf-8")
     assert not [text for text in HOSTILE.values() if len(text) > 2 and text in card], (
-        "the card has figures, no captions"
+        "the card has counts and no captions"
     )
     tools.mkdir()
     (tools / "img2dataset").write_text('#!/bin/sh\nfor a in "$@"; do printf "%s\\n" "$a"; done\n')
     (tools / "img2dataset").chmod(0o755)
     environment = {"PATH": f"{tools}:{os.environ['PATH']}"}
     ran = subprocess.run(["sh", "img2dataset.sh"], cwd=to, env=environment, capture_output=True, text=True, check=True)
-    assert not list(tmp_path.rglob("pwned")), "a column's name in the script is a word, not a command"
+    assert not list(tmp_path.rglob("pwned")), "the shell must not execute a column's name"
     assert COLUMN in ran.stdout
 
 

@@ -1,4 +1,4 @@
-"""Stores that read S3's conditions in their own way: what can be done with one is done, what cannot is refused at the start."""
+"""Stores that interpret S3's conditions differently: some can be used all the same, the others are refused at the start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from capsfusion_ray.storage import Store, StoreRefused
 
 
 class Dialect(FaultProxy):
-    """A proxy that gives its upstream `condition` as `translated` has it; None: the condition is not passed on."""
+    """A proxy that changes the header `condition` by `translated`; None: it drops the header."""
 
     condition = b""
 
@@ -31,7 +31,7 @@ class Dialect(FaultProxy):
 
 
 class LiteralEtags(Dialect):
-    """As Ceph's radosgw 16: an etag in quotes is not the etag."""
+    """As Ceph's radosgw 16, which takes the quotes as a part of the etag."""
 
     condition = b"if-match"
 
@@ -61,13 +61,13 @@ def store(request: pytest.FixtureRequest, server: str, bucket: str, options: dic
 
 
 @pytest.mark.parametrize("store", [LiteralEtags], indirect=True)
-def test_etags_that_are_wanted_bare_are_sent_bare(store: Store) -> None:
+def test_etags_are_sent_without_quotes_to_a_store_that_wants_them_so(store: Store) -> None:
     store.check_writable("_run")
     assert store.list() == []
     first = store.put_if_match("lease", b"1", None)
     second = store.put_if_match("lease", b"2", first)
     assert second
-    assert store.put_if_match("lease", b"3", first) is None, "a stale one"
+    assert store.put_if_match("lease", b"3", first) is None, "the etag is not the object's any more"
     assert store.put_if_match("lease", b"3", second)
     assert store.get("lease") == b"3"
     assert store.put_if_match("absent", b"1", second) is None

@@ -1,4 +1,4 @@
-"""A store that cannot be used: said at the start, with its URL and the way out, and never with a secret in it."""
+"""A store that cannot be used is refused at the start, with its URL and the way out, and without any secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Users = Callable[[list[str]], dict[str, str]]
 
 
 def fuse_to(output: str, options: dict[str, str], tmp_path: Path) -> int:
-    """jobs/fuse.py as far as it comes on such a store: the input is good, and no cluster is started before the probe."""
+    """Run the fuse command with a good input on such a store; it tests the store before it starts a cluster."""
     (tmp_path / "in.jsonl").write_text('{"image_url": "u", "laion_2b": "a", "laion_coco": "b"}\n' * 3)
     argv = ["engine.kind=echo", f"input.path={tmp_path / 'in.jsonl'}", f"output.path={output}"]
     return run_job(FuseConfig, fuse, argv + [f"output.storage.{key}={value}" for key, value in options.items()])
@@ -84,11 +84,11 @@ def test_a_store_that_refuses_stops_the_job_at_its_start(
     assert "Traceback" not in err
     for secret in (options.get("secret"), options.get("key")):
         assert not secret or secret not in out + err + caplog.text
-    assert not out, "nothing on stdout that a program could take for a result"
+    assert not out, "a program must not read anything as a result"
 
 
 def test_credentials_that_may_write_are_not_refused(bucket: str, server: str, guarded: Users) -> None:
-    """Without it, the refusals above could be those of a server that refuses everybody."""
+    """The refusals above could otherwise come from a server that refuses everyone."""
     Store(f"s3://{bucket}/out", {"endpoint_url": server, "region": "us-east-1", **guarded(WRITE)}).check_writable(
         "_run"
     )
@@ -107,7 +107,7 @@ def test_an_input_that_may_not_be_read_is_refused_by_its_url(
     assert not (tmp_path / "out").exists()
 
 
-def test_verify_of_a_store_that_refuses_is_no_claim_about_rows(
+def test_verify_of_a_store_that_refuses_reports_no_missing_rows(
     bucket: str, server: str, guarded: Users, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = {"endpoint_url": server, "region": "us-east-1", **guarded(WRITE), "secret": "Wr0ng-s3cret-of-somebody"}
@@ -122,7 +122,7 @@ def test_verify_of_a_store_that_refuses_is_no_claim_about_rows(
 def test_expired_credentials_are_refused_at_once_by_every_request(
     proxy: FaultProxy, store: Store, calm: Store, operation: str
 ) -> None:
-    """None is waited out for the minutes that a failing store gets."""
+    """Nothing waits for minutes, as it does for a store that fails."""
     calm.put("u", b"1")
     calls: dict[str, Callable[[], object]] = {
         "PutObject": lambda: store.put_if_absent("v", b"1"),
@@ -184,7 +184,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_half_written(small_disk: Pa
             write()
     assert [file.path for file in store.list()] == ["old"]
     assert store.get("old") == before
-    assert not list(small_disk.rglob(".*.tmp")), "what was written of it is gone, or the disk would stay full"
+    assert not list(small_disk.rglob(".*.tmp")), "the temporary files are removed, or the disk would stay full"
     filler.unlink()
     assert writes["new"]() is True
     assert store.get("new") == data

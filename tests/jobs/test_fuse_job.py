@@ -93,7 +93,7 @@ def test_a_second_driver_is_refused_and_a_terminated_one_is_resumed(corpus, tmp_
     while not resumable(Store(str(output))):
         assert first.poll() is None, first.communicate()[1][-3000:]
         time.sleep(0.05)
-    assert f"another driver is at work on this output ({os.uname().nodename}, pid {first.pid}" in driver.run(
+    assert f"another driver works on this output ({os.uname().nodename}, pid {first.pid}" in driver.run(
         "fuse", *args, f"output.path={output}", code=2
     )
     assert first.poll() is None, "the run was over before its SIGTERM"

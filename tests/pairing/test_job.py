@@ -351,7 +351,10 @@ def test_shuffle_files_that_another_driver_deleted_end_the_pairing_before_a_data
 def test_a_second_driver_is_refused_while_one_runs(tables, tmp_path, without_ray, monkeypatch):
     monkeypatch.setattr("capsfusion_ray.dataset.lease.TTL_S", 1.0)
     cfg = PairConfig(**tables, output=PairOutputConfig(str(tmp_path / "out")), normalise="url")
-    with Lease(Store(str(tmp_path / "out")), ttl_s=1.0), pytest.raises(ConfigError, match="another driver is at work"):
+    with (
+        Lease(Store(str(tmp_path / "out")), ttl_s=1.0),
+        pytest.raises(ConfigError, match="another driver works on this output"),
+    ):
         pair(cfg)
     assert pair(cfg)["pairs"] == 20, "the lease alone does not make the folder another's"
 

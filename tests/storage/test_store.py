@@ -1,4 +1,4 @@
-"""Storage: what a commit promises, on a local folder, on a real S3 server and on another fsspec store."""
+"""What a store promises, on a local folder, on an S3 server and on another fsspec store."""
 
 from __future__ import annotations
 
@@ -43,9 +43,14 @@ def test_first_writer_wins_and_the_second_learns_it_lost(store: Store) -> None:
 
 
 def test_repeating_a_put_whose_answer_was_lost_counts_as_created(store: Store) -> None:
+    """A store without conditional writes cannot know that the object is ours."""
     store.put("u", b"mine")
-    if store.conditional_put:
-        assert store.put_if_absent("u", b"mine") is True
+    assert store.put_if_absent("u", b"mine") is store.conditional_put
+    assert store.get("u") == b"mine"
+
+
+def test_only_a_local_folder_and_s3_have_conditional_writes(store: Store) -> None:
+    assert store.conditional_put is not store.root.startswith("memory")
 
 
 def test_of_many_writers_at_once_exactly_one_wins(store: Store) -> None:
@@ -76,7 +81,7 @@ def _count_up(store: Store, times: int) -> None:
     for _ in range(times):
         while True:
             data, etag = store.get_with_etag("n") or (b"", "")
-            # With the writer's name: equal bytes of two writers would count as written by both.
+            # With the writer's name in it: equal bytes of two writers would count as written by both.
             if store.put_if_match("n", b"%d by %d" % (int(data.split()[0]) + 1, os.getpid()), etag):
                 break
 
@@ -108,13 +113,13 @@ def test_lists_a_folder_recursively_and_sorted_without_temporary_names(store: St
     assert store.list("absent") == []
 
 
-def test_deleting_what_is_gone_is_no_error(store: Store) -> None:
+def test_deleting_an_absent_object_is_no_error(store: Store) -> None:
     store.put("a", b"1")
     store.delete(["a", "never/was"])
     assert store.list() == []
 
 
-def test_reading_what_is_absent_names_the_whole_url(store: Store) -> None:
+def test_reading_an_absent_object_gives_its_whole_url(store: Store) -> None:
     for read in (store.get, store.open_input):
         with pytest.raises(FileNotFoundError, match=r"root/none\.json"):
             read("none.json")
@@ -122,7 +127,7 @@ def test_reading_what_is_absent_names_the_whole_url(store: Store) -> None:
 
 def test_a_pickled_store_works_in_another_process(store: Store) -> None:
     store.put("a", b"1")
-    if not store.root.startswith("memory"):  # that one lives in this process only
+    if not store.root.startswith("memory"):  # that one exists in this process only
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             assert pool.map(store.get, ["a"]) == [b"1"]
     assert pickle.loads(pickle.dumps(store)).get("a") == b"1"
@@ -173,7 +178,7 @@ def test_a_dangling_link_is_listed_and_a_loop_of_links_ends(tmp_path: Path) -> N
 
 @pytest.fixture
 def another_user() -> Iterator[Path]:
-    """A folder that this user may read but not write; root steps down, because nothing is forbidden to root."""
+    """A folder that this user may read but not write. Root changes to another user, because root may do everything."""
     folder = Path(tempfile.mkdtemp(prefix="capsfusion-readonly-"))
     folder.chmod(0o555)
     if os.geteuid() == 0:
@@ -237,13 +242,13 @@ def test_missing_credentials_are_refused_with_the_way_out(
 def test_secrets_stay_out_of_repr_and_errors(tmp_path: Path) -> None:
     store = Store(str(tmp_path), {"secret": "S3CR3T"})
     assert "S3CR3T" not in repr(store)
-    with pytest.raises(FileNotFoundError) as caught:  # a store that echoes the secret in its message
+    with pytest.raises(FileNotFoundError) as caught:  # as from a store that repeats the secret in its message
         store.get("echo-S3CR3T.json")
     assert "S3CR3T" not in str(caught.value)
 
 
 def test_stores_of_a_process_with_the_same_options_share_one_client() -> None:
-    """Each task of a run unpickles its own Store, and a client costs a second of CPU."""
+    """Each task of a run unpickles a Store of its own, and a client costs a second of CPU."""
     options = {"endpoint_url": "http://127.0.0.1:9", "key": "k", "secret": "s", "region": "us-east-1"}
     one, same, other = (
         Store(f"s3://b/{i}", {**options, **more}).backend.fs for i, more in enumerate(({}, {}, {"key": "another"}))

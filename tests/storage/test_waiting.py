@@ -1,4 +1,4 @@
-"""A store that is away for minutes: the unit is tried again, nothing is read or written twice, and what cannot help stops."""
+"""A store that fails for minutes: calls are repeated, nothing is read twice, and errors that no repeat can mend are raised at once."""
 
 from types import SimpleNamespace
 
@@ -16,14 +16,14 @@ from capsfusion_ray.storage.base import StoreFull
 
 @pytest.fixture
 def slept(monkeypatch):
-    """Of this module alone: an actor's watchdog, left over from another test of the process, sleeps by the same function."""
+    """The pauses of storage.waiting alone: the watchdog of an actor from another test uses time.sleep, too."""
     pauses = []
     monkeypatch.setattr(waiting, "time", SimpleNamespace(sleep=pauses.append))
     return pauses
 
 
 @pytest.mark.parametrize("failures", [0, 1, 5])
-def test_a_failing_store_is_waited_out_with_growing_pauses(slept, failures):
+def test_a_call_is_repeated_after_growing_pauses(slept, failures):
     answers = iter([StorageError("away")] * failures + ["there"])
 
     def call():
@@ -39,7 +39,7 @@ def test_a_failing_store_is_waited_out_with_growing_pauses(slept, failures):
 @pytest.mark.parametrize(
     ("error", "calls"), [(StorageError, len(waiting.PAUSES_S) + 1), (StoreRefused, 1), (StoreFull, 1)]
 )
-def test_patience_has_an_end_and_a_refusal_is_believed_at_once(slept, error, calls):
+def test_the_last_pause_ends_it_and_refusals_are_raised_at_once(slept, error, calls):
     made = []
 
     def call():

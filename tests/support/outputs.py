@@ -1,4 +1,4 @@
-"""Small finished outputs, made without an engine; an output's files, to compare; a store that dies."""
+"""Small finished outputs, written without an engine; the files of an output, for comparisons; a store whose user is killed."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def part_of(unit, outcomes):
 
 
 def run_of(store, units, outcomes, output, filtered=0):
-    """Commit and compact `units`, each with `outcomes` and `filtered` rows left out; the published manifest."""
+    """Commit and compact `units`, each with rows of `outcomes` and `filtered` rows that are left out; the published manifest."""
     groups = sorted({unit.group for unit in units})
     base = {f"output.{key}": getattr(output, key) for key in ("target_file_mb", "target_file_rows", "partition_by")}
     plan = Plan(
@@ -67,13 +67,13 @@ def units_of(count, rows, groups=2):
 
 
 def snapshot(output):
-    """Every file of the dataset in a local folder, byte for byte, by name."""
+    """Path -> bytes, of every data file of an output in a local folder."""
     files = [path for folder in ("data", "rejected") for path in (output / folder).rglob("*.parquet")]
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 class DiesAt:
-    """A store whose n-th write or deletion ends the process that asked for it; of a deletion's files half are gone then."""
+    """A store whose `at`-th write or deletion raises KeyboardInterrupt, as a kill would; a deletion deletes half of its files before."""
 
     def __init__(self, store, at):
         self._store, self._left = store, at
@@ -96,7 +96,7 @@ class DiesAt:
 
 
 def flip_a_bit(folder: Path) -> Path:
-    """As a disk does, in the middle of the first file below; its path."""
+    """Change one bit in the middle of the first Parquet file below `folder`, as a bad disk does; the path of that file."""
     path = min(folder.rglob("*.parquet"))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
