@@ -127,7 +127,7 @@ def _footer_bytes(source: Any) -> bytes:
     length = int.from_bytes(tail[-8:-4], "little")
     if length > min(size - 12, MAX_FOOTER_BYTES):
         raise ValueError(
-            f"its footer claims {length:,} bytes of a file of {size:,}, of which at most {MAX_FOOTER_BYTES:,} are read"
+            f"its footer claims to have {length:,} bytes, in a file of {size:,} bytes; at most {MAX_FOOTER_BYTES:,} are read"
         )
     if length + 8 > len(tail):
         source.seek(size - 8 - length)

@@ -1,6 +1,6 @@
 """The record of an edit (retry, repair or takedown) that was begun: one edit of an output at a time, and its edition's number.
 
-The record is written before the edit's first file, so that after a kill only the same command can go on. Knows the store.
+The record is written before the edit's first file, so that after a kill only the same command can continue it. Knows the store.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 def begin_edit(store: Store, manifest: Manifest, record: dict[str, Any], rewritten: Sequence[FileEntry] = ()) -> int:
     """Write the edit's `record`, which has a `kind`; the number of the edition that the edit writes.
 
-    The same edit, begun by a process that was killed, is continued. A retry of which no row is in the dataset yet is
+    The same edit, begun by a process that was killed, is continued. A retry that has no row in the dataset yet is
     replaced by a retry with other settings: its model may not have loaded. `rewritten`: the data files whose rows the edit
     writes to new files.
 

@@ -245,7 +245,7 @@ def test_files_must_hold_what_the_units_count(drawn, data):
     check_stored(units, stored, "group g00000")
     kind, number = data.draw(st.sampled_from(sorted(STORED))), data.draw(st.integers(0, len(units) - 1))
     unit_id, rows_ = stored[kind][number]
-    pieces = [(unit_id, rows_ // 2), (unit_id, rows_ - rows_ // 2)]  # a unit may lie in several files
+    pieces = [(unit_id, rows_ // 2), (unit_id, rows_ - rows_ // 2)]  # a unit may be in several files
     check_stored(units, stored | {kind: [*stored[kind][:number], *pieces, *stored[kind][number + 1 :]]}, "group g00000")
     for wrong in ([(unit_id, rows_ + 1)], [(unit_id, rows_), ("foreign", 1)]):
         files = [*stored[kind][:number], *wrong, *stored[kind][number + 1 :]]

@@ -35,5 +35,5 @@ def test_the_bytes_are_those_of_earlier_versions() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"1", b'{"a": ', b"\xff"])
 def test_other_bytes_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 (json's own error, or ours)
+    with pytest.raises(ValueError):  # noqa: PT011 (raised by json, or by decode_note)
         decode_note(data)
