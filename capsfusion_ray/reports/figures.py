@@ -13,7 +13,8 @@ from typing import Any
 
 from capsfusion_ray.config import ClusterConfig
 from capsfusion_ray.core.gates.entities import is_entity
-from capsfusion_ray.core.word_alignment import Origin, Words, align_words, source_words
+from capsfusion_ray.core.word_alignment import Origin, align_words
+from capsfusion_ray.core.word_keys import Words, source_words
 from capsfusion_ray.reports.sample import Row, State
 
 LONGEST_BAR = 60  # words; the last bar holds all longer captions

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsfusion_ray.core.word_alignment import Origin, align, canonical_number, key_of
+from capsfusion_ray.core.word_alignment import Origin, align
+from capsfusion_ray.core.word_keys import canonical_number, key_of
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=120)  # lone surrogates, controls, RTL, emoji
 

@@ -1,4 +1,4 @@
-"""Numbers and names that came from nowhere, and those of raw that went. Each gate a function of a Triple."""
+"""Gates for numbers and names: those that no source has, and those of the raw caption that are missing."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from itertools import pairwise
 
-from capsfusion_ray.core.gates.triple import BOILERPLATE_KEYS, STOP_KEYS, Fault, Triple, show
-from capsfusion_ray.core.word_alignment import Words, key_of
+from capsfusion_ray.core.gates.triple import Fault, Triple, quoted
+from capsfusion_ray.core.gates.words import BOILERPLATE_KEYS, STOP_KEYS
+from capsfusion_ray.core.word_keys import Words, key_of
 
 
 def unsupported_number(t: Triple) -> Fault | None:
@@ -22,12 +23,12 @@ def unsupported_number(t: Triple) -> Fault | None:
         return None
     grouped = " ".join(_GROUP_SPACE.sub("", source.text) for source in (t.raw, t.synthetic))
     sources = [*t.raw.numbers(), *t.synthetic.numbers(), *Words(grouped).numbers()]
-    task = set(_SENTENCE_NUMBER.findall(t.fused.text))  # instruction_echo's business
+    task = set(_SENTENCE_NUMBER.findall(t.fused.text))  # instruction_echo judges these
     missing = [n for n in dict.fromkeys(missing) if not (n in task or _number_held(n, sources))]
     return Fault(len(missing), _neither(missing)) if missing else None
 
 
-_GROUP_SPACE = re.compile(r"(?<=\d),?\s(?=\d{3}\b)")  # 185 000, and the captioner's 15, 000
+_GROUP_SPACE = re.compile(r"(?<=\d),?\s(?=\d{3}\b)")  # 185 000, and 15, 000 as some captioners write it
 _SENTENCE_NUMBER = re.compile(r"[Ss]entence ([12])\b")
 
 
@@ -44,11 +45,11 @@ def _number_held(number: str, sources: Sequence[str]) -> bool:
 
 
 def _neither(values: Sequence[str]) -> str:
-    shown = ", ".join(show(v) for v in values[:4])
+    shown = ", ".join(quoted(v) for v in values[:4])
     return f"{shown}{' and more' if len(values) > 4 else ''} {'is' if len(values) == 1 else 'are'} in neither source"
 
 
-# Capitalised by custom, claiming nothing.
+# Capitalised by custom; they name nothing.
 _NO_NAMES = frozenset(
     (
         "I",
@@ -89,7 +90,7 @@ _MONTHS = (
     "november",
     "december",
 )
-# Country and people, where they do not begin alike.
+# Countries and their adjectives that do not begin with the same four letters.
 _DEMONYMS = frozenset(
     map(
         frozenset,
@@ -117,7 +118,7 @@ _DEMONYMS = frozenset(
 
 
 def unsupported_name(t: Triple) -> Fault | None:
-    """How many capitalised words inside a sentence are in neither source, in no form (American, NYC, a mended typo)."""
+    """How many capitalised words inside a sentence are in neither source, also not in another form (American, NYC, a corrected typo)."""
     unheld = t.fused.held - t.raw.held - t.synthetic.held
     if not unheld:
         return None
@@ -133,7 +134,7 @@ def unsupported_name(t: Triple) -> Fault | None:
 
 
 def _inside_sentence(word: str, text: str) -> bool:
-    """Whether the first place of the word follows another word or a comma, so that its capital means something."""
+    """Whether the word first occurs after another word or a comma, and not at the start of a sentence, where all words are capitalised."""
     at = text.find(word)
     if at < 2 or not (text[at - 1] in " -/('’" or text[at - 1].isspace()):
         return False
@@ -142,6 +143,7 @@ def _inside_sentence(word: str, text: str) -> bool:
 
 
 def _name_held(word: str, t: Triple) -> bool:
+    """Whether a source has the name in any form."""
     low, key = word.lower(), key_of(word)
     if t.raw.holds(word, key) or t.synthetic.holds(word, key):
         return True
@@ -160,6 +162,7 @@ def _name_held(word: str, t: Triple) -> bool:
 
 
 def _same_name(low: str, word: str, other: str) -> bool:
+    """Whether two words name the same: equal beginnings, country and people, an abbreviation, or a spelling that is close."""
     against = other.lower()
     if len(against) < 2 or against[0] != low[0]:
         return frozenset((low, against)) in _DEMONYMS
@@ -176,7 +179,7 @@ def _same_name(low: str, word: str, other: str) -> bool:
 
 
 def _spelled_out(word: str, t: Triple) -> bool:
-    """Whether the word and its neighbours spell out an acronym of a source: NYC, U.S., IAAF (of does not count)."""
+    """Whether the word and its neighbours spell out an acronym of a source: NYC, U.S., IAAF (function words such as "of" are skipped)."""
     keys = [k for k in t.fused.keys[:300] if k not in STOP_KEYS]
     if (key := key_of(word)) not in keys:
         return False
@@ -191,16 +194,19 @@ def _spelled_out(word: str, t: Triple) -> bool:
     return False
 
 
-_FILE_ID = re.compile(r"\d{6,}|.*[a-z]\d.*[a-z]|.*\d[a-z]+\d.*", re.IGNORECASE)  # 20160502, a1b2c3: names nothing
+_FILE_ID = re.compile(
+    r"\d{6,}|.*[a-z]\d.*[a-z]|.*\d[a-z]+\d.*", re.IGNORECASE
+)  # 20160502, a1b2c3: ids of files, which name nothing
 
 
 def is_entity(word: str, key: str) -> bool:
+    """Whether a word is a name or a number by its first character, and has content."""
     first = word[0]
     return (first.isupper() or first.isdecimal()) and key not in STOP_KEYS and key not in BOILERPLATE_KEYS
 
 
 def lost_entity(t: Triple) -> Fault | None:
-    """Share of raw's names and numbers that the caption does not mention; raw needs two of them at least."""
+    """Share of the raw caption's names and numbers that the fused caption lacks; 0 if the raw one has fewer than two."""
     held = t.fused.held
     missing = t.raw.held - held
     if not missing:
@@ -221,7 +227,7 @@ def lost_entity(t: Triple) -> Fault | None:
         gone.append(word)
     if not gone:
         return None
-    shown = ", ".join(show(w) for w in gone[:4])
+    shown = ", ".join(quoted(w) for w in gone[:4])
     return Fault(
         len(gone) / len(entities),
         f"{shown} of raw {'is' if len(gone) == 1 else 'are'} gone ({len(gone)} of {len(entities)})",

@@ -1,4 +1,4 @@
-"""A caption in a script or a language that neither source is in. A function of a Triple."""
+"""The gate for a caption in a script or a language of neither source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections import Counter
 
 from capsfusion_ray.core.gates.triple import Fault, Triple
-from capsfusion_ray.core.word_alignment import key_of
+from capsfusion_ray.core.word_keys import key_of
 
 # First code point of a block -> script; Han and kana are one, because Japanese mixes them.
 _BLOCKS = (
@@ -62,7 +62,7 @@ def _scripts(text: str) -> Counter[str]:
     return out
 
 
-# Function words that no other of these languages uses.
+# Function words that are not used in the other languages of this table.
 _FUNCTION = {
     "English": "the of and with is are this that from for which by at it its has been",
     "Spanish": "el los las con por para una del es muy y que",
@@ -78,7 +78,7 @@ _ANY_FUNCTION = frozenset().union(*_FUNCTION_KEYS.values())
 
 
 def wrong_script(t: Triple) -> Fault | None:
-    """Share of the letters that are of a script no source uses; 1 where the language is neither source's."""
+    """Share of the letters in a script that no source uses; 1 if the language is that of neither source."""
     fused, raw, synthetic = t.fused.text, t.raw.text, t.synthetic.text
     if not (fused.isascii() and (synthetic.isascii() or raw.isascii())):
         have = _scripts(fused)
@@ -109,5 +109,5 @@ def _wrong_language(t: Triple) -> Fault | None:
         best == "English"
         and max(len(t.synthetic.held & keys) for name, keys in _FUNCTION_KEYS.items() if name != "English") < 2
     ):
-        return None  # a captioner that is not seen to write otherwise writes English, in whatever language the raw caption is
+        return None  # a captioner writes English unless its caption shows another language; the language of the raw caption is free
     return Fault(1.0, f"written in {best}, which neither source is")

@@ -1,4 +1,4 @@
-"""Faults in how a caption is worded: echo, cut, repetition, paste and copy, length. Each a function of a Triple."""
+"""Gates for the wording of a caption: parts of the prompt, cut ends, repetition, pasted sources, length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice, pairwise
 
-from capsfusion_ray.core.gates.triple import STOP_KEYS, Fault, Triple, show
+from capsfusion_ray.core.gates.triple import Fault, Triple, quoted
+from capsfusion_ray.core.gates.words import STOP_KEYS
 from capsfusion_ray.core.types import FinishReason
 
 _ECHO_HINTS = (
@@ -22,7 +23,7 @@ _ECHO_HINTS = (
     "merge",
     "accurate",
 )
-# 2 points: talk about the task. No caption of a picture says this.
+# 2 points: the text talks about the task, as no caption of a picture does.
 _ECHO_TASK = re.compile(
     r"\bsentences? ?(?:structures?\b|[12]\b|one\b|two\b)|\b(?:first|second|two|both|new|given|combined|merged|refined) sentences?\b"
     r"|\bwell-structured sentence|\bthe sentence\b|^(?:new )?sentence:|\bflaws in\b|\bgrammar\b|\bsimply concatenat"
@@ -30,7 +31,7 @@ _ECHO_TASK = re.compile(
     r"|\b(?:may|does|do|is|are) not (?:an? )?accurate(?:ly)? (?:represent|describe|reflect|description|representation)"
     r"|\bmerge and refine|\brefined and merged|\bin-depth (?:real-world|details?|information|knowledge)"
 )
-# 1 point: a phrase of the instruction that became a phrase of the caption.
+# 1 point: a phrase of the instruction used in the caption.
 _ECHO_PHRASE = re.compile(
     r"\bdetailed (?:and \w+ )?(?:real-world|knowledge)\b"
     r"|\breal-world (?:knowledge|details?|information|scenario|setting|view|product|item|representation|model|data)\b"
@@ -39,7 +40,7 @@ _ECHO_PHRASE = re.compile(
 
 
 def instruction_echo(t: Triple) -> Fault | None:
-    """Points for distinct phrases of the instruction that neither source brought in."""
+    """Points for the distinct phrases of the instruction that neither source has."""
     low = t.fused.text.lower()
     if not any(map(low.__contains__, _ECHO_HINTS)):
         return None
@@ -56,7 +57,7 @@ def instruction_echo(t: Triple) -> Fault | None:
 
 
 def empty_output(t: Triple) -> Fault | None:
-    """1 where the engine wrote no word."""
+    """1 if the engine wrote no word."""
     return None if t.fused.words else Fault(1.0, f"{len(t.fused.text)} characters, no word")
 
 
@@ -64,22 +65,23 @@ _SENTENCE_END = re.compile(r"[.!?…。！？｡।؟][\"'”’»)\]」』）*]
 
 
 def cut_off(t: Triple) -> Fault | None:
-    """2 where it begins inside a sentence; 1 where it ends in one: stopped at max_new_tokens or, unknown, no full stop.
+    """2 if the caption begins inside a sentence; 1 if it ends inside one.
 
-    The beginning is missing where the synthetic caption was cut itself and the model went on with it.
+    It begins inside a sentence if the synthetic caption was cut off and the model continued it. It ends inside one if it stopped
+    at max_new_tokens, or, if the finish is unknown, if it has no full stop.
     """
     first = t.fused.text[:1]
     if first.islower() and first.isascii():
         begun = t.fused.text[:12].lower() == t.synthetic.text.lstrip()[:12].lower() or t.raw.text[:1].islower()
         if not begun and not _SENTENCE_END.search(t.synthetic.text.rstrip()[-12:]):
-            return Fault(2.0, f"goes on where synthetic stops, begins {show(t.fused.text[:30])}")
+            return Fault(2.0, f"goes on where synthetic stops, begins {quoted(t.fused.text[:30])}")
     if t.finish is FinishReason.EOS:
         return None
     if t.finish is FinishReason.LENGTH:
-        return Fault(1.0, f"no end of text at max_new_tokens, ends {show(t.fused.text[-30:])}")
+        return Fault(1.0, f"no end of text at max_new_tokens, ends {quoted(t.fused.text[-30:])}")
     if _SENTENCE_END.search(t.fused.text[-12:]):
         return None
-    return Fault(1.0, f"no full stop, ends {show(t.fused.text[-30:])}")
+    return Fault(1.0, f"no full stop, ends {quoted(t.fused.text[-30:])}")
 
 
 def _fourgrams(keys: Sequence[str]) -> list[tuple[str, ...]]:
@@ -87,10 +89,10 @@ def _fourgrams(keys: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def repetition(t: Triple) -> Fault | None:
-    """Share of the 4-grams that stood in the caption before, beyond what a source repeats itself."""
+    """Share of the 4-grams that repeat earlier ones of the caption, without those that a source repeats as often."""
     keys = t.fused.keys
     if len(keys) - len(set(keys)) < 4 or len(keys) - len(t.fused.joins) < 4:
-        return None  # a 4-gram cannot come again without four words and three neighbourhoods that do
+        return None  # a repeated 4-gram has four repeated words and three repeated pairs of neighbours
     grams = _fourgrams(keys)
     again = len(grams) - len(set(grams))
     if again == 0:
@@ -110,7 +112,7 @@ def _sequence(keys: Sequence[str]) -> str:
 
 
 def concatenation(t: Triple) -> Fault | None:
-    """Share of the words that are both sources pasted verbatim, apart from glue between them."""
+    """Share of the words that are both sources pasted verbatim; a few words between them are allowed."""
     raw, synthetic, fused = t.raw.keys, t.synthetic.keys, t.fused.keys
     if len(raw) < 3 or len(synthetic) < 3 or len(fused) < len(raw) + len(synthetic):
         return None
@@ -124,7 +126,7 @@ def concatenation(t: Triple) -> Fault | None:
 
 
 def copy_of_one(t: Triple) -> Fault | None:
-    """Share of the words that are one source verbatim, where the other had something to add and nothing of it came."""
+    """Share of the word pairs that are those of one source, if the other source has more words and none of these is used."""
     fused = t.fused.keys
     for name, source, other in (("raw", t.raw, t.synthetic), ("synthetic", t.synthetic, t.raw)):
         size = len(source.keys)
@@ -139,7 +141,7 @@ def copy_of_one(t: Triple) -> Fault | None:
 
 
 def too_short(t: Triple) -> Fault | None:
-    """Words of the longer source per fused word; one or two words made of five or more count as no caption at all."""
+    """Words of the longer source per fused word; infinite for one or two words made of five or more."""
     fused = len(t.fused.keys)
     source = max(len(t.raw.keys), len(t.synthetic.keys))
     if fused >= source:
