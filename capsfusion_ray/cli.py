@@ -186,7 +186,8 @@ class _Stderr(logging.StreamHandler[TextIO]):
 def run_job(schema: type[T], call: Callable[[T], Any], argv: Sequence[str], about: str = "") -> int:
     """Parse `argv` as `schema`, call the job, and print its result; the exit code.
 
-    Logs go to stderr. A result that is a dict is printed on stdout as one line of JSON, the last one; an int is the exit
+    Logs go to stderr. A result that is a dict is printed on stdout as one line of JSON, the last one, after lines for people
+    where stdout is a terminal; an int is the exit
     code; None means that the job has printed what it found. --help prints `about` and the keys instead.
     """
     from capsfusion_ray.config import parse_config, usage
@@ -211,8 +212,23 @@ def run_job(schema: type[T], call: Callable[[T], Any], argv: Sequence[str], abou
     if isinstance(result, int):
         return result
     if result is not None:
+        if sys.stdout.isatty():
+            print("\n".join(_summary(result)))
         print(json.dumps(result, ensure_ascii=False), flush=True)
     return EXIT_DONE
+
+
+def _summary(result: dict[str, Any]) -> Iterator[str]:
+    """A result in lines for people: counts without zeros, and nothing of what has no value."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items() if inner)
+        if value not in (None, "", []):
+            yield f"{key.replace('_', ' '):16} {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _log_to_stderr() -> None:

@@ -47,6 +47,14 @@ def test_all_environments_upload_the_files_of_the_job_and_exclude_the_same_folde
         assert (ROOT / excluded.strip("/")).exists(), f"{excluded}: excluded, but it does not exist"
 
 
+def test_the_image_has_every_file_that_the_package_is_built_from_before_it_is_installed():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    before = (ROOT / "deploy/Dockerfile").read_text().partition(" -e .")[0]
+    copied = re.findall(r"^COPY (\S+) \1$", before, re.MULTILINE)
+    assert set(wheel["force-include"]) <= set(copied)
+    assert all((ROOT / path).exists() for path in copied)
+
+
 def test_submit_is_one_ray_job_line_and_keeps_arguments_with_special_characters(monkeypatch):
     words = [
         "jobs/fuse.py",

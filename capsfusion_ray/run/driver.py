@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def fuse(cfg: FuseConfig, executor: Executor | None = None) -> dict[str, Any]:
-    """Do what jobs/fuse.py is asked for: a run, a retry or a repair. Returns the last line of its output, as a dict.
+    """Do what the config asks for: a run, a retry or a repair. Returns the last line that the command prints, as a dict.
 
     `executor` runs the stages and is closed at the end; None: the one of cluster.kind. Raises CapsFusionError, and
     KeyboardInterrupt after Ctrl-C: committed units are kept, and the same command resumes.

@@ -1,4 +1,4 @@
-"""jobs/plan.py: what a fuse run would do, take and cost, from the listing, the footers and a sample. Writes nothing."""
+"""Estimate what a fuse run would do, take and cost, from the listing, the footers and a sample. Writes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _ActorSpeed:
 
 
 def estimate(cfg: PlanConfig) -> dict[str, Any]:
-    """The plan that jobs/fuse.py would make now, and its price. Raises what the survey of a fuse run raises."""
+    """The plan that a fuse run would make now, its price, and `text` for people. Raises what the survey of a fuse run raises."""
     found = survey(cfg)
     gpus, actors = expected_pool(cfg)
     engine, decode = resolve_with_model(cfg.engine, cfg.decode, found.model)

@@ -109,7 +109,7 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
             ):
                 pairing = (
                     f". Only its {other} captions are known: if the {role} ones are in another table, join the two first "
-                    "(jobs/pair.py, by URL or a key); a fusion needs both in one row"
+                    "(capsfusion pair, by URL or a key); a fusion needs both in one row"
                 )
             raise SourceError(
                 f"{shard}: no column {wanted} to be the {role}{' caption' if role != 'url' else ''}; it has: {has}{pairing}. "

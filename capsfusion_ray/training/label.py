@@ -108,6 +108,6 @@ def train_command(cfg: FuseConfig) -> str:
         f"<a copy of {cfg.output.path} here>" if "://" in cfg.output.path else cfg.output.path
     )  # training reads a local folder
     return (
-        f"python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path={where} data.fused=capsfusion "
+        f"capsfusion train conf/train/finetune.yaml model.path=<hub id or folder> data.path={where} data.fused=capsfusion "
         "output.path=<model folder>"
     )

@@ -79,6 +79,15 @@ def test_the_last_line_on_stdout_is_the_result_and_logs_go_to_stderr(tmp_path, c
     assert json.loads(line)["rows"]["planned"] == 24
 
 
+def test_people_at_a_terminal_get_lines_before_the_json(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    result = {"rows": {"planned": 12000, "kept": 0}, "rejects": {}, "verified": True, "report": None, "output": "out"}
+    assert run_job(VerifyConfig, lambda cfg: result, ["output.path=o"]) == EXIT_DONE
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [["rows", "planned", "12,000"], ["verified", "True"], ["output", "out"]]
+    assert json.loads(last) == result
+
+
 def test_show_prints_captions_for_people(tmp_path, capsys):
     finished(tmp_path)
     assert main(["show", f"output.path={tmp_path / 'out'}", "count=2"]) == EXIT_DONE

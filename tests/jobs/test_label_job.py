@@ -84,7 +84,7 @@ def test_labelling_with_a_teacher_that_fails_stops_at_the_cap_and_resumes_with_a
     assert not [data for data in kept if KEY.encode() in data]
 
     assert summary["train"].startswith(
-        "python jobs/train.py conf/train/finetune.yaml model.path=<hub id or folder> data.path="
+        "capsfusion train conf/train/finetune.yaml model.path=<hub id or folder> data.path="
     )
     triples, held_out = read_triples(TripleConfig(path=str(output), fused="capsfusion", validation_rows=100))
     assert (len(triples), len(held_out)) == (300, 100)
