@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system test-hosts test-ceph chaos train train-tiny average evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration clean
+.PHONY: help setup demo test test-system test-hosts test-ceph chaos train train-tiny average evaluate lint fuse plan pair label verify show report export takedown submit resume status stop manifests configuration map clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -134,6 +134,9 @@ manifests: setup ## render deploy/kuberay into out/manifests: one file per overl
 
 configuration: setup ## write docs/configuration.md from the config dataclasses
 	$(BIN)/python docs/make_configuration.py
+
+map: setup ## write README's map of the files from the modules' docstrings
+	$(BIN)/python docs/make_file_map.py
 
 clean: ## remove what the targets made, except .venv
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,6 +24,11 @@ def test_the_configuration_page_is_generated_from_the_configs():
     assert (ROOT / "docs/configuration.md").read_text("utf-8") == made, "run: python docs/make_configuration.py"
 
 
+def test_the_map_of_files_in_the_readme_is_made_from_the_modules():
+    made = runpy.run_path(str(ROOT / "docs/make_file_map.py"))["page"]()
+    assert (ROOT / "README.md").read_text("utf-8") == made, "run: python docs/make_file_map.py"
+
+
 def test_every_job_is_on_the_page_of_keys_and_has_help():
     assert set(JOBS) == {f"jobs/{path.name}" for path in (ROOT / "jobs").glob("*.py")}
     for schema in JOBS.values():

@@ -1,4 +1,4 @@
-"""The partition folders of data files: a column's value -> `column=name`, and back. Pure: knows no store."""
+"""The partition folders of data files: a column's value -> `COLUMN=VALUE`, and back. Pure: knows no store."""
 
 from __future__ import annotations
 
