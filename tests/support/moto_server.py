@@ -26,7 +26,7 @@ KEYS = {"key": "demokey", "secret": "demosecret"}
 def moto_server(log: Path, page_keys: int = PAGE_KEYS) -> Iterator[str]:
     """Its URL."""
     port = free_port()
-    command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("atomic_moto.py")), "-H", "127.0.0.1", "-p", str(port)]
     env = {**os.environ, "MOTO_S3_DEFAULT_MAX_KEYS": str(page_keys)}
     with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out, env=env) as process:
         try:
