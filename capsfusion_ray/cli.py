@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "submit":
         at = next((i for i, word in enumerate(words) if word in JOBS), len(words))
         words, submitted = words[:at], words[at:]
+        if {"-h", "--help"} & set(submitted):
+            return main(submitted)
         return run_job(schema, lambda cfg: call(cfg, submitted), words, f"capsfusion submit {job.words}\n\n{job.does}")
     return run_job(schema, call, words, f"capsfusion {name} {job.words}\n\n{job.does}")
 

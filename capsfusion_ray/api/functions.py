@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 from capsfusion_ray.api import jobs
 from capsfusion_ray.api.results import (
@@ -61,18 +61,8 @@ def fuse(
         ConfigError, SourceError, PlanChanged: an argument, the input or the output must change.
         CapsFusionError: the run failed; the same call resumes it.
     """
-    given = {
-        "input.path": input,
-        "output.path": output,
-        "engine.model": model,
-        "source.preset": preset,
-        "source.passthrough": passthrough,
-        "input.limit": limit,
-        "engine.kind": engine,
-        "decode.num_beams": num_beams,
-        "retry": retry,
-        "cluster.kind": "local" if local else None,
-    }
+    given = _of_run(input, output, model, preset, limit, engine, num_beams, local)
+    given |= {"source.passthrough": passthrough, "retry": retry}
     done = jobs.fuse(parsed(FuseConfig, config, given))
     return FuseResult(**done | {"rows": RowCounts(**done["rows"])})
 
@@ -100,17 +90,8 @@ def plan(
     """
     from capsfusion_ray.run.quote import estimate
 
-    given = {
-        "input.path": input,
-        "output.path": output,
-        "engine.model": model,
-        "source.preset": preset,
-        "input.limit": limit,
-        "engine.kind": engine,
-        "decode.num_beams": num_beams,
-        "calibrate": calibrate or None,
-        "cluster.kind": "local" if local else None,
-    }
+    given = _of_run(input, output, model, preset, limit, engine, num_beams, local)
+    given |= {"calibrate": calibrate or None}
     quote = estimate(parsed(PlanConfig, config, given))
     return PlanResult(**{name: quote[name] for name in PlanResult.__dataclass_fields__})
 
@@ -237,3 +218,26 @@ def evaluate(
 
     given = {"data.path": data, "engine.model": model, "fused": fused, "data.rows": rows}
     return EvaluateResult(**figures.evaluate(parsed(figures.EvaluateConfig, config, given)))
+
+
+def _of_run(
+    input: Place | Sequence[Place] | None,
+    output: Place | None,
+    model: Place | None,
+    preset: str | None,
+    limit: int | None,
+    engine: str | None,
+    num_beams: int | None,
+    local: bool,
+) -> dict[str, Any]:
+    """The keys of the arguments that `fuse` and `plan` share."""
+    return {
+        "input.path": input,
+        "output.path": output,
+        "engine.model": model,
+        "source.preset": preset,
+        "input.limit": limit,
+        "engine.kind": engine,
+        "decode.num_beams": num_beams,
+        "cluster.kind": "local" if local else None,
+    }

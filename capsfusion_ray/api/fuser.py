@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 
 from capsfusion_ray.api.settings import Config, Place, parsed
-from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig
+from capsfusion_ray.config import DecodeConfig, EngineConfig, GatesConfig, section
 from capsfusion_ray.core.columns import (
     DETAIL,
     FLAGS,
@@ -68,9 +68,9 @@ class FusedCaption:
 class FuserConfig:
     """The keys of docs/configuration.md that a Fuser knows."""
 
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    gates: GatesConfig = field(default_factory=GatesConfig)
+    engine: EngineConfig = section(EngineConfig)
+    decode: DecodeConfig = section(DecodeConfig)
+    gates: GatesConfig = section(GatesConfig)
 
 
 class Fuser:

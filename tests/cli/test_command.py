@@ -118,3 +118,8 @@ def test_an_error_is_one_line_on_stderr_and_its_exit_code(raised, code, said, ca
 def test_submit_refuses_a_missing_job_a_secret_and_a_wrong_key_before_it_asks_a_cluster(words, capsys):
     assert main(["submit", *words]) == EXIT_USAGE
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_help_of_a_submitted_job_is_the_help_of_that_job(capsys):
+    assert main(["submit", "verify", "--help"]) == EXIT_DONE
+    assert capsys.readouterr().out.startswith("capsfusion verify ")
