@@ -1,30 +1,30 @@
-"""The exceptions, and who may retry what. Knows nothing else.
+"""All exceptions of the package. The class of an error says who may retry.
 
     CapsFusionError
     ├── UsageError            the user must change something; never retried; exit code 2
     │   ├── ConfigError       a key or a value of the configuration
-    │   ├── SourceError       an input: a path, a column, a format
-    │   └── PlanChanged       the output holds another plan than the configuration gives
-    ├── RowError              one row cannot be fused; it becomes that row's reject, never retried
-    ├── EngineError           the engine is unusable; its process ends, the unit is retried elsewhere
-    ├── StorageError          the store failed after the client's own retries; waited out for minutes
-    ├── ClusterError          no Ray cluster to run on; the same command again
-    ├── LeaseLost             another driver took this output over; this driver stops, nothing is lost
-    ├── EndpointDown          an API gave no good answer for long; the run stops, the same command goes on
-    ├── CostCapReached        the money given for an API is spent; a higher cap goes on
-    └── AccountingError       rows lost or doubled: a bug or damage; the run stops, never retried
+    │   ├── SourceError       the input: a path, a column, a format
+    │   └── PlanChanged       the output was begun with other settings or another input
+    ├── RowError              one row cannot be fused; it is rejected with this error, and never retried
+    ├── EngineError           the engine cannot continue; its process ends, and another actor retries the unit
+    ├── StorageError          the store failed after the retries of its client; the job waits some minutes and retries
+    ├── ClusterError          Ray could not be started or joined; run the same command again
+    ├── LeaseLost             another driver took this output over; this driver stops, and nothing is lost
+    ├── EndpointDown          an API gave no good answer for a long time; the run stops, and the same command continues it
+    ├── CostCapReached        the money allowed for an API is spent; the same command with a higher cap continues
+    └── AccountingError       rows are lost or doubled by a bug or damage; the run stops, and nothing is retried
 
-Every class takes one message argument, so that it survives pickling between Ray processes. A message names the
-thing, the value and the way out.
+Every class takes one argument, the message, so that it can be pickled between Ray processes. A message names the thing, the
+value and the way out.
 """
 
 
 class CapsFusionError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class UsageError(CapsFusionError):
-    """The user must change something; a retry would fail the same way. Exit code 2."""
+    """The user must change something, because a retry would fail in the same way. Exit code 2."""
 
 
 class ConfigError(UsageError):
@@ -36,19 +36,19 @@ class SourceError(UsageError):
 
 
 class PlanChanged(UsageError):
-    """The output already holds a plan with another base fingerprint."""
+    """The output has a plan with another base fingerprint."""
 
 
 class RowError(CapsFusionError):
-    """This row alone cannot be fused (a prompt no truncation fits, NaN scores)."""
+    """One row cannot be fused (its prompt does not fit even when cut, its scores are NaN)."""
 
 
 class EngineError(CapsFusionError):
-    """The engine cannot go on; its process must end so that Ray starts a fresh one."""
+    """The engine cannot continue. Its process must end, so that Ray starts a new one."""
 
 
 class StorageError(CapsFusionError):
-    """The object store did not do what was asked, after the client's own retries."""
+    """The object store did not do what was asked, also after the retries of its client."""
 
 
 class ClusterError(CapsFusionError):
@@ -64,8 +64,8 @@ class AccountingError(CapsFusionError):
 
 
 class EndpointDown(CapsFusionError):
-    """An API gave no good answer for engine.api.gone_s. No row and no process is at fault: the run ends with it."""
+    """An API gave no good answer for engine.api.gone_s. The run ends, because another row or another process would not change it."""
 
 
 class CostCapReached(CapsFusionError):
-    """As much as engine.api.max_dollars allows is spent; what is committed is kept, and a higher cap goes on."""
+    """The run has spent engine.api.max_dollars. Committed units are kept; the same command with a higher cap continues."""

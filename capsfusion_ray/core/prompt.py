@@ -1,8 +1,7 @@
-"""The prompt: template, token budget, truncation, and where the constant prefix ends.
+"""Build prompts: fill the template, keep to the token budget, and find where the constant prefix ends.
 
-Pure: knows no model and no tokenizer, only an `encode` function from texts to token ids.
-The template is an interface of the model: CapsFus-LLaMA was trained on this text to the letter
-(baaivision/CapsFusion, arXiv 2310.20550), so a model folder may carry its own.
+Pure: knows no model and no tokenizer, only an `encode` function from texts to token ids. TEMPLATE is the text that CapsFus-LLaMA
+was trained on, character by character (baaivision/CapsFusion, arXiv 2310.20550); a model folder may have its own.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ TEMPLATE = (
     "Sentence 1: {raw}\nSentence 2: {synthetic}\nNew Sentence:"
 )
 
-# No tokenizer of the supported models spends fewer than one token on this many characters of running text; a 1 MB alt
-# text is cut to budget * this before it is tokenised at all.
+# Every supported tokenizer makes at least one token of this many characters of text. An alt text of 1 MB is cut to the token budget
+# times this before it is tokenised.
 MAX_CHARS_PER_TOKEN = 64
 
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt template split at its two fields."""
+    """A prompt template, split at its two fields."""
 
     before_raw: str
     between: str
@@ -39,7 +38,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template:
-        """Raises ConfigError unless `{raw}` and then `{synthetic}` each stand in the text exactly once."""
+        """The template of `text`. Raises ConfigError unless it has `{raw}` and then `{synthetic}`, each exactly once."""
         if (
             text.count("{raw}") != 1
             or text.count("{synthetic}") != 1
@@ -53,6 +52,7 @@ class Template:
         return cls(before, between, after)
 
     def render(self, raw: str, synthetic: str) -> str:
+        """The prompt for two captions."""
         return f"{self.before_raw}{raw}{self.between}{synthetic}{self.after_synthetic}"
 
 
@@ -64,16 +64,16 @@ def _common_prefix(ids: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(shortest[:n])
 
 
-# What may follow the constant text: letters, digits, punctuation, space-less scripts, an emoji, nothing. A tokenizer
-# whose merges reach over the seam gives these different ids at the seam, and the common prefix ends before it.
+# Beginnings of a raw caption: letters, digits, punctuation, scripts without spaces, an emoji, nothing. If a tokenizer merges the end
+# of the constant text with them, their ids differ there, and the common prefix ends before the merge.
 _SEAM_PROBES = ("a", "The", "1", "2024", "-", "'s", ".", "é", "中文", "日", "ü", "🙂", '"', "(", "#", "s", "")
 
 
 class PromptBuilder:
-    """Builds prompts that fit the token budget: raw words are cut first, then synthetic ones, never the instruction.
+    """Builds prompts that fit the token budget. It cuts the raw caption first, then the synthetic one, and never the instruction.
 
-    `encode` is an engine's: texts -> token ids, BOS included. For an engine without a tokenizer it gives empty lists,
-    and prompts are built from text alone.
+    `encode` comes from the engine: texts -> token ids, including BOS. For an engine without a tokenizer it returns empty lists,
+    and the prompts have text only.
     """
 
     def __init__(self, template: str, encode: Encode, max_prompt_tokens: int) -> None:
@@ -82,8 +82,6 @@ class PromptBuilder:
         self._max_tokens = max_prompt_tokens
         probes = encode([self.template.render(probe, "A photo.") for probe in _SEAM_PROBES])
         self.prefix_ids = _common_prefix(probes)
-        # At least one suffix token is needed to ask the model for the first new one.
-        self.has_tokens = bool(self.prefix_ids)
         floor = len(encode([self.template.render("", "")])[0])
         if floor >= max_prompt_tokens:
             raise ConfigError(
@@ -92,7 +90,7 @@ class PromptBuilder:
             )
 
     def build(self, pairs: Sequence[CaptionPair]) -> list[Prompt | RowError]:
-        """One prompt a pair, in order; a RowError in the place of a pair that no truncation fits."""
+        """One prompt per pair, in order; a RowError in place of a pair that does not fit even when cut."""
         limit = self._max_tokens * MAX_CHARS_PER_TOKEN
         sides = [(pair.raw.strip()[:limit], pair.synthetic.strip()[:limit]) for pair in pairs]
         texts = [self.template.render(raw, synthetic) for raw, synthetic in sides]
@@ -105,7 +103,9 @@ class PromptBuilder:
                 except RowError as error:
                     built.append(error)
                     continue
-            n_prefix = len(self.prefix_ids)
+            n_prefix = len(
+                self.prefix_ids
+            )  # one suffix token at least must follow: the model is asked with it for the first new one
             if tuple(ids[:n_prefix]) == self.prefix_ids and len(ids) > n_prefix:
                 prefix, suffix = self.prefix_ids, tuple(ids[n_prefix:])
             elif not ids:
@@ -119,15 +119,16 @@ class PromptBuilder:
         return built
 
     def _truncate(self, row_id: str, raw: str, synthetic: str) -> tuple[str, str, str, list[int]]:
-        """The longest raw caption that fits; if none does, the longest synthetic one beside an empty raw caption.
+        """Cut the raw caption to the longest text that fits; if none fits, leave it out and cut the synthetic one.
 
-        The reference cuts token ids and loses the whole raw caption at exactly 256 tokens (`ids[:-0]`), or the cue.
-        Cutting the text and encoding again keeps the prompt's own tokenisation, at about 12 encodings of a rare row.
+        Returns raw, synthetic, text and ids. The reference cuts token ids: at exactly 256 tokens it loses the whole raw caption
+        (`ids[:-0]`), at others the end of the prompt. Here the text is cut and encoded again, so that the tokens are those of
+        the shorter prompt; this takes about 12 encodings of a rare row.
         """
 
         for render in (lambda cut: (cut, synthetic), lambda cut: ("", cut)):
             whole = raw if render("x")[0] else synthetic
-            low, high = 0, len(whole)  # characters; the longest length that fits lies in [low, high], if any fits
+            low, high = 0, len(whole)  # in characters; the longest length that fits, if any, is in [low, high]
             best: tuple[str, str, str, list[int]] | None = None
             while low <= high:
                 middle = (low + high) // 2

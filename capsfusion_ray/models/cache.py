@@ -1,7 +1,7 @@
-"""A model's folder on this node: where it lies, or fetched under HF_HOME once, under a lock, and checked. Knows no torch.
+"""Give the folder of a model on this node. A model of a store or the hub is fetched once, under a lock, into HF_HOME. Knows no torch.
 
-What `engine.revision` names is what is found here, or nothing: a hub commit, or the content of a folder (see models.py).
-HF_HOME may be shared by many nodes, if its file system has locks.
+The folder has exactly the model of `engine.revision`: a hub commit or a content hash (models/content.py). Many nodes may share one
+HF_HOME if its file system has locks.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from capsfusion_ray.storage import Store, StoredFile, patiently
 
 log = logging.getLogger(__name__)
 FOLDER = "capsfusion-models"  # under HF_HOME
-SUMS = "SHA256SUMS"  # as sha256sum writes it; where a model's folder has one, whole files are checked
+SUMS = "SHA256SUMS"  # in the format of sha256sum; if a model's folder has one, whole files are checked
 _CHUNK_BYTES = 16 << 20
 _FILES_AT_ONCE = 4
 _WEIGHTS = (".safetensors", ".bin")
-# Other forms of the same weights, and what only other programs read.
+# Other formats of the same weights, and files that only other programs read.
 _NEVER = ["*/*", "consolidated*", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5", "*.ckpt"]
 
 
 def folder_of(engine: EngineConfig, weights: bool = True) -> str:
-    """The folder of `engine.model` on this node, which holds `engine.revision`. Without `weights`: its tokenizer and config alone.
+    """The folder of `engine.model` on this node, with the content of `engine.revision`. Without `weights`: only tokenizer and config.
 
-    Every loader of a model gets its folder here, so that none has one which `check_folder` refuses.
-    Raises ConfigError for a model that is not there, is another one, is refused, or does not fit on the disk; EngineError
-    for a copy that does not become whole; StorageError where the store stays away.
+    Every loader of a model gets its folder from here, so that none loads a folder that `check_folder` refuses. Raises ConfigError
+    for a model that does not exist, has other content, is refused, or does not fit on the disk; EngineError for a copy that cannot
+    be completed; StorageError if the store fails.
     """
     where = locate(engine.model)
     source = store_of(engine)
@@ -54,8 +54,8 @@ def folder_of(engine: EngineConfig, weights: bool = True) -> str:
     check_folder(source, engine.trust_remote_code)
     if weights and engine.revision not in ("", found := content_hash(source)):
         raise ConfigError(
-            f"engine.model={where}: on {socket.gethostname()} it holds {found}, and this run is of {engine.revision}; every node needs the "
-            "same folder, or give the model's URL"
+            f"engine.model={where}: on {socket.gethostname()} it holds {found}, and this run is of {engine.revision}; put the same "
+            "folder on every node, or give the model's URL"
         )
     return source.root
 
@@ -64,7 +64,7 @@ def folder_of(engine: EngineConfig, weights: bool = True) -> str:
 
 
 def _from_hub(model: str, revision: str, weights: bool) -> str:
-    """The hub client has locks of its own, and asks nobody where HF_HUB_OFFLINE=1 or the commit is here."""
+    """The folder in the hub's cache. Its client has its own locks, and makes no request if HF_HUB_OFFLINE=1 or the commit is here."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
@@ -73,13 +73,13 @@ def _from_hub(model: str, revision: str, weights: bool) -> str:
         return str(snapshot_download(model, revision=revision or None, ignore_patterns=[*_NEVER, *unwanted]))
     except (HFValidationError, EntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"engine.model={model}, commit {revision or 'of main'}: not whole in HF_HOME of {socket.gethostname()}, and the hub does not give "
+            f"engine.model={model}, commit {revision or 'of main'}: not complete in HF_HOME of {socket.gethostname()}, and the hub does not give "
             f"it ({type(error).__name__}: {str(error).splitlines()[0]}); HF_TOKEN, HF_HOME and HF_HUB_OFFLINE must be those of every node"
         ) from None
 
 
 def _unwanted_weights(model: str, revision: str) -> list[str]:
-    """Many a repository holds its weights twice: where there are safetensors, nothing else is wanted."""
+    """Patterns of weights not to fetch: many repositories hold the weights twice, and the safetensors are enough."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     config = try_to_load_from_cache(model, "config.json", revision=revision or None)
@@ -87,9 +87,7 @@ def _unwanted_weights(model: str, revision: str) -> list[str]:
     if not any(name.endswith(_WEIGHTS) for name in names):
         try:
             names = HfApi().list_repo_files(model, revision=revision or None)
-        except (
-            Exception
-        ):  # out of reach (each version of the client has its own errors): snapshot_download says what is missing
+        except Exception:  # the hub cannot be reached (the errors differ between versions of the client): snapshot_download names what is missing
             return []
     return ["*.bin"] if any(name.endswith(".safetensors") and "/" not in name for name in names) else []
 
@@ -99,17 +97,17 @@ def _unwanted_weights(model: str, revision: str) -> list[str]:
 
 def _from_store(url: str, source: Store, engine: EngineConfig, weights: bool) -> str:
     if not engine.revision:
-        check_folder(source, engine.trust_remote_code)  # before it is read
+        check_folder(source, engine.trust_remote_code)  # before any file is read
     cache, content = _cache(), engine.revision or content_hash(source)
     target = cache / (content if weights else f"{content}-without-weights")
     with _locked(target.with_suffix(".lock")):
         if target.is_dir() and (not weights or content_hash(Store(str(target))) == content):
             return str(target)
         if target.is_dir():
-            log.warning("%s: it does not hold %s any more; fetched anew", target, content)
+            log.warning("%s: it no longer holds %s; fetching it again", target, content)
             shutil.rmtree(target)
         began = time.monotonic()
-        patiently(lambda: check_folder(source, engine.trust_remote_code))  # before it is copied
+        patiently(lambda: check_folder(source, engine.trust_remote_code))  # before any file is copied
         size = _fetch(url, source, target, content, weights)
         seconds = max(time.monotonic() - began, 1e-3)
         log.info(
@@ -119,7 +117,7 @@ def _from_store(url: str, source: Store, engine: EngineConfig, weights: bool) ->
 
 
 def _fetch(url: str, source: Store, target: Path, content: str, weights: bool) -> int:
-    """How many bytes it has. What a killed process left of it is gone on with, file by file."""
+    """Copy the model into `target`; its size in bytes. Files that a killed process copied completely are kept."""
     files = patiently(lambda: content_files(source))
     if not weights:
         files = [file for file in files if not file.path.endswith(_WEIGHTS)]
@@ -130,7 +128,7 @@ def _fetch(url: str, source: Store, target: Path, content: str, weights: bool) -
     here = sum(path.stat().st_size for path in partial.iterdir())
     if (free := shutil.disk_usage(partial).free) < size - here:
         raise ConfigError(
-            f"engine.model={url}: {(size - here) / 1e9:.1f} GB are wanted and {free / 1e9:.1f} GB free at {target.parent} on "
+            f"engine.model={url}: {(size - here) / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free at {target.parent} on "
             f"{socket.gethostname()}; set HF_HOME to a larger disk"
         )
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
@@ -144,14 +142,14 @@ def _fetch(url: str, source: Store, target: Path, content: str, weights: bool) -
                 f"engine.model={url}: it holds {now} now, and this run is of {content}; restore the model, or choose a new output.path"
             )
         raise EngineError(
-            f"engine.model={url}: the copy at {target} is {found}, the model {content}; its transfer or the disk is damaged"
+            f"engine.model={url}: the copy at {target} is {found}, the model {content}; the transfer or the disk is damaged"
         )
     partial.rename(target)
     return size
 
 
 def _copy(source: Store, file: StoredFile, folder: Path, sums: dict[str, str]) -> None:
-    """One file, unless it is here; whole under its name or not at all."""
+    """Copy one file unless it is here. It gets its name only when it is complete."""
     path = folder / file.path
     if path.exists() and path.stat().st_size == file.size and file.path not in sums:
         return
@@ -166,7 +164,7 @@ def _copy(source: Store, file: StoredFile, folder: Path, sums: dict[str, str]) -
         got = unfinished.stat().st_size
         unfinished.unlink()
         raise EngineError(
-            f"{source.url(file.path)}: {got} of {file.size} bytes came, sha256 {digest.hexdigest()}; not what {SUMS} or the list says"
+            f"{source.url(file.path)}: {got} of {file.size} bytes arrived, sha256 {digest.hexdigest()}; {SUMS} or the listing of the store has another value"
         )
     unfinished.rename(path)
 
@@ -185,14 +183,14 @@ def _cache() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"HF_HOME={constants.HF_HOME}: a fetched model cannot be kept there ({error}); set HF_HOME to a folder of this user"
+            f"HF_HOME={constants.HF_HOME}: a fetched model cannot be stored there ({error}); set HF_HOME to a folder that this user can write"
         ) from None
     return cache
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, of all nodes that share the folder; a dead one's lock is free."""
+    """A lock among all processes of all nodes that share the folder. The lock of a dead process is released."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

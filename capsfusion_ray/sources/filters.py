@@ -1,4 +1,4 @@
-"""Which rows a FilterConfig leaves out, counted by reason. Knows tables, no files."""
+"""Find the rows that a FilterConfig leaves out, and count them by reason. Knows tables, and no files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from capsfusion_ray.sources.schema import numbers
 
 
 def filter_mask(table: pa.Table, filter: FilterConfig) -> tuple[pa.ChunkedArray, dict[FilterReason, int]]:
-    """True for the rows to keep, and how many each reason left out; a row counts once, at its first reason.
+    """A mask that is true for the rows to keep, and the number of rows that each reason leaves out.
 
-    A row is left out at punsafe or pwatermark >= its maximum, at similarity < its minimum, and when the stripped raw caption
-    has fewer words (runs between white space) or characters than asked. A null or NaN says nothing: the row is kept, and a
-    null caption becomes a reject, which names it. Rows that are already known to be broken are kept for the same reason.
+    A row is left out if punsafe or pwatermark is at least its maximum, if similarity is below its minimum, or if the stripped raw
+    caption has fewer words (separated by white space) or characters than the minimum. It counts once, for its first reason. A
+    row with a null or NaN value is kept, and a row with a null caption or a parse error, too: these are rejected later by name.
     """
     failed: list[tuple[FilterReason, pa.ChunkedArray]] = []
     if filter.max_punsafe is not None:
@@ -33,7 +33,7 @@ def filter_mask(table: pa.Table, filter: FilterConfig) -> tuple[pa.ChunkedArray,
         stripped = pc.utf8_trim_whitespace(table[RAW])
         if filter.min_words is not None:
             words = pc.list_value_length(pc.utf8_split_whitespace(stripped))
-            words = pc.if_else(pc.equal(stripped, ""), 0, words)  # splitting "" gives one empty word
+            words = pc.if_else(pc.equal(stripped, ""), 0, words)  # splitting "" returns one empty word
             failed.append((FilterReason.FEW_WORDS, pc.less(words, filter.min_words)))
         if filter.min_characters is not None:
             failed.append((FilterReason.FEW_CHARACTERS, pc.less(pc.utf8_length(stripped), filter.min_characters)))

@@ -1,14 +1,14 @@
-"""Column maps of the known datasets. Pure: knows names, not files.
+"""The columns of known datasets. Pure: knows names, and no files.
 
-| preset | raw | synthetic | url | reference | carried along |
+| preset | raw | synthetic | url | reference | passthrough |
 | --- | --- | --- | --- | --- | --- |
 | capsfusion_120m | laion_2b | laion_coco | image_url | capsfusion | - |
 | example_json | laion_2b | laion_coco | - | capsfusion_official, capsfuion_official | - |
 | laion_coco | TEXT | top_caption | URL | - | WIDTH, HEIGHT, similarity, hash, pwatermark, punsafe |
-| generic | the first present of GENERIC's names | | | | - |
+| generic | the first known name that the input has | | | | - |
 
-An explicit `source.columns` wins over the preset, and `source.passthrough` replaces the preset's choice. `generic` carries
-nothing along unless asked: the columns of an unknown table may be huge, private or different from shard to shard.
+An explicit `source.columns` wins over the preset, and `source.passthrough` replaces the preset's choice. `generic` has no
+passthrough columns by itself, because the columns of an unknown table may be huge, private or different from shard to shard.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from capsfusion_ray.errors import SourceError
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """For each role the names it may have, best first. `url_needed`: a shard without one is refused."""
+    """The names that each role may have, best first. `url_needed`: a shard without a URL column is refused."""
 
     raw: tuple[str, ...]
     synthetic: tuple[str, ...]
@@ -39,7 +39,7 @@ PRESETS = {
     "capsfusion_120m": Preset(("laion_2b",), ("laion_coco",), ("image_url",), ("capsfusion",), url_needed=True),
     "example_json": Preset(
         ("laion_2b",), ("laion_coco",), ("image_url",), ("capsfusion_official", "capsfuion_official")
-    ),  # the second is the published file's own spelling
+    ),  # the second is the spelling of the published file
     "laion_coco": Preset(
         ("TEXT",),
         ("top_caption",),
@@ -55,7 +55,7 @@ PRESETS = {
     ),
 }
 
-# LAION's names; every derivative kept them
+# The names of LAION, which its derivatives have kept.
 FILTER_COLUMNS = {
     FilterReason.PUNSAFE: "punsafe",
     FilterReason.PWATERMARK: "pwatermark",
@@ -65,7 +65,7 @@ FILTER_COLUMNS = {
 
 @dataclass(frozen=True, slots=True)
 class ColumnMap:
-    """Which column of one shard plays which role. `url` and `reference` are empty where the shard has none."""
+    """The column of each role in one shard. `url` and `reference` are empty if the shard has none."""
 
     raw: str
     synthetic: str
@@ -74,7 +74,7 @@ class ColumnMap:
 
 
 def fitting(present: Sequence[str]) -> str:
-    """For a message: the presets whose columns are all there."""
+    """A hint for a message: the presets whose columns are all present."""
     fits = [
         name
         for name, preset in PRESETS.items()
@@ -87,7 +87,7 @@ def fitting(present: Sequence[str]) -> str:
 
 
 def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> ColumnMap:
-    """The roles of one shard's columns. Raises SourceError naming `shard`, what is missing and the columns it has."""
+    """The columns of one shard by role. Raises SourceError naming `shard`, what is missing and the columns it has."""
     preset, explicit, present = PRESETS[source.preset], source.columns, list(columns)
 
     def pick(role: str, given: str, names: tuple[str, ...], needed: bool) -> str:
@@ -126,13 +126,13 @@ def column_map(source: SourceConfig, columns: Iterable[str], shard: str) -> Colu
 
 
 def did_you_mean(name: str, present: Iterable[str]) -> str:
-    """A hint to append where a column is named that is not there; empty where none is like it."""
+    """A hint to append for a column that is missing; empty if no column has a similar name."""
     near = get_close_matches(name, present, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def passthrough_columns(source: SourceConfig) -> tuple[tuple[str, ...], bool]:
-    """The columns carried along, and whether every shard must have them (it must if the user named them).
+    """The passthrough columns, and whether every shard must have them, which is so if the user named them.
 
     Raises SourceError for names that the output uses itself.
     """
@@ -146,5 +146,5 @@ def passthrough_columns(source: SourceConfig) -> tuple[tuple[str, ...], bool]:
             )
             raise SourceError(f"source.passthrough: {name!r} is a column of the output itself; {way_out}")
     if len(set(source.passthrough)) < len(source.passthrough):
-        raise SourceError(f"source.passthrough={source.passthrough}: each column once")
+        raise SourceError(f"source.passthrough={source.passthrough}: give each column once")
     return tuple(source.passthrough), True

@@ -1,4 +1,4 @@
-"""One frozen schema over all shards, and every column cast to it. Knows types, no files.
+"""Choose one frozen schema for all shards, and cast every column to it. Knows types, and no files.
 
 | types seen in the shards | frozen type |
 | --- | --- |
@@ -32,9 +32,9 @@ LOG = logging.getLogger(__name__)
 
 
 def frozen_schema(shards: Sequence[Shard], source: SourceConfig, filter: FilterConfig) -> pa.Schema:
-    """PAIR_FIELDS, then `reference` where any shard has one, then the passthrough columns, in one type for all shards.
+    """PAIR_FIELDS, then `reference` if any shard has one, then the passthrough columns, each with one type for all shards.
 
-    Raises SourceError naming the shard for a missing column, a caption that is no text, or types that do not go together.
+    Raises SourceError naming the shard for a missing column, a caption that is not text, or types that cannot be combined.
     """
     names, needed = passthrough_columns(source)
     readable = [(shard.path, shard.schema) for shard in shards if shard.schema is not None and shard.rows]
@@ -62,7 +62,7 @@ def frozen_schema(shards: Sequence[Shard], source: SourceConfig, filter: FilterC
 
 
 def without_foreign(shards: Sequence[Shard], source: SourceConfig, filter: FilterConfig) -> tuple[Shard, ...]:
-    """The shards, of which those are unreadable whose columns, where the run needs them, have a type that is not read."""
+    """The shards. One whose needed columns have an Arrow extension type that is not read becomes unreadable, with that error."""
     return tuple(_refused(shard, source, filter) if shard.refused else shard for shard in shards)
 
 
@@ -77,7 +77,7 @@ def _refused(shard: Shard, source: SourceConfig, filter: FilterConfig) -> Shard:
 
 
 def active_filters(filter: FilterConfig) -> list[FilterReason]:
-    """The filters on a column of their own that are on."""
+    """The filters in use that need a column of their own."""
     limits = {
         FilterReason.PUNSAFE: filter.max_punsafe,
         FilterReason.PWATERMARK: filter.max_pwatermark,
@@ -87,7 +87,7 @@ def active_filters(filter: FilterConfig) -> list[FilterReason]:
 
 
 def role_columns(columns: ColumnMap) -> dict[str, str]:
-    """Output name -> name in the shard, for the roles that the shard has."""
+    """Name in the output -> name in the shard, for the roles that the shard has."""
     roles = {
         URL: columns.url,
         RAW: columns.raw,
@@ -98,12 +98,12 @@ def role_columns(columns: ColumnMap) -> dict[str, str]:
 
 
 def widest(name: str, types: dict[pa.DataType, str]) -> pa.DataType:
-    """The frozen type of column `name`; `types` gives a shard for each type seen."""
+    """The frozen type of column `name`. `types`: each type that occurs -> a shard that has it. Raises SourceError."""
     plain = {_plain(t): path for t, path in types.items()}
     plain.pop(pa.null(), None)
     kinds = list(plain)
     if not kinds:
-        return pa.string()  # null everywhere
+        return pa.string()  # all values are null
     if len(kinds) == 1:
         return kinds[0]
     if any(pa.types.is_nested(t) for t in kinds):
@@ -117,15 +117,15 @@ def widest(name: str, types: dict[pa.DataType, str]) -> pa.DataType:
 
 
 def cast_column(column: pa.ChunkedArray, type: pa.DataType) -> tuple[pa.Array, int]:
-    """`column` as `type`, and how many cells could not be cast and became null. Strings are not checked for UTF-8 here."""
+    """`column` as `type`, and the number of cells that could not be cast and became null. UTF-8 is not checked here."""
     array = column.combine_chunks()
     array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
     array = pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
     if array.type == type:
         return array, 0
     if pa.types.is_string(type) and (pa.types.is_binary(array.type) or pa.types.is_large_binary(array.type)):
-        return array, 0  # bytes stay bytes until they are checked
-    try:  # not safe for floats only: an integer above 2**53 is rounded, as the table above says
+        return array, 0  # bytes stay bytes until caption_pairs checks them
+    try:  # unsafe for floats only: an integer above 2**53 is rounded to a float, as the table above says
         return array.cast(type, safe=not pa.types.is_floating(type)), 0
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         cells = [_cell(value, type) for value in array.to_pylist()]
@@ -134,7 +134,7 @@ def cast_column(column: pa.ChunkedArray, type: pa.DataType) -> tuple[pa.Array, i
 
 
 def numbers(table: pa.Table, name: str) -> pa.Array:
-    """A column's numbers; null where it holds none, as text may that was carried along."""
+    """A column as numbers; null for a cell that is no number, as in a passthrough column of text."""
     return cast_column(table[name], pa.float64())[0]
 
 
@@ -151,7 +151,7 @@ def _plain(type: pa.DataType) -> pa.DataType:
 
 
 def _cell(value: Any, type: pa.DataType) -> Any:
-    """One cell that a cast of the whole column tripped over, or None where it is no `type`."""
+    """One cell as `type`, for a column that could not be cast as a whole; None if the cell cannot be cast."""
     try:
         if value is None:
             return None

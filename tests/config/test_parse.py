@@ -1,4 +1,4 @@
-"""Configuration is parsed once; every mistake stops at the door and names the way out."""
+"""A config is parsed once; every mistake is refused with the way out before anything starts."""
 
 import dataclasses
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_a_mistake_is_refused_with_the_way_out(argument, says):
     assert says in refused(argument)
 
 
-def test_a_file_behind_an_override_does_not_take_it_back(tmp_path):
+def test_an_override_wins_over_a_file_that_comes_after_it(tmp_path):
     """As in `make … ARGS="… input.path=…" behind a preset that names one."""
     (tmp_path / "mine.yaml").write_text("input: {path: mine}\nunit: {rows: 7}\n")
     cfg = parse_config(FuseConfig, ["output.path=o", "input.path=given", str(tmp_path / "mine.yaml")])
@@ -109,7 +109,7 @@ def test_saved_config_loads_again_and_hides_secrets(tmp_path):
     assert dataclasses.replace(again, output=cfg.output) == cfg
 
 
-def test_a_store_of_any_name_keeps_its_secrets(tmp_path):
+def test_secrets_of_every_storage_section_are_masked(tmp_path):
     cfg = parse_config(ExportConfig, ["output.path=o", "to=t", "to_storage.secret=0123", "to_storage.key=1e5"])
     assert cfg.to_storage == {"secret": "0123", "key": "1e5"}, "taken literally"
     assert without_secrets(["to_storage.secret=hunter2"]) == ["to_storage.secret=***"]
@@ -153,8 +153,8 @@ def test_every_fragment_of_conf_loads(path):
 
 
 @pytest.mark.parametrize("name", ["finetune", "reinforce"])
-def test_what_a_fragment_demands_must_be_given(name):
-    """Without its model it would train a tiny one from scratch, for hours, and end well."""
+def test_a_key_that_a_fragment_leaves_open_must_be_given(name):
+    """Without a model the job would train a tiny one from scratch, for hours, and report success."""
     fragment = str(CONF / "train" / f"{name}.yaml")
     with pytest.raises(ConfigError, match=r"it leaves model\.path to you; give model\.path=…"):
         parse_config(TrainConfig, [fragment, "optim.steps=2000"])

@@ -1,3 +1,5 @@
+"""Alignment: which source each word of a fused caption comes from, in all writings and scripts."""
+
 import re
 
 import pytest
@@ -14,7 +16,7 @@ def origins(fused, raw, synthetic):
     return {fused[s.start : s.end]: s.origin for s in align(fused, raw, synthetic)}
 
 
-def test_the_papers_figure_in_words():
+def test_the_words_of_the_papers_figure_have_its_origins():
     got = origins("The Porsche 911 is a red car, fast.", "Porsche 911", "A red car.")
     assert got["Porsche"] == got["911"] == Origin.RAW
     assert got["red"] == got["car"] == got["a"] == Origin.SYNTHETIC
@@ -106,7 +108,7 @@ def test_spans_tile_the_words_in_order_and_are_deterministic(fused, raw, synthet
 
 @settings(max_examples=80, deadline=None)
 @given(st.text("abcXYZ 0189.,-'", max_size=60))
-def test_a_caption_is_wholly_its_own_source(text):
+def test_every_word_of_a_caption_comes_from_itself_as_source(text):
     assert {s.origin for s in align(text, text, text)} <= {Origin.BOTH}
 
 

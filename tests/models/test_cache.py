@@ -1,4 +1,4 @@
-"""A model of a bucket or of the hub: fetched once, whole, and the very one that the driver looked at."""
+"""A model of a bucket or of the hub is fetched once and completely, and is the one that the driver inspected."""
 
 import dataclasses
 import hashlib
@@ -62,7 +62,7 @@ def put(s3_client, engine, name, data):
 # --------------------------------------------------------------------------------------------------------- from a bucket
 
 
-def test_a_model_of_a_bucket_is_looked_at_without_being_fetched(in_a_bucket, hf_home):
+def test_a_model_of_a_bucket_is_inspected_without_being_fetched(in_a_bucket, hf_home):
     assert in_a_bucket.max_prompt_tokens == 99, "its fusion.json was read"
     assert not hf_home.exists()
 
@@ -116,7 +116,7 @@ def test_actors_that_start_together_on_one_node_fetch_it_once(in_a_bucket, hf_ho
     assert held(told[0][1]) == FILES
 
 
-def test_what_a_killed_process_left_is_gone_on_with(in_a_bucket, hf_home):
+def test_files_that_a_killed_process_copied_are_kept(in_a_bucket, hf_home):
     partial = hf_home / FOLDER / f"{in_a_bucket.revision}.partial"
     partial.mkdir(parents=True)
     (partial / "model.safetensors").write_bytes(WEIGHTS)
@@ -140,7 +140,7 @@ def test_a_copy_that_is_damaged_or_cut_short_is_never_used(in_a_bucket, hf_home)
     assert held(folder_of(in_a_bucket)) == FILES, "the damaged bytes are gone"
 
 
-def test_a_model_that_changes_in_the_bucket_while_the_run_goes_on_is_refused(in_a_bucket, s3_client):
+def test_a_model_that_changes_in_the_bucket_during_the_run_is_refused(in_a_bucket, s3_client):
     put(s3_client, in_a_bucket, "model.safetensors", WEIGHTS + b"more")
     with pytest.raises(ConfigError, match=f"this run is of {in_a_bucket.revision}"):
         folder_of(in_a_bucket)
@@ -148,7 +148,7 @@ def test_a_model_that_changes_in_the_bucket_while_the_run_goes_on_is_refused(in_
         inspect_model(in_a_bucket)
 
 
-def test_a_list_of_checksums_beside_the_weights_is_held_against_whole_files(in_a_bucket, s3_client):
+def test_whole_files_are_checked_against_the_list_of_checksums_of_the_model(in_a_bucket, s3_client):
     right = hashlib.sha256(WEIGHTS).hexdigest()
     put(s3_client, in_a_bucket, SUMS, f"{'0' * 64}  model.safetensors\n".encode())
     with pytest.raises(EngineError, match=rf"model\.safetensors.*{right}"):
@@ -213,7 +213,7 @@ def look(engine, **env):
     return json.loads(done.stdout) if done.returncode == 0 else done.stderr
 
 
-def test_actors_load_the_commit_that_the_driver_looked_at_though_main_moves_on(hub, hf_home, tmp_path):
+def test_actors_load_the_commit_that_the_driver_inspected_after_main_has_moved(hub, hf_home, tmp_path):
     first = hub.push(
         FILES | {"pytorch_model.bin": b"the same weights again", "original/consolidated.pth": b"and again"}
     )
@@ -231,7 +231,7 @@ def test_actors_load_the_commit_that_the_driver_looked_at_though_main_moves_on(h
     assert hub.requests == asked, "offline mode asks nobody"
 
 
-def test_a_driver_that_holds_a_commit_stays_with_it_and_takes_the_one_that_is_named(hub, tmp_path):
+def test_a_driver_uses_the_commit_in_its_cache_or_the_one_that_is_given(hub, tmp_path):
     first = hub.push(FILES)
     env = environment(hub, tmp_path / "driver")
     assert look(EngineConfig(model="me/fusion"), **env)[2] == first
@@ -240,23 +240,23 @@ def test_a_driver_that_holds_a_commit_stays_with_it_and_takes_the_one_that_is_na
     assert look(EngineConfig(model="me/fusion", revision=second), **env)[2] == second
 
 
-def test_a_model_that_a_node_cannot_get_is_one_line_that_names_it(hub, hf_home):
+def test_a_model_that_a_node_cannot_fetch_is_one_line_with_its_name(hub, hf_home):
     commit = hub.push(FILES)
     nowhere = environment(hub, hf_home, offline=True)
     assert "ConfigError: engine.model=me/fusion: neither a folder" in look(EngineConfig(model="me/fusion"), **nowhere)
     code, _, err = ended(in_a_process(EngineConfig(model="me/fusion", revision=commit), **nowhere))
     assert code == 1
-    assert f"ConfigError: engine.model=me/fusion, commit {commit}: not whole in HF_HOME" in err
+    assert f"ConfigError: engine.model=me/fusion, commit {commit}: not complete in HF_HOME" in err
     cut_off = environment(hub, hf_home) | {"HF_ENDPOINT": "http://127.0.0.1:9"}  # as in a subnet without a way out
     code, _, err = ended(in_a_process(EngineConfig(model="me/fusion", revision=commit), **cut_off))
     assert code == 1
-    assert f"ConfigError: engine.model=me/fusion, commit {commit}: not whole in HF_HOME" in err
+    assert f"ConfigError: engine.model=me/fusion, commit {commit}: not complete in HF_HOME" in err
     absent = look(EngineConfig(model="me/other"), **environment(hub, hf_home))
     assert "engine.model=me/other: neither a folder" in absent
 
 
-def test_whether_a_model_has_a_prompt_of_its_own_is_never_guessed_while_the_hub_fails(hub, hf_home):
-    """Without its fusion.json a model would be prompted in other words, and nobody would see it."""
+def test_a_model_is_refused_if_the_hub_does_not_say_whether_it_has_a_fusion_file(hub, hf_home):
+    """Without its fusion.json a model would get another prompt, and nobody would notice."""
     commit = hub.push(FILES)
     fetched = ended(
         in_a_process(EngineConfig(model="me/fusion", revision=commit), weights=False, **environment(hub, hf_home))
@@ -273,7 +273,7 @@ def test_whether_a_model_has_a_prompt_of_its_own_is_never_guessed_while_the_hub_
 # ------------------------------------------------------------------------------------------------------------- and loads
 
 
-def test_a_model_of_a_bucket_loads_and_its_actors_need_no_folder_of_it(bucket, s3_client, s3_options):
+def test_a_model_of_a_bucket_is_loaded_without_a_folder_on_the_node(bucket, s3_client, s3_options):
     from capsfusion_ray.engines.loading import load_model
 
     for path in (ROOT / "models" / EMBEDDED).iterdir():

@@ -1,4 +1,4 @@
-"""Sources: whatever a shard's format, damage or types, every row is accounted for. Oracles: json, csv, pandas-free Python."""
+"""Reading: for any format, damage and types of a shard every row is accounted for. Expected values come from json, csv and plain Python."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def test_a_carriage_return_in_a_csv_field_costs_that_row_alone(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz"])
-def test_a_mounted_file_system_that_fails_is_an_outage_and_no_damage(
+def test_a_mounted_file_system_that_fails_is_an_error_to_retry_and_not_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """What is called unreadable is committed so for good: a mount that was away for a minute must not come to that."""
+    """Unreadable rows are committed as such and never read again, so a mount that was gone for a minute must not make any."""
 
     class Away(io.FileIO):
         def read(self, n: int | None = -1) -> bytes:
@@ -203,7 +203,7 @@ def test_any_captions_come_back_whatever_the_unit_size(
 # ---------------------------------------------------------------- finding shards
 
 
-def test_unreadable_shards_are_named_and_the_others_still_read(tmp_path: Path) -> None:
+def test_unreadable_shards_are_named_and_the_others_are_read(tmp_path: Path) -> None:
     whole = write_parquet(tmp_path / "whole.parquet", pairs(30)).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-100])
     (tmp_path / "zero.parquet").write_bytes(b"")
@@ -252,7 +252,9 @@ def test_globs_match_as_in_a_shell(glob: str, found: list[str], tmp_path: Path) 
     assert [s.path for s in discover(InputConfig(path=f"{tmp_path}/{glob}"), GENERIC)] == found
 
 
-def test_same_named_shards_of_two_folders_keep_apart_and_the_first_folders_ids_stay(tmp_path: Path) -> None:
+def test_shards_of_one_name_in_two_folders_have_different_ids_and_those_of_the_first_folder_stay(
+    tmp_path: Path,
+) -> None:
     for folder in ("a/part", "b/part", "c"):
         write_parquet(tmp_path / folder / "x.parquet", pairs(1))
     a, b, c = (str(tmp_path / f) for f in ("a/part", "b/part", "c"))
@@ -264,7 +266,7 @@ def test_same_named_shards_of_two_folders_keep_apart_and_the_first_folders_ids_s
     assert three == [*two, "part/x.parquet"]
 
 
-def test_a_file_named_twice_is_one_shard(tmp_path: Path) -> None:
+def test_a_file_that_two_paths_match_is_one_shard(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "x.parquet", pairs(1))
     assert len(discover(InputConfig(path=[str(tmp_path), str(file), f"{tmp_path}/*"]), GENERIC)) == 1
 
@@ -275,7 +277,7 @@ def test_nothing_found_is_refused(tmp_path: Path) -> None:
             discover(InputConfig(path=str(path)), GENERIC)
 
 
-def test_a_file_without_extension_is_known_by_its_bytes_or_by_config(tmp_path: Path) -> None:
+def test_the_format_of_a_file_without_extension_comes_from_its_first_byte_or_the_config(tmp_path: Path) -> None:
     data = write_parquet(tmp_path / "x.parquet", pairs(2)).read_bytes()
     (tmp_path / "named").write_bytes(data)
     assert discover(InputConfig(path=str(tmp_path / "named")), GENERIC)[0].rows == 2
@@ -322,7 +324,7 @@ def test_s3_reads_like_a_folder_and_its_key_is_the_etag(
 
 
 def damage_page(path: Path, group: int, column: int) -> None:
-    """Overwrite the middle of one column chunk; the footer stays whole."""
+    """Overwrite the middle of one column chunk; the footer is not changed."""
     chunk = pq.read_metadata(path).row_group(group).column(column)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     data = bytearray(path.read_bytes())
@@ -414,7 +416,7 @@ def test_a_lone_surrogate_escape_in_json_is_not_utf8(tmp_path: Path) -> None:
     assert got[1]["laion_2b"] == "😀"
 
 
-def test_a_replacement_character_that_was_always_there_is_no_damage(tmp_path: Path) -> None:
+def test_a_replacement_character_of_the_file_itself_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes('{"raw":"a�","synthetic":"s"}\n{"raw":"b"'.encode() + b',"synthetic":"\xff"}\n')
     assert [r["_invalid"] for r in read_all(tmp_path)[0]] == [None, "laion_coco"]
 
@@ -441,7 +443,7 @@ def laion(n: int, **columns: pa.Array) -> pa.Table:
     ],
     ids=str,
 )
-def test_type_drift_between_shards_ends_in_one_frozen_type(
+def test_different_types_in_several_shards_become_one_frozen_type(
     seen: list[pa.DataType], frozen: pa.DataType, values: list[Any], tmp_path: Path
 ) -> None:
     for i, type in enumerate(seen):
@@ -462,7 +464,7 @@ def test_lists_that_differ_are_refused_by_name(tmp_path: Path) -> None:
         read_all(tmp_path, SourceConfig(preset="laion_coco", passthrough=["all"]))
 
 
-def test_a_bad_passthrough_cell_becomes_null_and_the_row_lives(
+def test_a_bad_passthrough_cell_becomes_null_and_the_row_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_parquet(tmp_path / "a.parquet", laion(2, WIDTH=pa.array([1, 2])))
@@ -522,7 +524,7 @@ def test_an_explicit_map_wins_over_the_preset(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["capsfusion", "row_id", "laion_2b", "reference", "_invalid"])
-def test_passthrough_may_not_take_the_outputs_own_names(name: str, tmp_path: Path) -> None:
+def test_a_passthrough_column_with_a_name_of_the_output_is_refused(name: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", pairs(1))
     with pytest.raises(SourceError, match=name):
         read_all(tmp_path, SourceConfig(passthrough=[name]))
@@ -583,10 +585,10 @@ def test_filters_count_each_row_once_at_its_first_reason(
     ],
     ids=["text", "float and text", "decimal and float"],
 )
-def test_a_filter_column_that_is_carried_along_as_something_else_than_floats_filters_all_the_same(
+def test_a_passthrough_column_that_is_not_float_filters_as_a_float_column_does(
     first: pa.Array, second: pa.Array, tmp_path: Path
 ) -> None:
-    """One cell that is no number makes the whole input's column text; the filter says nothing of that cell."""
+    """One cell that is no number makes the column text in the whole input; the filter keeps the row of that cell."""
     for name, column in (("a", first), ("b", second)):
         write_parquet(tmp_path / f"{name}.parquet", laion(3, punsafe=column))
     got, units = read_all(tmp_path, LAION, FilterConfig(max_punsafe=0.5))
@@ -600,7 +602,7 @@ def test_a_filter_column_that_is_null_in_all_shards_leaves_nothing_out(tmp_path:
     assert len(read_all(tmp_path, LAION, FilterConfig(max_punsafe=0.5))[0]) == 2
 
 
-def test_a_filter_column_that_is_not_carried_along_is_not_in_the_output(tmp_path: Path) -> None:
+def test_a_filter_column_without_passthrough_is_not_in_the_output(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", laion(2, similarity=pa.array(["0.1", "0.9"])))
     source = SourceConfig(preset="laion_coco", passthrough=[])
     got, _ = read_all(tmp_path, source, FilterConfig(min_similarity=0.3))
