@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,16 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("words", [["--help"], ["--version"], []])
 def test_help_and_version_are_quick_and_load_neither_ray_nor_torch(words):
     look = (
-        "import sys; from capsfusion_ray.cli import main; code = main(sys.argv[1:]); "
-        "assert not {'ray', 'torch', 'pyarrow', 'omegaconf'} & sys.modules.keys(); sys.exit(code)"
+        "import sys, time; from capsfusion_ray.cli import main; code = main(sys.argv[1:]); "
+        "assert not {'ray', 'torch', 'pyarrow', 'omegaconf'} & sys.modules.keys(); "
+        "print(time.process_time()); sys.exit(code)"  # CPU time of the process: it does not depend on what else runs here
     )
-    took = []
-    for _ in range(3):
-        began = time.perf_counter()
-        ran = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, check=True)
-        took.append(time.perf_counter() - began)
+    ran = subprocess.run([sys.executable, "-c", look, *words], capture_output=True, text=True, check=True)
     assert (f"capsfusion-ray {__version__}" if words == ["--version"] else "capsfusion <job>") in ran.stdout
-    assert min(took) < 0.5
+    assert float(ran.stdout.splitlines()[-1]) < 0.5
 
 
 def test_the_module_is_the_command():
