@@ -10,7 +10,7 @@ from capsfusion_ray.config.jobs import FuseConfig, PlanConfig, VerifyConfig
 from capsfusion_ray.config.keys import usage
 from capsfusion_ray.config.output import ClusterConfig, OutputConfig
 from capsfusion_ray.config.parse import parse_config
-from capsfusion_ray.config.plain import as_dict, fingerprint, to_yaml
+from capsfusion_ray.config.plain import as_dict, fingerprint, read_saved, to_yaml
 from capsfusion_ray.config.secrets import is_secret, without_secrets
 from capsfusion_ray.config.setting import section, setting
 
@@ -36,6 +36,7 @@ __all__ = [
     "fingerprint",
     "is_secret",
     "parse_config",
+    "read_saved",
     "section",
     "setting",
     "to_yaml",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,10 +54,23 @@ def parse_config(schema: type[T], argv: typing.Sequence[str | typing.Mapping[str
     for key, file in demanded.items():
         if OmegaConf.select(merged, key) is None:
             raise ConfigError(f"{file}: it leaves {key} to you; give {key}=…")
+    _refuse_not_finite(OmegaConf.to_container(merged))
     config = _built(schema, merged, valid)
     if complete:
         _refuse_missing(schema, merged)
     return config
+
+
+def _refuse_not_finite(value: Any, key: str = "") -> None:
+    """Raises ConfigError for NaN and infinity: no key has a use for them, and every comparison with NaN is false."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_not_finite(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_not_finite(inner, key)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: not a finite number; give a number, or leave the key out")
 
 
 def _built(schema: type[T], merged: DictConfig, valid: dict[str, str]) -> T:

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from capsfusion_ray.config.secrets import in_storage, is_secret
+from capsfusion_ray.errors import ConfigError
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -22,6 +23,20 @@ def as_dict(config: Any) -> dict[str, Any]:
         return "***" if secret and value else value
 
     return {k: masked(v, k) for k, v in dataclasses.asdict(config).items()}
+
+
+def read_saved(text: str) -> dict[str, Any]:
+    """A config that to_yaml saved, as plain values: text stays text, so `${oc.env:…}` in another's output names no secret of ours.
+
+    Raises ConfigError for what is no YAML mapping.
+    """
+    try:
+        saved = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception as error:  # YAML's own exceptions
+        raise ConfigError(f"a saved config is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(saved, dict):
+        raise ConfigError("a saved config is not a YAML mapping")
+    return {str(key): value for key, value in saved.items()}
 
 
 def to_yaml(config: Any) -> str:

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
+from capsfusion_ray.config import read_saved
 from capsfusion_ray.core.accounting import Counts, UnitSummary
 from capsfusion_ray.core.columns import DETAIL, FLAGS, FUSED, OUTCOME, RAW, REASON, ROW_ID, SYNTHETIC, URL
 from capsfusion_ray.core.parquet import open_parquet
@@ -118,17 +118,18 @@ def state_of(store: Store) -> State | None:
 def _saved_cost(store: Store, plan_number: int) -> dict[str, float | None]:
     """Read gpus_per_actor and usd_per_gpu_hour from the saved config, for a run that has no manifest yet."""
     path = config_path(plan_number)
-    saved = OmegaConf.create(store.get(path).decode() if store.exists(path) else "")
-    gpus = OmegaConf.select(saved, "cluster.gpus_per_actor")
-    split = (
-        OmegaConf.select(saved, "engine.vllm.tensor_parallel")
-        if OmegaConf.select(saved, "engine.kind") == "vllm"
-        else None
-    )
+    saved = read_saved(store.get(path).decode()) if store.exists(path) else {}
+    cluster, engine = saved.get("cluster", {}), saved.get("engine", {})
+    gpus = cluster.get("gpus_per_actor")
+    split = engine.get("vllm", {}).get("tensor_parallel") if engine.get("kind") == "vllm" else None
     return {
-        "gpus_per_actor": split if gpus is None else gpus,
-        "usd_per_gpu_hour": OmegaConf.select(saved, "cluster.price_per_gpu_hour"),
+        "gpus_per_actor": _number(split if gpus is None else gpus),
+        "usd_per_gpu_hour": _number(cluster.get("price_per_gpu_hour")),
     }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
 
 
 @dataclass(frozen=True)

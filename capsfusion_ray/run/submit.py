@@ -10,6 +10,7 @@ Words that hold a secret are refused: everybody who can see the cluster can read
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -47,6 +48,7 @@ def submit(cfg: SubmitConfig, job: Sequence[str]) -> int:
             f"{' '.join(hidden)}: everybody who sees the cluster would read it in its list of jobs; put AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY into the environment of every node, or give the nodes a role"
         )
+    os.environ.pop("RAY_ADDRESS", None)  # Ray's client would prefer it to `address`
     name, *words = job
     submission_id = f"{name}-{uuid.uuid4().hex[:8]}"
     line = command(cfg, checkout(), submission_id, [f"jobs/{name}.py", *words])

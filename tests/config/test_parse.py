@@ -13,6 +13,7 @@ from capsfusion_ray.config import (
     as_dict,
     fingerprint,
     parse_config,
+    read_saved,
     to_yaml,
     usage,
     without_secrets,
@@ -202,3 +203,24 @@ def test_help_shows_first_the_keys_that_people_set():
 def test_each_job_has_its_own_schema():
     with pytest.raises(ConfigError):
         parse_config(VerifyConfig, ["engine.kind=echo"])
+
+
+@pytest.mark.parametrize("word", ["filter.max_punsafe=.nan", "unit.target_s=.inf", "cluster.gpus_per_actor=-.inf"])
+def test_a_number_that_is_not_finite_is_refused_by_name(word, tmp_path):
+    key = word.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{key}=-?(nan|inf): not a finite number"):
+        parse_config(FuseConfig, [word], complete=False)
+    section, name = key.split(".")
+    (tmp_path / "a.yaml").write_text(f"{section}: {{{name}: {word.partition('=')[2]}}}\n")
+    with pytest.raises(ConfigError, match="not a finite number"):
+        parse_config(FuseConfig, [str(tmp_path / "a.yaml")], complete=False)
+
+
+def test_a_saved_config_is_read_as_text_that_names_no_secret(monkeypatch):
+    """The config of a stranger's output is shown in a report of ours."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+    saved = read_saved("cluster: {price_per_gpu_hour: '${oc.env:AWS_SECRET_ACCESS_KEY}'}")
+    assert saved == {"cluster": {"price_per_gpu_hour": "${oc.env:AWS_SECRET_ACCESS_KEY}"}}
+    for text in ("- a", "{", "a: !!python/object/apply:os.system ['true']"):
+        with pytest.raises(ConfigError):
+            read_saved(text)

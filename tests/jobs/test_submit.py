@@ -75,7 +75,7 @@ class Submission:
 
     def __init__(self, nodes, *args):
         line = [sys.executable, "-m", "capsfusion_ray", "submit", f"address={nodes.dashboard}", "fuse", *args]
-        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+        env = os.environ | {"RAY_ADDRESS": "http://127.0.0.1:1", "RAY_AUTH_MODE": "disabled"}  # the address wins
         self.process = subprocess.Popen(
             line, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
