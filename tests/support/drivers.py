@@ -32,8 +32,15 @@ sys.stdin.read()
 @contextmanager
 def ray_head() -> Iterator[str]:
     """The address of a head node with 3 logical CPUs. It ends when its standard input is closed."""
+    # A test of this process may have started a cluster of its own, whose token stands in the environment.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     head = subprocess.Popen(
-        [sys.executable, "-c", HEAD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", HEAD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=env | {"RAY_AUTH_MODE": "disabled"},
     )
     assert head.stdin
     assert head.stdout
@@ -49,7 +56,8 @@ class Driver:
     """Starts jobs that join the cluster at `address`."""
 
     def __init__(self, address: str) -> None:
-        self.env = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO"}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        self.env = clean | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "LOG_LEVEL": "INFO"}
 
     def start(self, job: str, *args: object) -> subprocess.Popen[str]:
         command = [sys.executable, f"jobs/{job}.py", *map(str, args)]
