@@ -134,10 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     job = JOBS[name]
     try:
-        schema, call = _named(job.config), _named(job.call)
+        schema = _named(job.config)
     except UsageError as error:  # a package that only this job needs is not installed
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+    def call(*given: Any) -> Any:
+        return _named(job.call)(*given)  # imported here: --help needs no optional package
+
     if name == "submit":
         at = next((i for i, word in enumerate(words) if word in JOBS), len(words))
         words, submitted = words[:at], words[at:]
@@ -189,8 +193,8 @@ def run_job(schema: type[T], call: Callable[[T], Any], argv: Sequence[str], abou
     """Parse `argv` as `schema`, call the job, and print its result; the exit code.
 
     Logs go to stderr. A result that is a dict is printed on stdout as one line of JSON, the last one, after lines for people
-    where stdout is a terminal; an int is the exit
-    code; None means that the job has printed what it found. --help prints `about` and the keys instead.
+    where stdout is a terminal; an int is the exit code; None means that the job has printed what it found. --help prints
+    `about` and the keys instead.
     """
     from capsfusion_ray.config import parse_config, usage
 

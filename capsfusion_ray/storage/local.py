@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from capsfusion_ray.storage.base import StoredFile, digest, other_error
+
+OUR_TEMPORARY = re.compile(
+    r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL
+)  # the name of a temporary file that a killed writer leaves
 
 
 class LocalBackend:
@@ -86,6 +91,8 @@ class LocalBackend:
     def delete_leftovers(self, older_than_s: float) -> int:
         deleted = 0
         for path in self.root.rglob(".*.tmp"):
+            if not OUR_TEMPORARY.fullmatch(path.name):
+                continue  # a file of the user, who may keep others in this folder
             try:
                 if time.time() - path.stat().st_mtime > older_than_s:
                     path.unlink()
@@ -105,7 +112,7 @@ class LocalBackend:
         """A temporary file with `data`, written to disk, in the folder of `path`; its hidden name matches no reader's pattern."""
         final = self.root / path
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")  # OUR_TEMPORARY
         try:
             with temporary.open("xb") as file:
                 file.write(data)

@@ -119,3 +119,14 @@ def test_submit_refuses_a_missing_job_a_secret_and_a_wrong_key_before_it_asks_a_
 def test_the_help_of_a_submitted_job_is_the_help_of_that_job(capsys):
     assert main(["submit", "verify", "--help"]) == EXIT_DONE
     assert capsys.readouterr().out.startswith("capsfusion verify ")
+
+
+@pytest.mark.parametrize("name", sorted(JOBS))
+def test_the_help_of_a_job_needs_no_optional_package(name):
+    """As after a plain `pip install`: `train --help` ended with an error where matplotlib is an optional package."""
+    blocked = ("matplotlib", "sacrebleu", "vllm", "numba", "datasets")
+    block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from capsfusion_ray.cli import main"
+    code = f"{block}; sys.exit(main([{name!r}, '--help']))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert asked.returncode == 0, asked.stderr[-2000:]
+    assert f"capsfusion {name}" in asked.stdout

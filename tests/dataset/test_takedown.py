@@ -211,7 +211,7 @@ def with_copies(path):
         late = f"_units/{file.parent.parent.name}-{file.parent.name}-{file.name}"  # a second attempt that committed after its group was compacted
         merged = f"{RETRY_DIR}/e002/{late}"  # left by a retry that was killed after its manifest
         old = f"{file.relative_to(out).parent}/part-r001-9{file.stem[-4:]}.parquet"  # an earlier edition that is not swept yet
-        torn = f"{file.relative_to(out).parent}/.{file.name}.0123.tmp"  # left by a writer that was killed before its rename
+        torn = f"{file.relative_to(out).parent}/.{file.name}.{'0123' * 8}.tmp"  # left by a writer that was killed before its rename
         for name in (late, merged, old, torn):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(file.read_bytes())

@@ -162,11 +162,16 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_files(tmp_path: Path) -
     writer.kill()
     writer.join()
     assert {f.stat().st_size for f in tmp_path.glob("*.parquet")} == {3_000_000}
-    (tmp_path / ".u.parquet.abc.tmp").write_bytes(b"text of a killed writer")
+    (tmp_path / f".u.parquet.{'0a' * 16}.tmp").write_bytes(b"text of a killed writer")
+    (tmp_path / "mine").mkdir()
+    users = [tmp_path / "mine" / ".draft.tmp", tmp_path / ".u.parquet.abc.tmp"]
+    for file in users:
+        file.write_bytes(b"a file of the user, who keeps others in this folder")
+    (tmp_path / ".cache.tmp").mkdir()
     store = Store(str(tmp_path))
     assert store.delete_leftovers(older_than_s=3600) == 0
     assert store.delete_leftovers(older_than_s=0) >= 1
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert set(tmp_path.rglob(".*.tmp")) == {*users, tmp_path / ".cache.tmp"}
 
 
 def test_a_dangling_link_is_listed_and_a_loop_of_links_ends(tmp_path: Path) -> None:
