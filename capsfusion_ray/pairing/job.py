@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from capsfusion_ray.config import ClusterConfig, fingerprint
+from capsfusion_ray.config import ClusterConfig, InputConfig, fingerprint
 from capsfusion_ray.dataset.layout import LEASE
 from capsfusion_ray.dataset.lease import Lease
 from capsfusion_ray.errors import ConfigError, SourceError
@@ -31,6 +31,7 @@ from capsfusion_ray.pairing.shuffle_files import Table
 from capsfusion_ray.pairing.shuffle_rows import RAW_SIDE, SIDES, SYNTHETIC_SIDE
 from capsfusion_ray.pairing.survey import survey
 from capsfusion_ray.run import cluster
+from capsfusion_ray.sources import refuse_output_in_input
 from capsfusion_ray.storage import Store
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ def pair(cfg: PairConfig) -> dict[str, Any]:
     holds something else, AccountingError if a row is lost.
     """
     began = time.monotonic()
+    for side, table in ((RAW_SIDE, cfg.raw), (SYNTHETIC_SIDE, cfg.synthetic)):
+        refuse_output_in_input(InputConfig(table.path).paths, f"{side}.path", cfg.output.path)
     tables = [survey(RAW_SIDE, cfg.raw, cfg.normalise), survey(SYNTHETIC_SIDE, cfg.synthetic, cfg.normalise)]
     partitions = cfg.partitions or min(-(-sum(table.rows for table in tables) // BUCKET_ROWS), 10_000)
     store = Store(cfg.output.path, cfg.output.storage)

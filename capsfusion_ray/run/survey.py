@@ -48,6 +48,7 @@ def survey(cfg: FuseConfig) -> Survey:
         from capsfusion_ray.engines.api.engine import check
 
         check(cfg.engine.api, cfg.decode)
+    sources.refuse_output_in_input(cfg.input.paths, "input.path", cfg.output.path)
     model = inspect_model(cfg.engine)
     shards = _readable_shards(cfg)
     schema = sources.frozen_schema(shards, cfg.source, cfg.filter)

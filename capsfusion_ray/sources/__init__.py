@@ -1,6 +1,6 @@
 """Find input shards and read them as Arrow tables of caption pairs."""
 
-from capsfusion_ray.sources.discover import discover
+from capsfusion_ray.sources.discover import discover, refuse_output_in_input
 from capsfusion_ray.sources.filters import filter_mask
 from capsfusion_ray.sources.read import iter_units, read_patiently, read_rows, sample
 from capsfusion_ray.sources.schema import frozen_schema, without_foreign
@@ -17,6 +17,7 @@ __all__ = [
     "iter_units",
     "read_patiently",
     "read_rows",
+    "refuse_output_in_input",
     "sample",
     "without_foreign",
 ]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -56,6 +58,40 @@ def discover(input: InputConfig, source: SourceConfig) -> list[Shard]:
     stores = {root: Store(root, input.storage) for root in prefixes}
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return list(pool.map(lambda shard: _inspected(shard, stores[shard.root], source), found.values()))
+
+
+# Names of an output's files, as a listing of the input would find them.
+_OF_AN_OUTPUT = ("manifest.json", "data/shard=g00000/part-r001-00000.parquet", "part-00000.parquet")
+
+
+def refuse_output_in_input(paths: Sequence[str], key: str, output: str) -> None:
+    """Raises ConfigError where an input would match the files of the output: the next run would read its own captions.
+
+    `key`: the setting that gave `paths`. Nothing needs to exist yet.
+    """
+    target = _real(Store(output).root)
+    for text in paths:
+        whole = _real(Store(text).root) if text else ""
+        wild = re.search(r"[*?\[]", whole)
+        folder = whole[: wild.start()].rpartition("/")[0] if wild else whole
+        inside = target == folder or target.startswith(f"{folder.rstrip('/')}/")
+        if not text or not inside:
+            continue
+        rest = target[len(folder) :].strip("/")
+        names = [f"{rest}/{name}" if rest else name for name in _OF_AN_OUTPUT]
+        matches = (
+            re.compile(_glob_regex(whole[len(folder) :].lstrip("/"))).fullmatch if wild else re.compile(".*").match
+        )
+        if any(matches(name) for name in names):
+            raise ConfigError(
+                f"output.path={output}: its files would be found under {key}={text}, and the next run would read them as input; "
+                "choose an output folder that is not inside the input"
+            )
+
+
+def _real(root: str) -> str:
+    """A local folder without links; a URL as it is."""
+    return root if "://" in root else os.path.realpath(root)
 
 
 def _prefix(root: str, prefixes: dict[str, str]) -> str:

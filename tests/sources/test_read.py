@@ -25,8 +25,16 @@ from hypothesis import strategies as st
 
 from capsfusion_ray.config import ColumnsConfig, FilterConfig, InputConfig, SourceConfig
 from capsfusion_ray.core.types import FilterReason
-from capsfusion_ray.errors import SourceError, StorageError
-from capsfusion_ray.sources import ReadSpec, UnitRows, discover, frozen_schema, iter_units, sample
+from capsfusion_ray.errors import ConfigError, SourceError, StorageError
+from capsfusion_ray.sources import (
+    ReadSpec,
+    UnitRows,
+    discover,
+    frozen_schema,
+    iter_units,
+    refuse_output_in_input,
+    sample,
+)
 from capsfusion_ray.storage import Store
 from capsfusion_ray.storage.local import LocalBackend
 
@@ -641,3 +649,47 @@ def test_the_sample_is_the_same_every_time_and_spread_over_shards(tmp_path: Path
     assert ids == sample(shards, 10, spec)["row_id"].to_pylist()
     assert {i.split(":")[0] for i in ids} == {f"{i}.parquet" for i in range(5)}
     assert len(ids) == 10
+
+
+# ---------------------------------------------------------------- the output is never the input
+
+INSIDE = [
+    ("in", "in"),
+    ("in", "in/fused"),
+    ("in/", "in/a/b"),
+    ("in/**/*.parquet", "in/fused"),
+    ("in/*/*/*/*.parquet", "in/fused"),
+    ("in/*/*.parquet", "in/fused"),  # a paired table has its files at its root
+    ("s3://bucket/in", "s3://bucket/in/fused"),
+    ("s3://bucket", "s3://bucket/fused"),
+]
+BESIDE = [
+    ("in", "in2"),
+    ("in", "out"),
+    ("in/*.parquet", "in/fused"),  # the files of the output lie deeper
+    ("in/f*", "in/fused"),
+    ("*.csv", "out/fused"),
+    ("in/a.parquet", "in/fused"),
+    ("s3://bucket/in", "s3://bucket/in2"),
+    ("s3://bucket/in", "s3://other/in/fused"),
+]
+
+
+@pytest.mark.parametrize(("given", "output"), INSIDE)
+def test_an_output_inside_its_input_is_refused(given: str, output: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"output\.path=.*input\.path=.*not inside the input"):
+        refuse_output_in_input([given], "input.path", output)
+
+
+@pytest.mark.parametrize(("given", "output"), BESIDE)
+def test_an_output_beside_its_input_is_not(given: str, output: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    refuse_output_in_input([given], "input.path", output)
+
+
+def test_a_link_does_not_hide_that_the_output_is_inside(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    with pytest.raises(ConfigError):
+        refuse_output_in_input([str(tmp_path / "in")], "input.path", str(tmp_path / "link" / "out"))
