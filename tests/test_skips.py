@@ -15,7 +15,8 @@ WHOLE_MODULE = "import pytest\npytest.skip({!r}, allow_module_level=True)\n"
     ("module", "reason", "options", "code"),
     [(ONE_TEST, "no CUDA device", [], 0), (ONE_TEST, "not today", [], 1), (WHOLE_MODULE, "not today", ["-n", "1"], 1)],
 )
-def test_only_listed_reasons_may_skip(pytester, module, reason, options, code):
+def test_only_listed_reasons_may_skip(pytester, monkeypatch, module, reason, options, code):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))  # conftest.py loads a plugin from there
     pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
     pytester.makepyfile(module.format(reason))
     ran = pytester.runpytest_subprocess(*options)
