@@ -71,7 +71,7 @@ def foreign_type(column: str, kind: str) -> str:
 
 
 def read_footer(source: Any) -> Footer:
-    """The footer of an open Parquet file. `source`: a Python file, or an object with size(), seek() and read().
+    """The footer of an open Parquet file. `source`: a Python file, or an object with seek(), tell() and read().
 
     Raises ValueError or pa.ArrowInvalid where it is no Parquet file.
     """
@@ -80,10 +80,8 @@ def read_footer(source: Any) -> Footer:
     if encoded is not None and (schema := _decoded(encoded)) is not None and _EXTENSION_KEY not in schema:
         return Footer(_parsed(data), {})
     metadata = _parsed(data.replace(_SCHEMA_KEY, _UNKNOWN_SCHEMA_KEY))
-    refused = {}
-    for entry in {value for key, value in (metadata.metadata or {}).items() if key == _UNKNOWN_SCHEMA_KEY}:
-        refused = _foreign_columns(entry)
-    return Footer(metadata, refused)
+    entry = (metadata.metadata or {}).get(_UNKNOWN_SCHEMA_KEY)
+    return Footer(metadata, _foreign_columns(entry) if entry else {})
 
 
 def open_parquet(source: Any, columns: Sequence[str] | None = None, where: str = "", **options: Any) -> pq.ParquetFile:
