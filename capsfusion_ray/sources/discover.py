@@ -60,8 +60,8 @@ def discover(input: InputConfig, source: SourceConfig) -> list[Shard]:
         return list(pool.map(lambda shard: _inspected(shard, stores[shard.root], source), found.values()))
 
 
-# Names of an output's files, as a listing of the input would find them.
-_OF_AN_OUTPUT = ("manifest.json", "data/shard=g00000/part-r001-00000.parquet", "part-00000.parquet")
+# Names like those of an output's files, as a listing of the input would find them: notes and data files.
+_OF_AN_OUTPUT = ("note.json", "data/shard=g00000/part-r001-00000.parquet", "part-00000.parquet")
 
 
 def refuse_output_in_input(paths: Sequence[str], key: str, output: str) -> None:
